@@ -1,0 +1,10 @@
+#!/bin/sh
+# All checks:   sh tests/run.sh          One file:   sh tests/run.sh tests/test_config.py
+set -eu
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+REQUIREMENTS="requirements.txt tests/requirements.txt"
+. "$ROOT/environment.sh"
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest -q "$@"
