@@ -1,0 +1,312 @@
+"""The towers: transformers' own hidden states, patches only, frozen for good. Run: pytest tests/test_encoders.py"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel
+
+from config import InputError
+from tests import toy_towers
+from visual.encoders import ENCODERS, load_vision_tower
+from visual.processor import load_image_processor
+
+torch.set_num_threads(1)
+
+# What was written -> (writer, tokens in front of the patches, patches), counted by hand.
+TOWERS = {
+    "clip": (toy_towers.write_clip, 1, 16),
+    "clip_vision_model": (lambda folder: toy_towers.write_clip(folder, whole=False), 1, 16),
+    "siglip": (toy_towers.write_siglip, 0, 16),
+    "siglip_vision_model": (lambda folder: toy_towers.write_siglip(folder, whole=False), 0, 16),
+    "siglip2 of fixed resolution": (toy_towers.write_siglip2, 0, 16),
+    "dinov2": (toy_towers.write_dinov2, 1, 16),
+    "dinov2_with_registers": (toy_towers.write_dinov2_registers, 5, 16),
+    "dinov3_vit": (toy_towers.write_dinov3, 5, 16),
+}
+every_tower = pytest.mark.parametrize("name", TOWERS)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: write(tmp_path_factory.mktemp("tower") / "tower") for name, (write, *_) in TOWERS.items()}
+
+
+@pytest.fixture(scope="module")
+def references(folders):
+    """transformers' own vision models; of a whole checkpoint the half of the whole model, loaded as that."""
+    models = {name: AutoModel.from_pretrained(folder) for name, folder in folders.items()}
+    return {name: getattr(model, "vision_model", model).eval() for name, model in models.items()}
+
+
+def random_pixels(size: int, seed: int = 0, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_every_row_of_the_table_is_tested(folders):
+    written = {json.loads((folder / "config.json").read_text())["model_type"] for folder in folders.values()}
+    assert written == set(ENCODERS)
+
+
+# Features
+
+
+@every_tower
+@pytest.mark.parametrize("feature_layer", [-1, -2, -3, 1])
+def test_features_are_the_patches_of_transformers_hidden_states(folders, references, name, feature_layer):
+    _, prefix, patches = TOWERS[name]
+    tower = load_vision_tower(folders[name], feature_layer)
+    pixels = random_pixels(tower.image_size)
+    with torch.no_grad():
+        hidden_states = references[name](pixels, output_hidden_states=True).hidden_states
+    features = tower(pixels)
+    assert torch.equal(features, hidden_states[feature_layer][:, prefix:])
+    assert features.shape == (2, patches, toy_towers.HIDDEN_SIZE) == (2, tower.num_image_tokens, tower.hidden_size)
+
+
+@every_tower
+def test_the_default_is_the_layer_before_the_last(folders, name):
+    pixels = random_pixels(load_vision_tower(folders[name]).image_size)
+    assert torch.equal(load_vision_tower(folders[name])(pixels), load_vision_tower(folders[name], -2)(pixels))
+
+
+@every_tower
+def test_token_i_is_patch_i(folders, name):
+    """With attention cut off, a change inside one patch changes that token alone: no patch lost, no class token kept."""
+    tower = load_vision_tower(folders[name], feature_layer=1)
+    with torch.no_grad():
+        for key, parameter in tower.named_parameters():
+            if "v_proj" in key:
+                parameter.zero_()
+    side, per_row = tower.patch_size, tower.image_size // tower.patch_size
+    pixels = random_pixels(tower.image_size, count=1)
+    before = tower(pixels)
+    for patch in (0, 1, per_row, tower.num_image_tokens - 1):
+        row, column = divmod(patch, per_row)
+        changed = pixels.clone()
+        changed[:, :, row * side, column * side] += 3.0
+        differs = (tower(changed) != before).any(-1)[0]
+        assert differs.nonzero().flatten().tolist() == [patch]
+
+
+@every_tower
+def test_layers_above_and_heads_are_not_run_but_kept(folders, references, name):
+    tower = load_vision_tower(folders[name], -2)
+    called = set()
+    for key, module in tower.model.named_modules():
+        module.register_forward_hook(lambda *_, key=key: called.add(key))
+    tower(random_pixels(tower.image_size))
+    assert any(key.endswith(".2") for key in called) and not any(key.endswith(".3") for key in called)
+    assert "head" not in called
+    expected = references[name].state_dict()
+    assert tower.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in tower.model.state_dict().items())
+
+
+@every_tower
+def test_a_tower_saves_whole(folders, references, tmp_path, name):
+    load_vision_tower(folders[name], -3).model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    pixels = random_pixels(again.config.image_size)
+    with torch.no_grad():
+        expected = references[name](pixels)
+        assert torch.equal(again(pixels).pooler_output, expected.pooler_output)
+
+
+@every_tower
+def test_an_image_alone_and_no_image(folders, name):
+    tower = load_vision_tower(folders[name])
+    pixels = random_pixels(tower.image_size, count=3)
+    together = tower(pixels)
+    for image, features in zip(pixels, together, strict=True):
+        torch.testing.assert_close(tower(image[None])[0], features, rtol=1e-5, atol=1e-5)
+    nothing = tower(pixels[:0])
+    assert nothing.shape == (0, *together.shape[1:]) and nothing.dtype == together.dtype
+
+
+def test_dtype_is_the_checkpoints_unless_given(tmp_path):
+    folder = toy_towers.write_clip(tmp_path / "clip", whole=False)
+    assert load_vision_tower(folder)(random_pixels(28)).dtype == torch.float32
+    half = load_vision_tower(folder, dtype=torch.bfloat16)
+    assert half(random_pixels(28)).dtype == half(random_pixels(28)[:0]).dtype == torch.bfloat16
+    half.model.save_pretrained(folder)
+    assert load_vision_tower(folder)(random_pixels(28)).dtype == torch.bfloat16
+
+
+# Frozen, for good
+
+
+@every_tower
+def test_a_tower_is_frozen_and_its_parent_cannot_wake_it(folders, name):
+    parent = nn.Sequential(load_vision_tower(folders[name]), nn.Linear(toy_towers.HIDDEN_SIZE, 2))
+    tower = parent[0]
+    pixels = random_pixels(tower.image_size)
+    before = tower(pixels)
+    parent.train()
+    assert parent.training and parent[1].training
+    assert not any(module.training for module in tower.modules())
+    assert not any(parameter.requires_grad for parameter in tower.parameters()) and not tower.trains
+    assert torch.equal(tower(pixels), before)
+
+    features = tower(pixels.requires_grad_())
+    assert not features.requires_grad
+    parent[1](features).sum().backward()
+    assert pixels.grad is None and all(parameter.grad is None for parameter in tower.parameters())
+
+
+@every_tower
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_unfrozen_whole_exactly_what_the_features_depend_on_trains(folders, name, feature_layer):
+    tower = load_vision_tower(folders[name], feature_layer)
+    tower.unfreeze()
+    tower(random_pixels(tower.image_size)).sum().backward()
+    trainable = {key for key, parameter in tower.named_parameters() if parameter.requires_grad}
+    for parameter in tower.parameters():  # the reference: what autograd reaches when nothing is frozen
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    tower(random_pixels(tower.image_size)).sum().backward()
+    assert trainable == {key for key, parameter in tower.named_parameters() if parameter.grad is not None}
+    assert trainable and tower.trains
+
+
+@every_tower
+def test_the_top_layers_are_the_last_that_are_run(folders, name):
+    tower = load_vision_tower(folders[name], -2)  # layers 0 to 2 of 4
+    tower.unfreeze(top=2)
+    trainable = [key for key, parameter in tower.named_parameters() if parameter.requires_grad]
+    assert {key.split("layer")[1].split(".")[1] for key in trainable} == {"1", "2"}
+    tower(random_pixels(tower.image_size)).sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in tower.parameters())
+    parent = nn.Sequential(tower).train()
+    assert tower.training and tower.model.training
+    parent.eval()
+    assert not tower.model.training
+    for top in (0, 4):
+        with pytest.raises(
+            InputError, match=f"top:{top}, but 3 of the encoder's 4 layers are run; give top:1 to top:3"
+        ):
+            tower.unfreeze(top=top)
+
+
+# Sizes and layers
+
+
+def test_sizes_come_from_the_processor(folders):
+    """DINOv2's config says 42 pixels, its processor crops 28: 16 tokens, not 36."""
+    tower = load_vision_tower(folders["dinov2"])
+    assert tower.model.config.image_size == 42
+    assert (tower.image_size, tower.patch_size, tower.num_image_tokens) == (28, 7, 16)
+    siglip = load_vision_tower(folders["siglip"])  # 30 pixels hold 4 patches of 7 a side
+    assert (siglip.image_size, siglip.patch_size, siglip.num_image_tokens) == (30, 7, 16)
+
+
+@pytest.mark.parametrize(("name", "size", "tokens"), [("dinov2", 42, 36), ("dinov2", 56, 64), ("dinov3_vit", 48, 36)])
+def test_dino_takes_other_multiples_of_its_patch(folders, references, name, size, tokens):
+    tower = load_vision_tower(folders[name], image_size=size)
+    pixels = load_image_processor(folders[name], image_size=size).denormalise(random_pixels(size))
+    assert pixels.shape[1:3] == (size, size)
+    features = tower(random_pixels(size))
+    assert tower.num_image_tokens == tokens == features.shape[1]
+    with torch.no_grad():
+        expected = references[name](random_pixels(size), output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(features, expected[:, -tokens:])
+
+
+def test_sizes_that_do_not_fit_are_refused(folders, tmp_path):
+    with pytest.raises(InputError, match="image_size: 40 is not a multiple of this encoder's patch size 7.* 42"):
+        load_vision_tower(folders["dinov2"], image_size=40)
+    for name, trained in {"clip": 28, "siglip": 30}.items():
+        assert load_vision_tower(folders[name], image_size=trained).image_size == trained
+        with pytest.raises(InputError, match=f"image_size: 56, but .* learned positions for {trained} pixels"):
+            load_vision_tower(folders[name], image_size=56)
+    other = toy_towers.write_clip(tmp_path / "clip")  # another encoder's preprocessor_config.json
+    edit_json(other / "preprocessor_config.json", size=35, crop_size=35)
+    with pytest.raises(InputError, match=r"image_size: 35, but .* 28 pixels.*own preprocessor_config\.json"):
+        load_vision_tower(other)
+    with pytest.raises(ValueError, match=r"\(2, 3, 35, 35\)"):  # DINOv2 itself would take it, and make other tokens
+        load_vision_tower(folders["dinov2"])(random_pixels(35))
+
+
+def test_layers_that_do_not_exist_are_refused(folders):
+    for layer in (0, 5, -5, 23):
+        with pytest.raises(InputError, match=f"vision_feature_layer: {layer}, but the encoder has 4 layers.*-1.*to -4"):
+            load_vision_tower(folders["clip"], layer)
+
+
+# What cannot be loaded
+
+
+def test_encoders_that_are_not_supported_are_refused_by_name(tmp_path):
+    def refusal(model_type) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(InputError, match=f'"{model_type}"') as error:
+            load_vision_tower(tmp_path)
+        return str(error.value)
+
+    for naflex in ("siglip2", "siglip2_vision_model"):
+        assert "NaFlex" in refusal(naflex) and "google/siglip2-base-patch16-224" in refusal(naflex)
+    assert "DINOv3 ViT" in refusal("dinov3_convnext")
+    assert 'did you mean "dinov2"' in refusal("dino_v2")
+    assert all(known in refusal("resnet") for known in ENCODERS)
+
+
+def test_folders_that_hold_no_encoder_are_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "missing", str(tmp_path / "missing")):
+        with pytest.raises(InputError, match=rf"vision_tower {path}: neither a folder with a config\.json nor a hub"):
+            load_vision_tower(path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=str(tmp_path)):
+        load_vision_tower(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_that_do_not_account_for_the_vision_half_are_refused(tmp_path, whole):
+    folder = toy_towers.write_clip(tmp_path / "clip", whole)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    prefix = "vision_model." if whole else ""
+    norm = prefix + "encoder.layers.1.layer_norm1.weight"
+
+    def refusal(changed: dict) -> str:
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(InputError, match="the weights are not those of its config.json") as error:
+            load_vision_tower(folder)
+        return str(error.value)
+
+    assert "1 missing (such as encoder.layers.1.layer_norm1.weight)" in refusal(
+        {key: value for key, value in weights.items() if key != norm}
+    )
+    assert "1 left over" in refusal(weights | {prefix + "encoder.layers.4.layer_norm1.weight": torch.ones(32)})
+    assert "1 of another shape" in refusal(weights | {norm: torch.ones(16)})
+    save_file(weights, path, metadata={"format": "pt"})
+    load_vision_tower(folder)
+
+
+def test_unreadable_weights_are_refused(tmp_path):
+    folder = toy_towers.write_siglip(tmp_path / "siglip")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"{folder}: the encoder's weights cannot be read"):
+        load_vision_tower(folder)
+    path.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"get a complete folder with model\.safetensors"):
+        load_vision_tower(folder)
+
+
+def test_released_vision_only_checkpoints_keep_the_prefix_of_the_whole(tmp_path):
+    """Files saved by transformers 4 say vision_model.encoder... also where the vision half is alone."""
+    for write in (toy_towers.write_clip, toy_towers.write_siglip):
+        folder = write(tmp_path / write.__name__, whole=False)
+        pixels = random_pixels(load_vision_tower(folder).image_size)
+        expected = load_vision_tower(folder)(pixels)
+        path = folder / "model.safetensors"
+        renamed = {f"vision_model.{key}": value for key, value in load_file(path).items()}
+        save_file(renamed, path, metadata={"format": "pt"})
+        assert torch.equal(load_vision_tower(folder)(pixels), expected)

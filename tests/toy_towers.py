@@ -1,0 +1,152 @@
+"""Tiny random image encoders, laid out on disk as the released ones are: weights, config.json, preprocessor_config.json.
+
+Every parameter is random, also those that initialise to zero or one (biases, norms, layer scales, class tokens), so
+that a weight that is left out, swapped or misread shows in the features.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+HIDDEN_SIZE = 32
+NUM_LAYERS = 4
+
+_WIDTHS = {"hidden_size": HIDDEN_SIZE, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 2}
+_TEXT = {
+    **_WIDTHS, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 8,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+_IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_BICUBIC, _BILINEAR = 3, 2
+
+
+def write_clip(folder: Path, whole: bool = True, image_size: int = 28, seed: int = 0) -> Path:
+    """As openai/clip-vit-large-patch14-336: patch 7, so 16 patches at 28 pixels; `whole`: with its text half."""
+    vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 7}
+    if whole:
+        model = CLIPModel(CLIPConfig(text_config=_TEXT, vision_config=vision, projection_dim=16))
+    else:
+        model = CLIPVisionModel(CLIPVisionConfig(**vision))
+    _save(model, folder, seed)
+    if whole:  # released before version 4.31, when the positions' indices were saved too
+        path = folder / "model.safetensors"
+        indices = {"vision_model.embeddings.position_ids": torch.arange((image_size // 7) ** 2 + 1)[None]}
+        save_file(load_file(path) | indices, path, metadata={"format": "pt"})
+    return _write_processor(
+        folder,
+        feature_extractor_type="CLIPFeatureExtractor",
+        size=image_size,
+        crop_size=image_size,
+        do_center_crop=True,
+        resample=_BICUBIC,
+        image_mean=_CLIP_MEAN,
+        image_std=_CLIP_STD,
+    )
+
+
+def write_siglip(folder: Path, whole: bool = True, image_size: int = 30, seed: int = 0) -> Path:
+    """As google/siglip-so400m-patch14-384, whose patches do not fill the image: 30 pixels, patch 7, 16 patches."""
+    vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 7}
+    if whole:
+        model = SiglipModel(SiglipConfig(text_config=_TEXT, vision_config=vision))
+    else:
+        model = SiglipVisionModel(SiglipVisionConfig(**vision))
+    return _write_siglip_processor(_save(model, folder, seed), image_size)
+
+
+def write_siglip2(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
+    """As google/siglip2-base-patch16-224: SigLIP's layout with another vocabulary; patch 8, 16 patches."""
+    vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 8}
+    text = {**_TEXT, "vocab_size": 96, "projection_size": HIDDEN_SIZE}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    return _write_siglip_processor(_save(model, folder, seed), image_size)
+
+
+def write_dinov2(folder: Path, seed: int = 0) -> Path:
+    """As facebook/dinov2-base: positions for 42 pixels (6 x 6 patches of 7), but its processor crops 28 (4 x 4)."""
+    config = Dinov2Config(**_WIDTHS, mlp_ratio=2, image_size=42, patch_size=7)
+    return _write_dinov2_processor(_save(Dinov2Model(config), folder, seed))
+
+
+def write_dinov2_registers(folder: Path, seed: int = 0) -> Path:
+    """As facebook/dinov2-with-registers-base: the same with 4 registers."""
+    config = Dinov2WithRegistersConfig(**_WIDTHS, mlp_ratio=2, image_size=42, patch_size=7, num_register_tokens=4)
+    return _write_dinov2_processor(_save(Dinov2WithRegistersModel(config), folder, seed))
+
+
+def write_dinov3(folder: Path, seed: int = 0) -> Path:
+    """As facebook/dinov3-vits16-pretrain-lvd1689m: rotary positions, 4 registers, 16 patches of 8 at 32 pixels."""
+    config = DINOv3ViTConfig(**_WIDTHS, intermediate_size=48, image_size=32, patch_size=8, num_register_tokens=4)
+    return _write_processor(
+        _save(DINOv3ViTModel(config), folder, seed),
+        image_processor_type="DINOv3ViTImageProcessorFast",
+        size={"height": 32, "width": 32},
+        crop_size=None,
+        do_center_crop=None,
+        do_convert_rgb=None,
+        resample=_BILINEAR,
+        image_mean=_IMAGENET_MEAN,
+        image_std=_IMAGENET_STD,
+    )
+
+
+def _save(model: PreTrainedModel, folder: Path, seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def _write_siglip_processor(folder: Path, image_size: int) -> Path:
+    return _write_processor(
+        folder,
+        image_processor_type="SiglipImageProcessor",
+        size={"height": image_size, "width": image_size},
+        resample=_BICUBIC,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+def _write_dinov2_processor(folder: Path) -> Path:
+    return _write_processor(
+        folder,
+        image_processor_type="BitImageProcessor",
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
+        do_center_crop=True,
+        resample=_BICUBIC,
+        image_mean=_IMAGENET_MEAN,
+        image_std=_IMAGENET_STD,
+    )
+
+
+def _write_processor(folder: Path, **values) -> Path:
+    steps = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps | values, indent=2))
+    return folder
