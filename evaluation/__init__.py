@@ -1,0 +1,1 @@
+"""How good the answers are, and whether they come from the picture."""

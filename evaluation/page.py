@@ -1,0 +1,80 @@
+"""Answers -> one HTML page that opens anywhere: every picture with its questions and answers. No scripts, no other files."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from visual.images import read_image
+
+THUMBNAIL = 220  # pixels, the longer side
+MAGNIFY_BELOW = 100  # smaller pictures are enlarged, with their pixels kept visible
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
+  color: #1c2024; background: #f6f7f8; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } .about { color: #60646c; margin-top: 0; overflow-wrap: anywhere; }
+article { display: flex; gap: 1.5rem; background: #fff; border-radius: 10px; padding: 1.2rem; margin: 1rem 0;
+  box-shadow: 0 1px 3px #0002; }
+figure { margin: 0; width: 220px; flex: none; text-align: center; } img { max-width: 220px; border-radius: 6px; }
+img.small { image-rendering: pixelated; width: 160px; }
+figcaption { font-size: .8rem; color: #60646c; overflow-wrap: anywhere; }
+dl { margin: 0; flex: 1; } dt { color: #60646c; } dd { margin: 0 0 .9rem; font-size: 1.1rem; white-space: pre-wrap; }
+.right { color: #18794e; } .wrong { color: #b42318; } .reference { color: #60646c; font-size: .9rem; }
+pre { background: #fff; padding: 1rem; border-radius: 10px; overflow-x: auto; }
+@media (max-width: 40rem) { article { flex-direction: column; } }
+"""
+
+
+def write_page(
+    path: Path, title: str, about: str, rows: Sequence[dict], unreadable: Sequence[dict] = (), table: str = ""
+) -> None:
+    """rows: {"image": path or None, "question", "answer"}, and where there is a reference {"reference", "correct"}; rows
+    of one picture that follow each other share its thumbnail. unreadable: {"image", "problem"}. table: preformatted text."""
+    groups: list[tuple[str | None, list[dict]]] = []
+    for row in rows:
+        if not groups or groups[-1][0] != row["image"]:
+            groups.append((row["image"], []))
+        groups[-1][1].append(row)
+    body = [f"<h1>{html.escape(title)}</h1>", f'<p class="about">{html.escape(about)}</p>']
+    if table:
+        body.append(f"<pre>{html.escape(table)}</pre>")
+    body += [_article(image, asked) for image, asked in groups]
+    if unreadable:
+        items = "".join(f"<li>{html.escape(str(entry['problem']))}</li>" for entry in unreadable)
+        body.append(f"<h2>Not read</h2><ul>{items}</ul>")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _article(image: str | None, asked: Sequence[dict]) -> str:
+    entries = []
+    for row in asked:
+        verdict = "" if "correct" not in row else ' class="right"' if row["correct"] else ' class="wrong"'
+        entries.append(f"<dt>{html.escape(row['question'])}</dt><dd{verdict}>{html.escape(row['answer'])}")
+        if "correct" in row and not row["correct"]:
+            entries.append(f'<div class="reference">expected: {html.escape(row["reference"])}</div>')
+        entries.append("</dd>")
+    figure = (
+        ""
+        if image is None
+        else f"<figure>{_thumbnail(image)}<figcaption>{html.escape(Path(image).name)}</figcaption></figure>"
+    )
+    return f"<article>{figure}<dl>{''.join(entries)}</dl></article>"
+
+
+def _thumbnail(image: str) -> str:
+    picture = read_image(image)  # as the model's: a rotated photo is shown as it was seen
+    small = max(picture.size) < MAGNIFY_BELOW
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG" if small else "JPEG", quality=85)
+    kind = "png" if small else "jpeg"
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img{" class=small" if small else ""} alt="" src="data:image/{kind};base64,{data}">'

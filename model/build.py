@@ -1,0 +1,132 @@
+"""Builds the whole model from plain values, for training and for answering alike; and what precision means on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+import qwen
+from config import InputError
+from model.checkpoint import has_adapter, load_adapter, load_trained, verify_folder
+from model.model import VisionLanguageModel
+from model.projector import build_projector
+from model.trainable import add_lora, set_trainable
+from visual.encoders import load_vision_tower
+from visual.images import read_image
+from visual.processor import ImageProcessor, load_image_processor
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with what reads its pictures and its text."""
+
+    model: VisionLanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: ImageProcessor
+
+    def chat_values(self) -> dict:
+        """The values that `dataset.conversation.ChatFormat` takes, but for the system prompt."""
+        return {
+            "encode_text": functools.partial(qwen.encode_text, self.tokenizer),
+            "im_start_id": self.tokenizer.convert_tokens_to_ids("<|im_start|>"),
+            "im_end_id": self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            "image_token_id": qwen.image_token_id(self.tokenizer),
+            "num_image_tokens": self.model.vision_tower.num_image_tokens,
+        }
+
+
+def build_model(
+    vision_tower: str,
+    vision_feature_layer: int,
+    image_size: int | None,
+    projector: str,
+    projector_hidden_size: int | None,
+    language_model: str,
+    trainable: dict[str, str],
+    lora: dict,
+    dtype: torch.dtype,
+    seed: int,
+    checkpoint: Path | None = None,
+    processors: Path | None = None,
+    activation_checkpointing: bool = False,
+) -> Built:
+    """Load encoder and language model (folders or hub names) in `dtype`, make the projector, add LoRA, fill in what
+    `checkpoint` trained, and let train what `trainable` (part -> word) says; what trains is float32.
+
+    lora: r, alpha, dropout, target_modules. processors: a checkpoint whose own tokenizer and image processor are used
+    instead of those beside the weights. Raises InputError for whatever is missing or does not fit.
+    """
+    transformers.utils.logging.disable_progress_bar()  # one bar a part of the model says nothing
+    tokenizer = qwen.load_tokenizer(str(processors / "tokenizer") if processors else language_model)
+    processor_source = str(processors / "image_processor") if processors else vision_tower
+    image_processor = load_image_processor(processor_source, image_size=image_size)
+    tower = load_vision_tower(vision_tower, feature_layer=vision_feature_layer, image_size=image_size, dtype=dtype)
+    lm = qwen.load_language_model(language_model, dtype=dtype)
+    qwen.attach_tokenizer(lm, tokenizer)
+
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)  # the projector's and LoRA's first weights depend on the seed and on nothing before
+    width = lm.config.hidden_size
+    model = VisionLanguageModel(tower, build_projector(projector, tower.hidden_size, projector_hidden_size, width), lm)
+    if checkpoint is not None:
+        verify_folder(checkpoint)
+        load_trained(model, checkpoint)
+    if trainable["language_model"] == "lora":
+        names = qwen.lora_target_modules(lm, lora["target_modules"])
+        add_lora(model, lora["r"], lora["alpha"], lora["dropout"], names)
+    if checkpoint is not None and has_adapter(checkpoint):
+        if not model.has_lora:
+            raise InputError(
+                f'{checkpoint}: holds LoRA weights, but "train.trainable.language_model" is {trainable["language_model"]}; '
+                "set it to lora, with the same lora.r and lora.target_modules."
+            )
+        load_adapter(model, checkpoint)
+    torch.set_rng_state(generator_state)
+
+    set_trainable(model, trainable)
+    if activation_checkpointing:
+        with warnings.catch_warnings():  # the newer name of this method is not in every version 5
+            warnings.simplefilter("ignore", FutureWarning)
+            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return Built(model.train(), tokenizer, image_processor)
+
+
+def read_pixels(image_processor: ImageProcessor, path: Path) -> torch.Tensor:
+    """An image file -> [3, S, S], as the encoder takes it: the one way from a file to the model. Raises ImageError."""
+    return image_processor([read_image(path)])[0]
+
+
+def resolve_precision(word: str, device: torch.device) -> str:
+    """`auto` -> bf16 where the device computes in it, else fp16 on a GPU, else fp32. A word that the device cannot do
+    raises InputError."""
+    native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+    if word == "auto":
+        return "bf16" if native_bf16 else "fp16" if device.type == "cuda" else "fp32"
+    if word == "fp16" and device.type != "cuda":
+        raise InputError('"train.precision" is fp16, which needs a GPU; on this machine use auto, bf16 or fp32.')
+    return word
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+
+
+def autocast(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
+    """A function that makes the context in which the model runs at `precision`: the same for training and answering."""
+    return lambda: torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def save_processors(built: Built, folder: Path) -> None:
+    """Put tokenizer and image processor into a checkpoint, so that it answers as it was trained."""
+    built.tokenizer.save_pretrained(folder / "tokenizer")
+    built.image_processor.save(folder / "image_processor")

@@ -1,0 +1,240 @@
+"""Ask a trained model about one picture or a folder of them; or score it on a QA file.
+
+    python test.py [PICTURE_OR_FOLDER] [--checkpoint DIR] [--question TEXT]... [--output DIR] [key=value ...]
+    python test.py --no-image --question TEXT
+    python test.py --qa FILE [--checkpoint DIR] [--output DIR]
+
+A checkpoint's folder is all that is needed. Without --checkpoint it is the one that config.yaml's run ended with.
+Writes answers.jsonl and answers.html (and, with --qa, scores.json) into --output, by default <run>/answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from assemble import answerer, build
+from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
+from dataset.conversation import question_parts
+from dataset.record import QAFile
+from evaluation.page import write_page
+from evaluation.score import Question, is_correct, questions_of, score, score_table
+from model.answer import Answerer, Request
+from model.build import resolve_precision
+from model.checkpoint import verify_folder
+from visual.images import ImageError, list_images
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    config, checkpoint = open_checkpoint(arguments)
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    pictures = None if arguments.qa or arguments.no_image else find_pictures(arguments.images or config.test.images)
+    qa = QAFile(Path(arguments.qa)) if arguments.qa else None
+    output = Path(arguments.output) if arguments.output else checkpoint.parent / "answers"
+    device = PartialState().device
+    word = config.train.precision
+    precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
+    built = build(dataclasses.replace(config, train=dataclasses.replace(config.train, activation_checkpointing=False)),
+                  precision, checkpoint)  # fmt: skip
+    built.model.to(device).eval()
+    ask = answerer(config, built, precision, device)
+    output.mkdir(parents=True, exist_ok=True)
+    if qa is not None:
+        score_file(ask, qa, config, checkpoint, output)
+    else:
+        questions = arguments.question or list(config.test.questions)
+        answer_questions(ask, pictures, questions, config.test.batch_size, checkpoint, output)
+    print(f"{output / 'answers.jsonl'}\n{output / 'answers.html'}")
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ask a trained model about pictures, or score it on a QA file.")
+    parser.add_argument("--checkpoint", help="a checkpoint's folder (default: final/ of config.yaml's output_dir)")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="used where --checkpoint is not given")
+    parser.add_argument("--images", help="a picture or a folder, with its subfolders (default: test.images)")
+    parser.add_argument("--question", action="append", help="may be given several times (default: test.questions)")
+    parser.add_argument("--no-image", action="store_true", help="ask the questions without any picture")
+    parser.add_argument("--qa", help="a QA file: ask its questions, compare with its answers")
+    parser.add_argument("--output", help="folder for answers.jsonl and answers.html (default: <run>/answers)")
+    parser.add_argument("rest", nargs="*", metavar="PICTURE_OR_FOLDER | key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.overrides = []
+    for word in arguments.rest:
+        if "=" in word and not Path(word).exists():
+            arguments.overrides.append(word)
+        elif arguments.images is None:
+            arguments.images = word
+        else:
+            raise InputError(
+                f'"{word}": there is a picture or folder already ({arguments.images}); give one, or key=value.'
+            )
+    if arguments.qa and (arguments.images or arguments.question or arguments.no_image):
+        raise InputError(
+            "--qa asks the file's own questions about its own pictures; leave out pictures and --question."
+        )
+    if arguments.no_image and arguments.images:
+        raise InputError(f"--no-image and {arguments.images}: ask about a picture or without one, not both.")
+    return arguments
+
+
+def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    """(the config to answer with, the checkpoint): the model as the checkpoint has it; the `test` section from config.yaml
+    where the checkpoint was found through it."""
+    if arguments.checkpoint:
+        checkpoint = Path(arguments.checkpoint).resolve()
+        verify_folder(checkpoint)
+        return load_config(checkpoint / "config.yaml", arguments.overrides, folder=Path.cwd()), checkpoint
+    current = load_config(arguments.config, arguments.overrides)
+    checkpoint = current.output_dir / "final"
+    if not checkpoint.exists():
+        raise InputError(
+            f"{checkpoint}: no trained model yet; run sh train.sh first, or name one with --checkpoint DIR."
+        )
+    verify_folder(checkpoint)
+    others = [word for word in arguments.overrides if not word.startswith("test.")]
+    trained = load_config(checkpoint / "config.yaml", others, folder=Path.cwd())
+    return dataclasses.replace(trained, test=current.test), checkpoint
+
+
+def find_pictures(path: str | Path | None) -> list[Path]:
+    """One picture, or every picture below a folder."""
+    if path is None:
+        raise InputError('no picture to ask about: give a picture or a folder, or set "test.images".')
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such picture or folder.")
+    pictures = list_images(path) if path.is_dir() else [path]
+    if not pictures:
+        raise InputError(
+            f"{path}: no picture in this folder or below it (looked for .jpg, .png, .webp, .gif, .bmp, ...)."
+        )
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions about pictures
+
+
+def answer_questions(
+    ask: Answerer,
+    pictures: list[Path] | None,
+    questions: Sequence[str],
+    batch_size: int,
+    checkpoint: Path,
+    output: Path,
+) -> None:
+    """Ask every question about every picture (None: without one). Each answer is written as soon as it is there; a picture
+    that cannot be read is listed and passed over."""
+    rows: list[dict] = []
+    unreadable: list[dict] = []
+    asked = read_requests(ask, pictures, questions, unreadable)
+    count = len(questions) * (1 if pictures is None else len(pictures))
+    with open(output / "answers.jsonl", "w", encoding="utf-8") as file, tqdm(total=count, unit="answer") as progress:
+        for batch in batched(asked, batch_size):
+            for (image, question, _), answer in zip(
+                batch, ask.answer_all([r for *_, r in batch], batch_size), strict=True
+            ):
+                row = {
+                    "image": None if image is None else str(image),
+                    "question": question,
+                    "answer": answer.text,
+                    "seconds": round(answer.seconds, 4),
+                }
+                rows.append(row)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                tqdm.write(f"{'' if image is None else f'{image.name}: '}{question}  ->  {answer.text}")
+            file.flush()
+            progress.update(len(batch))
+    for entry in unreadable:
+        print(f"not read: {entry['problem']}")
+    if unreadable:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in unreadable)
+        (output / "unreadable.jsonl").write_text(lines, encoding="utf-8")
+    else:
+        (output / "unreadable.jsonl").unlink(missing_ok=True)
+    write_page(output / "answers.html", "Answers", f"{len(rows)} answers by {checkpoint}", rows, unreadable)
+    if not rows:
+        raise InputError(f"none of the {len(unreadable)} pictures can be read; {output / 'unreadable.jsonl'} says why.")
+
+
+def read_requests(
+    ask: Answerer, pictures: list[Path] | None, questions: Sequence[str], unreadable: list[dict]
+) -> Iterator[tuple[Path | None, str, Request]]:
+    """(picture, question, request) one after the other; each picture is read once, when its turn comes."""
+    for picture in [None] if pictures is None else pictures:
+        try:
+            images = [] if picture is None else [ask.read_pixels(picture)]
+        except ImageError as error:
+            unreadable.append({"image": str(picture), "problem": str(error)})
+            continue
+        for question in questions:
+            yield picture, question, Request([("user", question_parts(question, len(images)))], images)
+
+
+def batched(items: Iterator, size: int) -> Iterator[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A QA file
+
+
+def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, output: Path) -> None:
+    """Ask the questions of a QA file, with their pictures and with swapped ones; write and print the scores."""
+    questions = questions_of(qa, range(len(qa)))
+    seconds: dict[str, float] = {}
+
+    def answers(asked: Sequence[Question]) -> list[str]:
+        requests = [Request(question.turns, question.images) for question in asked]
+        given = ask.answer_all(requests, config.test.batch_size, functools.partial(tqdm, unit="batch"))
+        seconds.setdefault("each", sum(answer.seconds for answer in given) / max(len(given), 1))
+        return [answer.text for answer in given]
+
+    scores, given = score(questions, answers, config.seed)
+    rows = [
+        {
+            "id": question.id,
+            "image": str(question.images[-1]) if question.images else None,
+            "question": question.text,
+            "answer": answer,
+            "reference": question.reference,
+            "correct": is_correct(answer, question.reference),
+            "type": question.type,
+            "seconds": round(seconds["each"], 4),
+        }
+        for question, answer in zip(questions, given, strict=True)
+    ]
+    (output / "answers.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    (output / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    table = score_table(scores)
+    print(table)
+    write_page(
+        output / "answers.html", f"Scores on {qa.path.name}", f"{len(rows)} answers by {checkpoint}", rows, (), table
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,186 @@
+"""Checkpoint folders: whole or absent, damage noticed and named. `sh tests/run.sh tests/test_checkpoint.py`"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import qwen
+from config import InputError, load_config
+from model.checkpoint import latest_checkpoint, prune_checkpoints, verify_folder, write_folder
+from tests.toy_project import run_training, write_project
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    config = write_project(tmp_path_factory.mktemp("project"))
+    run_training(config, "train.eval_steps=null", "train.max_steps=2", "train.save_steps=1", "train.score_samples=1")
+    return config
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a finished run's folder, to be damaged."""
+    shutil.copytree(trained.parent / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    def fail(folder):
+        (folder / "half").write_text("half")
+        raise OSError("disk full")
+
+    write_folder(tmp_path / "good", lambda folder: (folder / "a").write_text("first"))
+    for name in ("good", "new"):
+        with pytest.raises(OSError, match="disk full"):
+            write_folder(tmp_path / name, fail)
+    verify_folder(tmp_path / "good")
+    assert (tmp_path / "good" / "a").read_text() == "first" and not (tmp_path / "new").exists()
+    write_folder(tmp_path / "good", lambda folder: (folder / "a").write_text("second"))
+    verify_folder(tmp_path / "good")
+    assert (tmp_path / "good" / "a").read_text() == "second"
+
+
+def test_every_file_is_in_the_manifest_and_nothing_is_pickled(run):
+    files = {path.relative_to(run / "final").as_posix() for path in (run / "final").rglob("*") if path.is_file()}
+    listed = set(json.loads((run / "final" / "manifest.json").read_text())["files"])
+    assert files == listed | {"manifest.json"}
+    assert {"config.yaml", "projector.safetensors", "adapter_model.safetensors", "adapter_config.json"} <= listed
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_damage_is_named_and_auto_resume_takes_the_one_before(run, damage):
+    victim = run / "checkpoint-2" / ("manifest.json" if damage == "manifest" else "projector.safetensors")
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "flip":
+        victim.write_bytes(content)
+    elif damage == "truncate":
+        victim.write_bytes(content[:-7])
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_text("{")
+    with pytest.raises(InputError, match=victim.name):
+        verify_folder(run / "checkpoint-2")
+    said = []
+    assert latest_checkpoint(run, said.append) == run / "checkpoint-1"
+    assert len(said) == 1 and victim.name in said[0]
+
+
+def test_a_manifest_cannot_point_outside_its_folder(run):
+    path = run / "final" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../checkpoint-2/projector.safetensors"] = manifest["files"]["projector.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="not a plain file inside"):
+        verify_folder(run / "final")
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="no such checkpoint"):
+        verify_folder(tmp_path / "absent")
+    with pytest.raises(InputError, match="manifest.json"):
+        verify_folder(tmp_path)
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    for step in (5, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    prune_checkpoints(tmp_path, None)
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-x"]
+
+
+def test_peft_loads_the_adapter_of_a_checkpoint(trained, run):
+    """The folder is also an ordinary PEFT adapter: another tool reads the same weights from it."""
+    lm = qwen.load_language_model(str(trained.parent / "lm"))
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(lm, run / "final")
+    saved = load_file(run / "final" / "adapter_model.safetensors")
+    weights = dict(loaded.named_parameters())
+    assert saved and all(
+        torch.equal(weights[name.replace(".weight", ".default.weight")], tensor) for name, tensor in saved.items()
+    )
+
+
+def _replace(folder, name, change):
+    """Rewrite one file of a checkpoint and its manifest: a whole checkpoint with other content."""
+
+    def write(partial):
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        (partial / "manifest.json").unlink()
+        change(partial / name)
+
+    write_folder(folder.parent / "changed", write)
+    return folder.parent / "changed"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: {k: v[:-1].clone() for k, v in t.items()}, "another shape"),
+        (lambda t: t | {"linear_3.weight": torch.zeros(1)}, "unknown to this model"),
+        (lambda t: {k: v for k, v in t.items() if k != "linear_2.bias"}, "missing"),
+    ],
+)
+@pytest.mark.parametrize("name", ["projector.safetensors", "adapter_model.safetensors"])
+def test_weights_that_do_not_fit_are_refused(trained, run, name, change, message):
+    import test as script
+
+    def rewrite(path):
+        tensors = load_file(path)
+        changed = change(tensors)
+        if message == "missing" and name.startswith("adapter"):
+            changed.pop(sorted(changed)[0])
+        save_file(changed, path)
+
+    folder = _replace(run / "final", name, rewrite)
+    with pytest.raises(InputError, match=f"{name}.*{message}"):
+        script.main(["--checkpoint", str(folder), "--no-image"])
+
+
+def test_a_new_run_starts_from_the_weights_of_another(trained, tmp_path):
+    """model.start_from: with learning rates of zero the result is exactly what it started from."""
+    folder = trained.parent / "run" / "final"
+    run_training(
+        trained, f"model.start_from={folder}", f"output_dir={tmp_path / 'second'}", "train.projector_lr=0",
+        "train.lora_lr=0", "train.max_steps=1", "train.eval_steps=null", "train.score_samples=1", "seed=7",
+    )  # fmt: skip
+    for name in ("projector.safetensors", "adapter_model.safetensors"):
+        first, second = load_file(folder / name), load_file(tmp_path / "second" / "final" / name)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("words", ["full", "top:1"])
+def test_trained_parts_of_the_language_model_and_encoder_come_back(trained, tmp_path, words):
+    """full and top:N: what was trained is in the checkpoint, and a run that starts from it has the same weights."""
+    common = [
+        f"train.trainable.language_model={words}", "train.lora_lr=null", "train.eval_steps=null", "train.score_samples=1",
+        f"train.trainable.vision_tower={words}", "train.trainable.embeddings=full", "train.max_steps=1",
+    ]  # fmt: skip
+    rates = ("language_model_lr", "vision_tower_lr", "embeddings_lr", "projector_lr")
+    run_training(trained, *common, *[f"train.{rate}=1e-3" for rate in rates], f"output_dir={tmp_path / 'a'}")
+    first = tmp_path / "a" / "final"
+    run_training(
+        trained,
+        *common,
+        *[f"train.{rate}=0" for rate in rates],
+        f"output_dir={tmp_path / 'b'}",
+        f"model.start_from={first}",
+    )
+    for name in ("language_model.safetensors", "vision_tower.safetensors", "projector.safetensors"):
+        a, b = load_file(first / name), load_file(tmp_path / "b" / "final" / name)
+        assert a and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    assert "model.embed_tokens.weight" in load_file(first / "language_model.safetensors")
+    lm = qwen.load_language_model(str(trained.parent / "lm"))
+    changed = load_file(first / "language_model.safetensors")["model.norm.weight"]
+    assert not torch.equal(changed, lm.model.norm.weight), "training changed what it should"
+    assert load_config(first / "config.yaml").train.trainable.language_model == words

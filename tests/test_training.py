@@ -1,0 +1,217 @@
+"""train.py: exact resume, exact accumulation, what a run leaves behind. `sh tests/run.sh tests/test_training.py`"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from config import InputError
+from tests.toy_project import run_training, write_project
+
+ROOT = Path(__file__).parent.parent
+QUICK = ("train.eval_steps=null", "train.score_samples=1")
+WEIGHTS = ("projector.safetensors", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def whole(project):
+    """A run of six steps with everything on, and its folder."""
+    run_training(project, "train.save_total_limit=null")
+    return project.parent / "run"
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(found: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.endswith(("_per_s", "_mb"))} for row in found]
+
+
+def assert_equal_files(a: Path, b: Path, names) -> None:
+    for name in names:
+        first, second = load_file(a / name), load_file(b / name)
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), name
+
+
+def test_the_run_folder_is_as_promised(whole):
+    logged = rows(whole)
+    steps = [row for row in logged if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    expected = {
+        "step", "epoch", "loss", "grad_norm", "projector_lr", "lora_lr", "targets", "samples_per_s", "tokens_per_s",
+        "peak_memory_mb",
+    }  # fmt: skip
+    assert all(set(row) == expected for row in steps)
+    assert [row["step"] for row in logged if "val_loss" in row] == [3, 6]
+    assert steps[0]["epoch"] == pytest.approx(4 / 9, abs=1e-4)
+    for step, row in enumerate(steps):
+        factor = 0.5 * (1 + math.cos(math.pi * step / 6))
+        assert row["projector_lr"] == pytest.approx(1e-3 * factor) and row["lora_lr"] == pytest.approx(5e-4 * factor)
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in whole.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    scores = json.loads((whole / "final" / "scores.json").read_text())
+    assert scores["n"] == 6 and set(scores["by_type"]["colour"]) == {"n", "accuracy", "blind"}
+    assert not (whole / "final" / "state.safetensors").exists()
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {3, 6} and set(samples[0]) == {
+        "step", "id", "question", "answer", "reference",
+    }  # fmt: skip
+    assert_equal_files(whole / "final", whole / "checkpoint-6", WEIGHTS)
+
+
+def test_six_steps_are_three_and_three_bit_for_bit(project, whole, tmp_path):
+    """Interrupted after step 3: weights, optimizer and metrics end the same, with dropout and within an epoch."""
+    again = tmp_path / "run"
+    again.mkdir()
+    shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")
+    shutil.copy(
+        whole / "metrics.jsonl", again
+    )  # holds steps that were made after the checkpoint and will be made again
+    shutil.copy(whole / "samples.jsonl", again)
+    with open(again / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # a line that the kill cut off
+    run_training(project, f"output_dir={again}", "train.save_total_limit=null")
+    assert_equal_files(whole / "checkpoint-6", again / "checkpoint-6", [*WEIGHTS, "state.safetensors"])
+    assert without_times(rows(again)) == without_times(rows(whole))
+    assert (again / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_the_same_run_twice_is_the_same(project, whole, tmp_path):
+    run_training(project, f"output_dir={tmp_path}", "train.save_total_limit=null", "train.num_workers=2")
+    assert_equal_files(whole / "checkpoint-6", tmp_path / "checkpoint-6", [*WEIGHTS, "state.safetensors"])
+    assert without_times(rows(tmp_path)) == without_times(rows(whole))
+
+
+def test_eight_samples_are_one_step_however_they_are_cut(project, tmp_path):
+    """8 x 1 and 1 x 8: every answer token weighs the same, though the micro-batches hold different numbers of them."""
+    losses, weights = [], []
+    for size, accumulation in ((8, 1), (1, 8), (2, 4)):
+        folder = tmp_path / f"{size}x{accumulation}"
+        run_training(
+            project, f"output_dir={folder}", *QUICK, "lora.dropout=0", "train.max_steps=2", "train.save_steps=null",
+            f"train.per_device_train_batch_size={size}", f"train.gradient_accumulation_steps={accumulation}",
+        )  # fmt: skip
+        losses.append([row["loss"] for row in rows(folder)])
+        weights.append({name: load_file(folder / "final" / name) for name in WEIGHTS})
+    for other_loss, other in zip(losses[1:], weights[1:], strict=True):
+        assert other_loss == pytest.approx(losses[0], rel=1e-6)
+        for name in WEIGHTS:
+            for key, tensor in weights[0][name].items():
+                torch.testing.assert_close(other[name][key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_share_the_batch(project, tmp_path):
+    """torchrun with two processes and the same config: the same samples, losses and weights as one process; dropout too."""
+    common = ["train.max_steps=2", "train.save_steps=2", *QUICK, "train.num_threads=1"]
+    run_training(project, f"output_dir={tmp_path / 'one'}", *common)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, str(ROOT / "train.py"), "--config", str(project), f"output_dir={tmp_path / 'two'}", *common],
+        check=True, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-6)
+    assert [row["targets"] for row in two] == [row["targets"] for row in one]
+    for name in WEIGHTS:
+        a, b = load_file(tmp_path / "one" / "final" / name), load_file(tmp_path / "two" / "final" / name)
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(project, whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    run_training(project)
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_run_of_another_config_is_not_continued(project, whole):
+    with pytest.raises(InputError, match="train.lora_lr: 0.0005 -> 0.002"):
+        run_training(project, "train.lora_lr=2e-3")
+    run_training(project, "train.logging_steps=5", "test.max_new_tokens=7")  # bears on nothing that is learned
+
+
+def test_resume_none_moves_the_old_run_aside(project, tmp_path):
+    short = ["train.max_steps=1", *QUICK, f"output_dir={tmp_path}"]
+    run_training(project, *short)
+    run_training(project, *short, "--resume", "none", "train.lora_lr=1e-3")
+    run_training(project, *short, "--resume", "none")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("previous")) == ["previous-1", "previous-2"]
+    assert (tmp_path / "previous-1" / "final" / "projector.safetensors").exists()
+    assert_equal_files(tmp_path / "final", tmp_path / "previous-1" / "final", WEIGHTS)
+
+
+def test_resume_takes_a_named_checkpoint_and_refuses_one_without_state(project, whole, tmp_path):
+    run_training(
+        project, f"output_dir={tmp_path}", "--resume", str(whole / "checkpoint-3"), "train.save_total_limit=null"
+    )
+    assert_equal_files(whole / "checkpoint-6", tmp_path / "checkpoint-6", [*WEIGHTS, "state.safetensors"])
+    with pytest.raises(InputError, match="no training state"):
+        run_training(project, f"output_dir={tmp_path / 'other'}", "--resume", str(whole / "final"))
+
+
+def test_check_trains_nothing(project, tmp_path, capsys):
+    run_training(project, "--check", f"output_dir={tmp_path / 'run'}")
+    assert "projector" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_bf16_trains_and_its_weights_stay_float32(project, tmp_path):
+    run_training(project, f"output_dir={tmp_path}", "train.precision=bf16", "train.max_steps=2", *QUICK)
+    assert all(row["loss"] < 20 for row in rows(tmp_path))
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "final" / "projector.safetensors").values())
+
+
+def test_fp16_without_a_gpu_is_refused(project, tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="fp16"):
+            run_training(project, f"output_dir={tmp_path}", "train.precision=fp16")
+
+
+def test_the_loss_falls(project, tmp_path):
+    run_training(
+        project, f"output_dir={tmp_path}", *QUICK, "train.max_steps=40", "train.projector_lr=1e-2", "train.lora_lr=1e-2",
+        "train.save_steps=null",
+    )  # fmt: skip
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_records_longer_than_max_length_are_counted_and_listed(project, tmp_path):
+    with pytest.raises(InputError, match="max_refused"):
+        run_training(project, f"output_dir={tmp_path}", "data.max_length=40")
+    # the answers to the Chinese question begin at token 42, those to the English one at 40
+    run_training(
+        project, f"output_dir={tmp_path}", "data.max_length=42", "data.max_refused=0.8", *QUICK, "train.max_steps=1"
+    )
+    listed = [json.loads(line) for line in (tmp_path / "qa.unusable.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in listed] == [f"train:r{i}" for i in (0, 2, 4, 6, 8)]
+    assert all(row["reason"] == "longer_than_max_length" and "42" in row["detail"] for row in listed)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_records():
+    with pytest.raises(InputError, match="step 3.*nan.*a, b"):
+        train.stop_if_not_finite(float("nan"), 3, [{"ids": ["a"]}, {"ids": ["b"]}])
+
+
+def test_the_learning_rate_warms_up_and_ends_at_nothing():
+    factors = [train.learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1.0 and factors[99] < 1e-3
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))

@@ -1,0 +1,472 @@
+"""The training road, top to bottom.
+
+    python train.py --config config.yaml [key=value ...] [--resume auto|none|DIR] [--check]
+
+Prepares the QA file if needed, builds encoder + projector + language model, trains what the config says, saves, and scores
+the held-out questions. `sh train.sh` is this with the environment prepared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked after the tokenizer was used
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from assemble import answerer, build, open_dataset, trainable_words
+from config import (
+    DEFAULT_CONFIG,
+    IGNORE_INDEX,
+    RATE_KEYS,
+    Config,
+    InputError,
+    changed_keys,
+    load_config,
+    run_script,
+    to_yaml,
+)
+from dataprocess.process_image import prepare_from_config
+from dataset.loader import QADataset, make_loader
+from dataset.order import SampleOrder, micro_batches
+from evaluation.runlog import RunLog
+from evaluation.score import Question, questions_of, score, score_table
+from model.answer import Answerer, Request
+from model.build import Built, autocast, resolve_precision, save_processors
+from model.checkpoint import (
+    latest_checkpoint,
+    load_state,
+    prune_checkpoints,
+    save_state,
+    save_trained,
+    verify_folder,
+    write_folder,
+)
+from model.trainable import param_groups, trainable_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the functions below share."""
+
+    config: Config
+    accelerator: Accelerator
+    built: Built
+    train_set: QADataset
+    order: SampleOrder
+    validation_set: QADataset | None
+    validation_kept: np.ndarray  # the records of the validation set that can be used, in a seeded order
+    answerer: Answerer
+    precision: str
+    say: Callable[[str], None]
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.config.train.per_device_train_batch_size * self.config.train.gradient_accumulation_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run: the epochs, rounded up to whole steps, or max_steps if that is less."""
+        by_epochs = math.ceil(self.config.train.num_train_epochs * self.order.epoch_length / self.samples_per_step)
+        limit = self.config.train.max_steps
+        return by_epochs if limit is None else min(limit, by_epochs) if by_epochs else limit
+
+    def epoch(self, step: int) -> float:
+        return step * self.samples_per_step / self.order.epoch_length
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    on_cpu = not torch.accelerator.is_available()  # said aloud, torchrun's processes find each other on CPUs too
+    precision = resolve_precision(config.train.precision, PartialState(cpu=on_cpu).device)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(config.train.report_to) or None,
+        project_dir=str(config.output_dir),
+    )
+    say = functools.partial(accelerator.print, flush=True)
+    with accelerator.main_process_first():
+        prepare_from_config(config)
+    resume_from = find_checkpoint(config, arguments.resume, say)
+    run = open_run(config, accelerator, precision, resume_from, say)
+    say(trainable_table(run.built.model, trainable_words(config), rates(config)))
+    say(
+        f"{len(run.order.kept):,} records, {run.order.epoch_length:,} samples an epoch; {run.total_steps:,} steps of "
+        f"{run.samples_per_step} samples; {precision} on {accelerator.device}; results in {config.output_dir}"
+    )
+    if arguments.check:
+        say("Checked: config, data and model fit together. Nothing was trained.")
+        return 0
+    if is_finished(run, resume_from):
+        return 0
+    start_trackers(run)
+    train(run, resume_from)
+    finish(run)
+    accelerator.end_training()
+    return 0
+
+
+def train(run: Run, resume_from: Path | None) -> None:
+    """The loop. Whatever changes from step to step is a pure function of the step (samples, learning rates, dropout's seed)
+    or is saved with it (weights, optimizer, loss scaler): an interrupted run goes on as if it had not been."""
+    config, accelerator, settings = run.config, run.accelerator, run.config.train
+    groups = param_groups(run.built.model, trainable_words(config), rates(config), settings.weight_decay)
+    base_rates = [group["lr"] for group in groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    model, optimizer = accelerator.prepare(run.built.model, torch.optim.AdamW(groups, lr=0.0))
+    start_step = load_position(run, optimizer, resume_from) if resume_from else 0
+    log = RunLog(
+        config.output_dir,
+        start_step,
+        settings.logging_steps,
+        accelerator.is_main_process,
+        accelerator.num_processes,
+        accelerator.log,
+    )
+    batches = iter(open_loader(run, start_step))
+    micros = (
+        settings.gradient_accumulation_steps // accelerator.num_processes
+    )  # micro-batches of this process in a step
+    model.train()
+    progress = tqdm(total=run.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process)
+    for step in range(start_step, run.total_steps):
+        step_batches = [next(batches) for _ in range(micros)]
+        targets = int(total(accelerator, sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in step_batches)))
+        loss = 0.0
+        for i, batch in enumerate(step_batches):
+            seed_dropout(config.seed, step, micro=i * accelerator.num_processes + accelerator.process_index)
+            with contextlib.nullcontext() if i == micros - 1 else accelerator.no_sync(model):
+                loss_sum = model(**on_device(batch, accelerator.device))
+                # every answer token of the step weighs the same; DDP takes the mean over processes, so undo that
+                accelerator.backward(loss_sum * (accelerator.num_processes / targets))
+            loss += loss_sum.detach().float()
+        factor = learning_rate_factor(step, run.total_steps, settings.warmup_ratio)
+        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = rate * factor
+        grad_norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        loss = total(accelerator, loss) / targets
+        stop_if_not_finite(loss, done, step_batches)
+        rates_now = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        shown = log.step(done, run.epoch(done), loss, grad_norm, rates_now, targets, step_batches)
+        progress.set_postfix(shown, refresh=False)
+        progress.update()
+        is_last = done == run.total_steps
+        if run.validation_set is not None and settings.eval_steps and (is_last or done % settings.eval_steps == 0):
+            log.validation(done, run.epoch(done), *evaluate(run, done))
+        if is_last or (settings.save_steps and done % settings.save_steps == 0):
+            save_checkpoint(run, optimizer, done)
+            log.draw()
+            log.start_interval()  # the time that saving took is not training's
+    progress.close()
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> float:
+    """What every rate is multiplied by at `step` (from 0): linear warmup, then a cosine down to 0. A function of the step
+    alone, so there is no scheduler whose state could be lost."""
+    warmup = round(total_steps * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+def seed_dropout(seed: int, step: int, micro: int) -> None:
+    """Dropout's random numbers belong to the micro-batch, whoever computes it and whenever: nothing to save, and the same on
+    one process or four."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro)).generate_state(1)[0]))
+
+
+def stop_if_not_finite(loss: float, step: int, batches: list[dict]) -> None:
+    if not math.isfinite(loss):
+        names = [name for batch in batches for name in batch["ids"]]
+        raise InputError(
+            f"step {step}: the loss is {loss}, with records {', '.join(names[:8])}. Lower the learning rates, or set "
+            "train.precision to bf16 or fp32; the last checkpoint is from before this step."
+        )
+
+
+def total(accelerator: Accelerator, value: float | torch.Tensor) -> float:
+    """The sum over all processes."""
+    value = torch.as_tensor(value, dtype=torch.float64 if accelerator.device.type != "mps" else None)
+    return accelerator.reduce(value.to(accelerator.device), reduction="sum").item()
+
+
+def on_device(batch: dict, device: torch.device) -> dict:
+    """The tensors that the model takes, on its device."""
+    tensors = {key: value for key, value in batch.items() if key != "ids"}
+    return {k: None if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a vision-language model as a config says.")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
+    parser.add_argument(
+        "--resume", default="auto", help="auto: go on from the newest checkpoint; none: anew; or a folder"
+    )
+    parser.add_argument("--check", action="store_true", help="open and check everything, train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.lora_lr=2e-4")
+    return parser.parse_intermixed_args(argv)
+
+
+def rates(config: Config) -> dict[str, float | None]:
+    return {key: getattr(config.train, key) for key in set(RATE_KEYS.values())}
+
+
+def open_run(config: Config, accelerator: Accelerator, precision: str, resume_from: Path | None, say) -> Run:
+    """Everything opened and checked: model, data, how they fit. Raises InputError."""
+    processes = accelerator.num_processes
+    if config.train.gradient_accumulation_steps % processes:
+        raise InputError(
+            f'"train.gradient_accumulation_steps" is {config.train.gradient_accumulation_steps}, which {processes} '
+            "processes cannot share: a step's micro-batches are divided among them. Make it a multiple of "
+            f"{processes} (and the batch size smaller, to keep their product)."
+        )
+    built = build(config, precision, resume_from)
+    if not config.data.qa_file.exists():
+        raise InputError(
+            f'{config.data.qa_file}: no such QA file; set "data.qa_file", or list "data.sources" to make it.'
+        )
+    train_set, kept, unusable = open_dataset(config, built, config.data.qa_file)
+    write_unusable(config, accelerator, config.data.qa_file, unusable, say)
+    order = SampleOrder(kept, config.seed, source_weights(config, train_set)[kept])
+    validation_set, validation_kept = None, np.empty(0, dtype=np.int64)
+    if config.data.validation_file is not None and config.data.validation_file.exists():
+        validation_set, validation_kept, unusable = open_dataset(config, built, config.data.validation_file)
+        write_unusable(config, accelerator, config.data.validation_file, unusable, say)
+        validation_kept = np.random.default_rng(config.seed).permutation(validation_kept)
+    elif config.data.validation_file is not None:
+        raise InputError(
+            f'{config.data.validation_file}: no such file; set "data.validation_file" to null to do without.'
+        )
+    ask = answerer(config, built, precision, accelerator.device)
+    return Run(
+        config, accelerator, built, train_set, order, validation_set, validation_kept, ask, precision, say
+    )  # fmt: skip
+
+
+def source_weights(config: Config, dataset: QADataset) -> np.ndarray:
+    """The weight of every record: that of its source in the config, 1 for a source that is not listed there."""
+    weights = {source.name: source.weight for source in config.data.sources}
+    return np.array([weights.get(name, 1.0) for name in dataset.qa.sources] or [1.0])[dataset.qa.source_of]
+
+
+def write_unusable(config: Config, accelerator: Accelerator, path: Path, unusable: list, say) -> None:
+    """Records that do not fit the config are not dropped silently: they are counted, and listed in a file of the run."""
+    if not unusable:
+        return
+    listing = config.output_dir / f"{path.stem}.unusable.jsonl"
+    if accelerator.is_main_process:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        rows = [{"record": i, "id": name, "reason": "longer_than_max_length", "detail": d} for i, name, d in unusable]
+        listing.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    say(f"{path.name}: {len(unusable)} records are longer than data.max_length allows and are left out: {listing}")
+
+
+def open_loader(run: Run, start_step: int) -> Iterable[dict]:
+    """This process's micro-batches from `start_step` to the end. It seeks: nothing before `start_step` is read."""
+    settings, accelerator = run.config.train, run.accelerator
+    batches = micro_batches(
+        run.order,
+        range(start_step, run.total_steps),
+        settings.per_device_train_batch_size,
+        settings.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    pin = accelerator.device.type == "cuda"
+    return make_loader(run.train_set, batches, run.built.tokenizer.pad_token_id, settings.num_workers, pin)
+
+
+def start_trackers(run: Run) -> None:
+    if run.config.train.report_to:
+        import yaml
+
+        run.accelerator.init_trackers(run.config.output_dir.name, config=flatten(yaml.safe_load(to_yaml(run.config))))
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested keys as dotted ones with plain values: what trackers take."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def find_checkpoint(config: Config, resume: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: the newest whole one (`auto`), the one named, or none. A run of another config in the
+    same folder is not continued; with `none` it is moved aside, never overwritten."""
+    folder = config.output_dir
+    if resume == "none":
+        if PartialState().is_main_process:
+            move_aside(folder, say)
+        PartialState().wait_for_everyone()
+        return None
+    if resume == "auto":
+        found = latest_checkpoint(folder, say)
+    else:
+        found = Path(resume).resolve()
+        verify_folder(found)
+        if not (found / "state.safetensors").exists():
+            raise InputError(
+                f"{found}: holds a model but no training state, so a run cannot go on from it; name a checkpoint-<step>, "
+                'or start a new run from it with "model.start_from".'
+            )
+    if found is not None:
+        changed = changed_keys(load_config(found / "config.yaml"), config)
+        if changed:
+            raise InputError(
+                f"{found}: belongs to a run of another config ({'; '.join(changed[:4])}). Go on with that config, or give "
+                "another output_dir, or start anew with --resume none (the old run is moved aside, not deleted)."
+            )
+    return found
+
+
+def move_aside(folder: Path, say: Callable[[str], None]) -> None:
+    old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
+    if old:
+        number = 1 + max([int(p.name[9:]) for p in folder.glob("previous-*") if p.name[9:].isdigit()], default=0)
+        aside = folder / f"previous-{number}"
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        say(f"the run that was in {folder} is now in {aside}")
+
+
+def is_finished(run: Run, resume_from: Path | None) -> bool:
+    """Whether the run that would go on has ended already; if so, says how it ended."""
+    final = run.config.output_dir / "final"
+    if resume_from != run.config.output_dir / f"checkpoint-{run.total_steps}" or not final.exists():
+        return False
+    verify_folder(final)
+    run.say(f"This run is finished: {final}. For a new one give another output_dir, or --resume none.")
+    if (final / "scores.json").exists():
+        run.say(score_table(json.loads((final / "scores.json").read_text(encoding="utf-8"))))
+    return True
+
+
+def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Write checkpoint-<step>, then remove the oldest beyond save_total_limit."""
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+
+        def write(folder: Path) -> None:
+            write_model(run, folder)
+            save_state(
+                folder, run.built.model, optimizer.optimizer, {"step": step, "scaler": scaler and scaler.state_dict()}
+            )
+
+        write_folder(run.config.output_dir / f"checkpoint-{step}", write)
+        prune_checkpoints(run.config.output_dir, run.config.train.save_total_limit)
+    run.accelerator.wait_for_everyone()
+
+
+def write_model(run: Run, folder: Path) -> None:
+    """What answering needs: everything trained, the config, tokenizer and image processor."""
+    (folder / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+    save_trained(run.built.model, folder)
+    save_processors(run.built, folder)
+
+
+def load_position(run: Run, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
+    """Fill the optimizer and the loss scaler; return the step to go on at."""
+    state = load_state(checkpoint, run.built.model, optimizer.optimizer)
+    if state["scaler"] is not None and run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.say(f"going on from {checkpoint} at step {state['step']} of {run.total_steps}")
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(run: Run, step: int) -> tuple[float, list[dict]]:
+    """(loss per answer token on held-out records, a few fixed questions with the model's answers)."""
+    accelerator, settings = run.accelerator, run.config.train
+    model = run.built.model.eval()
+    chosen = run.validation_kept[: settings.eval_samples]
+    mine = chosen[accelerator.process_index :: accelerator.num_processes]
+    size = settings.per_device_train_batch_size
+    batches = ([(0, int(i)) for i in mine[start : start + size]] for start in range(0, len(mine), size))
+    loss, targets = 0.0, 0
+    for batch in make_loader(run.validation_set, batches, run.built.tokenizer.pad_token_id, 0, False):
+        with autocast(run.precision, accelerator.device)():
+            loss += model(**on_device(batch, accelerator.device)).float()
+        targets += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    val_loss = total(accelerator, loss) / total(accelerator, targets)
+    model.train()
+
+    questions = questions_of(run.validation_set.qa, run.validation_kept[:4].tolist())[:4]
+    answers = run.answerer.answer([Request(q.turns, q.images) for q in questions])
+    samples = [
+        {"id": q.id, "question": q.text, "answer": answer, "reference": q.reference}
+        for q, answer in zip(questions, answers, strict=True)
+    ]
+    lines = [f"  {s['question']}  ->  {s['answer']}   (reference: {s['reference']})" for s in samples]
+    if accelerator.is_main_process:
+        tqdm.write("\n".join([f"step {step}: held-out loss {val_loss:.4f}", *lines]))
+    return val_loss, samples
+
+
+def finish(run: Run) -> None:
+    """Score the held-out questions, write final/ (the trained model, with its scores), print the table."""
+    scores = None
+    if run.validation_set is not None:
+        chosen = run.validation_kept[: run.config.train.score_samples].tolist()
+        questions = questions_of(run.validation_set.qa, chosen)
+        run.say(f"asking {len(questions)} held-out questions, with their pictures and with swapped ones")
+        scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
+        run.say(score_table(scores))
+    if run.accelerator.is_main_process:
+
+        def write(folder: Path) -> None:
+            write_model(run, folder)
+            if scores is not None:
+                (folder / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+
+        write_folder(run.config.output_dir / "final", write)
+    run.accelerator.wait_for_everyone()
+    run.say(f"done: {run.config.output_dir / 'final'}")
+
+
+def answer_shared(run: Run, questions: list[Question]) -> list[str]:
+    """The answers to `questions`, shared out among the processes, in their order on every process."""
+    mine = range(run.accelerator.process_index, len(questions), run.accelerator.num_processes)
+    requests = [Request(questions[i].turns, questions[i].images) for i in mine]
+    hidden = not run.accelerator.is_main_process
+    answers = run.answerer.answer_all(requests, run.config.test.batch_size, functools.partial(tqdm, disable=hidden))
+    gathered = dict(gather_object([(i, answer.text) for i, answer in zip(mine, answers, strict=True)]))
+    return [gathered[i] for i in range(len(questions))]
+
+
+if __name__ == "__main__":
+    run_script(main)
