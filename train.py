@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked after the tokenizer was used
@@ -26,65 +24,17 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from assemble import answerer, build, open_dataset, trainable_words
-from config import (
-    DEFAULT_CONFIG,
-    IGNORE_INDEX,
-    RATE_KEYS,
-    Config,
-    InputError,
-    changed_keys,
-    load_config,
-    run_script,
-    to_yaml,
-)
+from assemble import Run, open_loader, open_run, rates, trainable_words
+from config import DEFAULT_CONFIG, IGNORE_INDEX, InputError, load_config, run_script, to_yaml
 from dataprocess.process_image import prepare_from_config
-from dataset.loader import QADataset, make_loader
-from dataset.order import SampleOrder, micro_batches
+from dataset.loader import make_loader
 from evaluation.runlog import RunLog
 from evaluation.score import Question, questions_of, score, score_table
-from model.answer import Answerer, Request
-from model.build import Built, autocast, resolve_precision, save_processors
-from model.checkpoint import (
-    latest_checkpoint,
-    load_state,
-    prune_checkpoints,
-    save_state,
-    save_trained,
-    verify_folder,
-    write_folder,
-)
+from model.answer import Request
+from model.build import autocast, resolve_precision
+from model.checkpoint import write_folder
 from model.trainable import param_groups, trainable_table
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the functions below share."""
-
-    config: Config
-    accelerator: Accelerator
-    built: Built
-    train_set: QADataset
-    order: SampleOrder
-    validation_set: QADataset | None
-    validation_kept: np.ndarray  # the records of the validation set that can be used, in a seeded order
-    answerer: Answerer
-    precision: str
-    say: Callable[[str], None]
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.config.train.per_device_train_batch_size * self.config.train.gradient_accumulation_steps
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run: the epochs, rounded up to whole steps, or max_steps if that is less."""
-        by_epochs = math.ceil(self.config.train.num_train_epochs * self.order.epoch_length / self.samples_per_step)
-        limit = self.config.train.max_steps
-        return by_epochs if limit is None else min(limit, by_epochs) if by_epochs else limit
-
-    def epoch(self, step: int) -> float:
-        return step * self.samples_per_step / self.order.epoch_length
+from resume import find_checkpoint, is_finished, load_position, save_checkpoint, write_model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,9 +90,7 @@ def train(run: Run, resume_from: Path | None) -> None:
         accelerator.log,
     )
     batches = iter(open_loader(run, start_step))
-    micros = (
-        settings.gradient_accumulation_steps // accelerator.num_processes
-    )  # micro-batches of this process in a step
+    micros = settings.gradient_accumulation_steps // accelerator.num_processes  # of a step, in this process
     model.train()
     progress = tqdm(total=run.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process)
     for step in range(start_step, run.total_steps):
@@ -156,6 +104,8 @@ def train(run: Run, resume_from: Path | None) -> None:
                 # every answer token of the step weighs the same; DDP takes the mean over processes, so undo that
                 accelerator.backward(loss_sum * (accelerator.num_processes / targets))
             loss += loss_sum.detach().float()
+        loss = total(accelerator, loss) / targets
+        stop_if_not_finite(loss, step + 1, step_batches)
         factor = learning_rate_factor(step, run.total_steps, settings.warmup_ratio)
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * factor
@@ -164,8 +114,6 @@ def train(run: Run, resume_from: Path | None) -> None:
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
-        loss = total(accelerator, loss) / targets
-        stop_if_not_finite(loss, done, step_batches)
         rates_now = {group["name"]: group["lr"] for group in optimizer.param_groups}
         shown = log.step(done, run.epoch(done), loss, grad_norm, rates_now, targets, step_batches)
         progress.set_postfix(shown, refresh=False)
@@ -231,75 +179,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def rates(config: Config) -> dict[str, float | None]:
-    return {key: getattr(config.train, key) for key in set(RATE_KEYS.values())}
-
-
-def open_run(config: Config, accelerator: Accelerator, precision: str, resume_from: Path | None, say) -> Run:
-    """Everything opened and checked: model, data, how they fit. Raises InputError."""
-    processes = accelerator.num_processes
-    if config.train.gradient_accumulation_steps % processes:
-        raise InputError(
-            f'"train.gradient_accumulation_steps" is {config.train.gradient_accumulation_steps}, which {processes} '
-            "processes cannot share: a step's micro-batches are divided among them. Make it a multiple of "
-            f"{processes} (and the batch size smaller, to keep their product)."
-        )
-    built = build(config, precision, resume_from)
-    if not config.data.qa_file.exists():
-        raise InputError(
-            f'{config.data.qa_file}: no such QA file; set "data.qa_file", or list "data.sources" to make it.'
-        )
-    train_set, kept, unusable = open_dataset(config, built, config.data.qa_file)
-    write_unusable(config, accelerator, config.data.qa_file, unusable, say)
-    order = SampleOrder(kept, config.seed, source_weights(config, train_set)[kept])
-    validation_set, validation_kept = None, np.empty(0, dtype=np.int64)
-    if config.data.validation_file is not None and config.data.validation_file.exists():
-        validation_set, validation_kept, unusable = open_dataset(config, built, config.data.validation_file)
-        write_unusable(config, accelerator, config.data.validation_file, unusable, say)
-        validation_kept = np.random.default_rng(config.seed).permutation(validation_kept)
-    elif config.data.validation_file is not None:
-        raise InputError(
-            f'{config.data.validation_file}: no such file; set "data.validation_file" to null to do without.'
-        )
-    ask = answerer(config, built, precision, accelerator.device)
-    return Run(
-        config, accelerator, built, train_set, order, validation_set, validation_kept, ask, precision, say
-    )  # fmt: skip
-
-
-def source_weights(config: Config, dataset: QADataset) -> np.ndarray:
-    """The weight of every record: that of its source in the config, 1 for a source that is not listed there."""
-    weights = {source.name: source.weight for source in config.data.sources}
-    return np.array([weights.get(name, 1.0) for name in dataset.qa.sources] or [1.0])[dataset.qa.source_of]
-
-
-def write_unusable(config: Config, accelerator: Accelerator, path: Path, unusable: list, say) -> None:
-    """Records that do not fit the config are not dropped silently: they are counted, and listed in a file of the run."""
-    if not unusable:
-        return
-    listing = config.output_dir / f"{path.stem}.unusable.jsonl"
-    if accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        rows = [{"record": i, "id": name, "reason": "longer_than_max_length", "detail": d} for i, name, d in unusable]
-        listing.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    say(f"{path.name}: {len(unusable)} records are longer than data.max_length allows and are left out: {listing}")
-
-
-def open_loader(run: Run, start_step: int) -> Iterable[dict]:
-    """This process's micro-batches from `start_step` to the end. It seeks: nothing before `start_step` is read."""
-    settings, accelerator = run.config.train, run.accelerator
-    batches = micro_batches(
-        run.order,
-        range(start_step, run.total_steps),
-        settings.per_device_train_batch_size,
-        settings.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    pin = accelerator.device.type == "cuda"
-    return make_loader(run.train_set, batches, run.built.tokenizer.pad_token_id, settings.num_workers, pin)
-
-
 def start_trackers(run: Run) -> None:
     if run.config.train.report_to:
         import yaml
@@ -313,95 +192,6 @@ def flatten(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
     return flat
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def find_checkpoint(config: Config, resume: str, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: the newest whole one (`auto`), the one named, or none. A run of another config in the
-    same folder is not continued; with `none` it is moved aside, never overwritten."""
-    folder = config.output_dir
-    if resume == "none":
-        if PartialState().is_main_process:
-            move_aside(folder, say)
-        PartialState().wait_for_everyone()
-        return None
-    if resume == "auto":
-        found = latest_checkpoint(folder, say)
-    else:
-        found = Path(resume).resolve()
-        verify_folder(found)
-        if not (found / "state.safetensors").exists():
-            raise InputError(
-                f"{found}: holds a model but no training state, so a run cannot go on from it; name a checkpoint-<step>, "
-                'or start a new run from it with "model.start_from".'
-            )
-    if found is not None:
-        changed = changed_keys(load_config(found / "config.yaml"), config)
-        if changed:
-            raise InputError(
-                f"{found}: belongs to a run of another config ({'; '.join(changed[:4])}). Go on with that config, or give "
-                "another output_dir, or start anew with --resume none (the old run is moved aside, not deleted)."
-            )
-    return found
-
-
-def move_aside(folder: Path, say: Callable[[str], None]) -> None:
-    old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
-    if old:
-        number = 1 + max([int(p.name[9:]) for p in folder.glob("previous-*") if p.name[9:].isdigit()], default=0)
-        aside = folder / f"previous-{number}"
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        say(f"the run that was in {folder} is now in {aside}")
-
-
-def is_finished(run: Run, resume_from: Path | None) -> bool:
-    """Whether the run that would go on has ended already; if so, says how it ended."""
-    final = run.config.output_dir / "final"
-    if resume_from != run.config.output_dir / f"checkpoint-{run.total_steps}" or not final.exists():
-        return False
-    verify_folder(final)
-    run.say(f"This run is finished: {final}. For a new one give another output_dir, or --resume none.")
-    if (final / "scores.json").exists():
-        run.say(score_table(json.loads((final / "scores.json").read_text(encoding="utf-8"))))
-    return True
-
-
-def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write checkpoint-<step>, then remove the oldest beyond save_total_limit."""
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        scaler = run.accelerator.scaler
-
-        def write(folder: Path) -> None:
-            write_model(run, folder)
-            save_state(
-                folder, run.built.model, optimizer.optimizer, {"step": step, "scaler": scaler and scaler.state_dict()}
-            )
-
-        write_folder(run.config.output_dir / f"checkpoint-{step}", write)
-        prune_checkpoints(run.config.output_dir, run.config.train.save_total_limit)
-    run.accelerator.wait_for_everyone()
-
-
-def write_model(run: Run, folder: Path) -> None:
-    """What answering needs: everything trained, the config, tokenizer and image processor."""
-    (folder / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
-    save_trained(run.built.model, folder)
-    save_processors(run.built, folder)
-
-
-def load_position(run: Run, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
-    """Fill the optimizer and the loss scaler; return the step to go on at."""
-    state = load_state(checkpoint, run.built.model, optimizer.optimizer)
-    if state["scaler"] is not None and run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.say(f"going on from {checkpoint} at step {state['step']} of {run.total_steps}")
-    return state["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
