@@ -1,0 +1,1 @@
+"""From raw annotations to the QA file."""

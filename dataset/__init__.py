@@ -1,0 +1,1 @@
+"""From the QA file to batches."""

@@ -1,0 +1,599 @@
+"""From raw annotations to the QA file: nothing lost, nothing mixed up. Run: python -m pytest tests/test_dataprocess.py"""
+
+import json
+import os
+import random
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import InputError, SourceConfig
+from dataprocess import process_image
+from dataprocess.process_image import prepare, summary
+from dataprocess.readers import CAPTION_PROMPTS
+from dataset.record import QAFile
+
+
+class Workshop:
+    """A folder with images and annotations, and the preprocessing run on them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.sources: list[SourceConfig] = []
+
+    def images(self, folder: str, *names: str) -> Path:
+        for name in names:
+            path = self.folder / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(f"{folder}/{name}".encode())  # nothing opens them as pictures; tests read them back
+        return self.folder / folder
+
+    def source(self, name: str, format: str, raw: list | str | bytes, images: Path | None = None, **settings) -> None:
+        path = self.folder / f"{name}.json"
+        if isinstance(raw, list):
+            raw = json.dumps(raw, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        path.write_bytes(raw.encode() if isinstance(raw, str) else raw)
+        self.sources = [one for one in self.sources if one.name != name]
+        self.sources.append(SourceConfig(name, format, path, images, **settings))
+
+    def prepare(self, validation_fraction=0.0, seed=0, max_refused=1.0, validation="held.jsonl") -> dict:
+        return prepare(
+            sources=self.sources,
+            qa_file=self.folder / "out" / "qa.jsonl",
+            validation_file=self.folder / "out" / validation if validation else None,
+            validation_fraction=validation_fraction,
+            seed=seed,
+            max_refused=max_refused,
+        )
+
+    def read(self, name: str = "qa.jsonl") -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "out" / name).read_text("utf-8").splitlines()]
+
+    def refused(self) -> list[dict]:
+        return self.read("qa.refused.jsonl")
+
+    def shown(self, record: dict) -> str:
+        """What lies where the record says its image is."""
+        return (self.folder / "out" / record["image"]).read_text()
+
+
+@pytest.fixture
+def shop(tmp_path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+def llava(image: str | None, *turns: str, id: object = "1", **more) -> dict:
+    """Turns alternate from a question on; without any, one question and one answer that names the image."""
+    turns = turns or ("<image>\nWhat is this?", f"This is {image}.")
+    spoken = [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(turns)]
+    return {"id": id} | ({"image": image} if image else {}) | {"conversations": spoken} | more
+
+
+def chat(image: str | None, *turns: str) -> dict:
+    spoken = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(turns)]
+    return {"conversations": spoken} | ({"image": image} if image else {})
+
+
+def texts(record: dict) -> list[str]:
+    return [turn["content"] for turn in record["conversations"]]
+
+
+# --- the ancestors' faults
+
+
+def test_equal_file_names_in_two_sources_lose_no_record_and_mix_no_answer(shop):
+    names = [f"{k}.jpg" for k in range(20)]
+    for name in ("left", "right"):
+        folder = shop.images(f"pictures/{name}", *names)
+        raw = [llava(image, f"<image>\nWhich {turn}?", f"pictures/{name}/{image}") for image in names for turn in "ab"]
+        shop.source(name, "llava", raw, folder)
+    report = shop.prepare()
+    records = shop.read()
+    assert report["kept"] == len(records) == 80  # two about every picture of either folder
+    for one in records:
+        assert shop.shown(one) == texts(one)[1]
+    assert len({one["id"] for one in records}) == 80
+
+
+def test_every_turn_and_every_caption_is_kept(shop):
+    folder = shop.images("pictures", "a.jpg", "b.jpg")
+    shop.source("talk", "llava", [llava("a.jpg", "<image>\nOne?", "1", "Two?", "2", "Three?", "3")], folder)
+    captions = [f"图中第{k}句" for k in range(5)]
+    shop.source("captions", "ai_challenger", [{"url": "u", "image_id": "b.jpg", "caption": captions}], folder)
+    shop.prepare()
+    talk, *described = shop.read()
+    assert texts(talk) == ["<image>\nOne?", "1", "Two?", "2", "Three?", "3"]
+    assert [texts(one)[1] for one in described] == captions
+    assert [one["id"] for one in described] == [f"captions:b.jpg/{k}" for k in range(1, 6)]
+    prompts = [texts(one)[0] for one in described]
+    assert prompts == [f"<image>\n{CAPTION_PROMPTS[k % 2]}" for k in range(5)]
+
+
+def test_one_caption_an_epoch_keeps_the_others_as_alternatives(shop):
+    folder = shop.images("pictures", "b.jpg")
+    captions = ["一", "二", "", "四", "五"]
+    raw = [{"image_id": "b.jpg", "caption": captions}]
+    shop.source("captions", "ai_challenger", raw, folder, captions="one_per_epoch")
+    report = shop.prepare()
+    assert report["repairs"] == {"empty_captions_left_out": 1}
+    one = QAFile(shop.folder / "out" / "qa.jsonl")[0]
+    assert {one.at_epoch(0, epoch)[1].content for epoch in range(4)} == {"一", "二", "四", "五"}
+
+
+def test_a_row_with_no_image_or_two_stays_in_its_own_record(shop):
+    folder = shop.images("pictures", "a.jpg", "b.jpg", "c.jpg")
+    raw = [
+        llava("a.jpg"),
+        llava(None, "Just text?", "Yes."),
+        llava(None, "<image>\nTwo <image>?", "Both.") | {"image": ["b.jpg", "c.jpg"]},
+        llava("b.jpg"),
+    ]
+    shop.source("rows", "llava", raw, folder)
+    assert shop.prepare()["kept"] == 4
+    images = [one.get("image") for one in shop.read()]
+    assert images == ["../pictures/a.jpg", None, ["../pictures/b.jpg", "../pictures/c.jpg"], "../pictures/b.jpg"]
+
+
+# --- formats and repairs
+
+
+def test_llava_marks_stay_where_they_stood_and_a_missing_one_is_added(shop):
+    folder = shop.images("pictures", "a.jpg")
+    questions = ["<image>\nStart?", "End?\n<image>", "None?"]
+    shop.source("marks", "llava", [llava("a.jpg", question, "Yes.") for question in questions], folder)
+    report = shop.prepare()
+    assert [texts(one)[0] for one in shop.read()] == ["<image>\nStart?", "End?\n<image>", "<image>\nNone?"]
+    assert report["repairs"] == {"image_mark_added": 1}
+
+
+def test_coco_names_of_2014_and_2017_find_each_other(shop):
+    folder = shop.images("coco", "000000000001.jpg", "train2014/COCO_train2014_000000000002.jpg")
+    raw = [llava(name) for name in ("COCO_train2014_000000000001.jpg", "train2014/000000000002.jpg", "a.jpg")]
+    shop.source("coco", "llava", raw, folder)
+    report = shop.prepare()
+    assert [one["image"].split("coco/")[1] for one in shop.read()] == [
+        "000000000001.jpg",
+        "train2014/COCO_train2014_000000000002.jpg",
+    ]
+    assert report["repairs"] == {"coco_2014_prefix_added": 1, "coco_2014_prefix_removed": 1}
+    assert report["by_reason"] == {"missing_image": 1}
+
+
+def test_chat_lines_with_marks_at_the_end_and_joined_images(shop):
+    folder = shop.images("pictures", "0.jpg", "1.jpg", "a, b.jpg")
+    rows = [
+        chat("0.jpg", "描述图片。\n<image>", "好。"),
+        chat("0.jpg", "描述图片。<image>", "好。"),
+        chat("0.jpg, 1.jpg", "<image> <image>?", "Two."),
+        chat("0.jpg, 1.jpg", "<image> <image> <image>?", "Three."),
+        chat("a, b.jpg", "<image>?", "One, with a comma in its name."),
+        {"conversations": [{"role": "system", "content": "Be kind."}, *chat(None, "Hi", "Hello")["conversations"]]},
+    ]
+    shop.source("svlm", "chat", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), folder)
+    report = shop.prepare()
+    kept = shop.read()
+    assert [texts(one)[0] for one in kept[:2]] == ["描述图片。\n<image>", "描述图片。<image>"]
+    assert kept[2]["image"] == ["../pictures/0.jpg", "../pictures/1.jpg"]
+    assert kept[3]["image"] == "../pictures/a, b.jpg"
+    assert kept[4]["conversations"][0] == {"role": "system", "content": "Be kind."}
+    assert [one["id"] for one in kept] == ["svlm:0", "svlm:1", "svlm:2", "svlm:4", "svlm:5"]
+    assert report["repairs"] == {"comma_joined_images_split": 1}
+    (refusal,) = shop.refused()
+    assert (refusal["reason"], refusal["line"]) == ("marks_and_pictures_disagree", 4)
+
+
+def test_ids_are_unique_and_types_are_kept(shop):
+    folder = shop.images("pictures", "a.jpg")
+    ids = ["a", "a", 7, "a#2", "7", None, "a"]
+    raw = [llava("a.jpg", id=name, type="colour") for name in ids]
+    shop.source("x", "llava", raw, folder)
+    shop.source("y", "llava", raw[:1], folder)
+    shop.prepare()
+    records = shop.read()
+    assert [one["id"] for one in records] == ["x:a", "x:a#2", "x:7", "x:a#2#2", "x:7#2", "x:5", "x:a#3", "y:a"]
+    assert {(one["type"], one["source"]) for one in records} == {("colour", "x"), ("colour", "y")}
+
+
+def test_text_is_carried_over_to_the_letter(shop):
+    folder = shop.images("图 片", "猫.jpg")
+    strange = 'tab\t "quoted" \\n back\\slash 🦊 e\u0301 \u2028 <|im_end|> '
+    shop.source("unicode", "llava", [llava("猫.jpg", "<image>\n" + strange, strange)], folder)
+    shop.prepare()
+    one = QAFile(shop.folder / "out" / "qa.jsonl")[0]
+    assert [turn.content for turn in one.conversations] == ["<image>\n" + strange, strange]
+    assert one.images == ("../图 片/猫.jpg",)
+
+
+def test_limit_takes_the_first_records(shop):
+    folder = shop.images("pictures", "a.jpg")
+    shop.source("x", "llava", [llava("a.jpg", id=str(k)) for k in range(9)], folder, limit=4)
+    assert shop.prepare()["read"] == 4
+    assert [one["id"] for one in shop.read()] == ["x:0", "x:1", "x:2", "x:3"]
+
+
+# --- refusals
+
+
+REFUSALS = [
+    ("not an object", "wrong_type"),
+    ({"image": "a.jpg"}, "wrong_type"),
+    ({"id": True} | chat(None, "Hi", "Hello"), "wrong_type"),
+    (llava("a.jpg", "<image>\nWhat?", ""), "empty_answer"),
+    (llava("a.jpg", "<image>\nWhat?"), "no_answer"),
+    (llava("a.jpg", "<image>\nWhat?", "See <image>."), "mark_outside_question"),
+    (llava("a.jpg", "<image>\n<image>\nWhat?", "This."), "marks_and_pictures_disagree"),
+    (llava(None, "<image>\nWhat?", "This."), "marks_and_pictures_disagree"),
+    ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": "This."}]}, "assistant_first"),
+    ({"image": "a.jpg", "conversations": [{"from": ["human"], "value": "<image>"}]}, "unknown_role"),
+    (llava("a.jpg", "<image>\nWhat?", "half \ud83d"), "bad_unicode"),
+    (llava("a.jpg", id="half \ud83d"), "bad_unicode"),
+    (llava("b.jpg"), "missing_image"),
+    (llava("nul\0.jpg"), "missing_image"),
+    (llava("nul\0/a.jpg"), "missing_image"),
+    (llava("folder"), "missing_image"),
+    (llava("loop.jpg"), "missing_image"),
+    (llava("../secret.jpg"), "path_outside_folder"),
+    (llava("folder/../../secret.jpg"), "path_outside_folder"),
+    (llava("folder/../a.jpg"), "path_outside_folder"),
+    (llava("/etc/hostname"), "path_outside_folder"),
+    (llava("C:\\secret.jpg"), "path_outside_folder"),
+    (llava("link.jpg"), "path_outside_folder"),
+    (llava("link/secret.jpg"), "path_outside_folder"),
+    (llava(None, "<image>", "This.") | {"image": [3]}, "wrong_type"),
+]
+
+
+@pytest.fixture
+def pictures(shop) -> Path:
+    """a.jpg, and several ways out of the folder."""
+    shop.images(".", "secret.jpg")
+    folder = shop.images("pictures", "a.jpg", "folder/c.jpg")
+    (folder / "link.jpg").symlink_to(shop.folder / "secret.jpg")
+    (folder / "link").symlink_to(shop.folder)
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "inside.jpg").symlink_to("a.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(("raw", "reason"), REFUSALS)
+def test_a_refused_record_is_counted_named_and_placed(shop, pictures, raw, reason):
+    good = llava("inside.jpg", id="good")
+    shop.source("x", "llava", [good, raw, good], pictures)
+    report = shop.prepare()
+    assert (report["read"], report["kept"], report["refused"]) == (3, 2, 1)
+    assert report["by_source"] == {"x": {"read": 3, "kept": 2, "refused": 1}}
+    assert report["by_reason"] == {reason: 1}
+    (refusal,) = shop.refused()
+    assert refusal["source"] == "x" and refusal["file"].endswith("x.json")
+    assert (refusal["index"], refusal["reason"]) == (1, reason)
+    assert refusal["detail"]
+    assert [one["id"] for one in shop.read()] == ["x:good", "x:good#2"]
+
+
+def test_captions_of_another_shape_are_refused(shop, pictures):
+    raw = [{"image_id": "a.jpg", "caption": caption} for caption in (["好"], "好", [3], [], [" "])]
+    shop.source("captions", "ai_challenger", raw + [{"caption": ["好"]}], pictures)
+    report = shop.prepare()
+    assert (report["kept"], report["by_reason"]) == (1, {"wrong_type": 3, "empty_answer": 2})
+    assert shop.refused()[0]["id"] == "a.jpg"
+
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from(["", "a.jpg", "<image>", "human", "gpt", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["id", "image", "conversations", "from", "value", "role", "content", "caption", "image_id"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+sound = st.sampled_from(
+    [llava("a.jpg"), chat("a.jpg", "<image>?", "Yes."), {"image_id": "a.jpg", "caption": ["好", "美"]}]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(raw=st.lists(junk | sound, min_size=1, max_size=12), format=st.sampled_from(["llava", "chat", "ai_challenger"]))
+def test_no_record_is_ever_lost(tmp_path_factory, raw, format):
+    shop = Workshop(tmp_path_factory.mktemp("shop"))
+    folder = shop.images("pictures", "a.jpg")
+    shop.source("good", "llava", [llava("a.jpg")], folder)
+    shop.source("x", format, raw, folder, captions="one_per_epoch" if format == "ai_challenger" else "all")
+    report = shop.prepare()
+    assert report["read"] == len(raw) + 1 == report["kept"] + report["refused"]
+    assert report["kept"] == len(shop.read()) == len(QAFile(shop.folder / "out" / "qa.jsonl"))
+    assert report["refused"] == len(shop.refused()) == sum(report["by_reason"].values())
+    assert {one["index"] for one in shop.refused()} <= set(range(len(raw)))
+
+
+def test_broken_lines_are_refused_and_a_broken_list_stops(shop, pictures):
+    good = json.dumps(llava("a.jpg")).encode()
+    shop.source("x", "llava", b"\n".join([good, good[:-4], b"\xff" + good, good]), pictures)
+    report = shop.prepare()
+    assert (report["kept"], report["by_reason"]) == (2, {"not_json": 2})
+    assert [one["line"] for one in shop.refused()] == [2, 3]
+    shop.source("x", "llava", b"[" + good + b"," + good[:-4], pictures)
+    with pytest.raises(InputError, match=r"x\.json: .* after 1 values"):
+        shop.prepare()
+
+
+def test_too_many_refusals_leave_the_report_and_no_qa_file(shop, pictures):
+    raw = [llava("a.jpg")] * 8 + [llava("b.jpg"), llava("a.jpg", "<image>\nWhat?", "")]
+    shop.source("x", "llava", raw, pictures)
+    with pytest.raises(InputError, match=r"2 of 10 raw records were refused \(empty_answer 1, missing_image 1\)"):
+        shop.prepare(max_refused=0.1)
+    assert sorted(os.listdir(shop.folder / "out")) == ["qa.refused.jsonl", "qa.report.json"]
+    assert json.loads((shop.folder / "out" / "qa.report.json").read_text())["refused"] == 2
+    with pytest.raises(InputError):  # the report of a refused run is not mistaken for a finished one
+        shop.prepare(max_refused=0.1)
+    assert shop.prepare(max_refused=0.2)["kept"] == 8
+    with pytest.raises(InputError, match="2 of 10"):  # nor is a finished one, once less is tolerated
+        shop.prepare(max_refused=0.1)
+
+
+def test_the_report_of_a_refused_run_does_not_vouch_for_an_older_qa_file(shop, pictures):
+    for answer in ("old", "new"):
+        raw = [llava("a.jpg", "<image>\nWhich?", answer), llava("b.jpg")]
+        shop.source("x", "llava", raw, pictures)
+        if answer == "new":
+            with pytest.raises(InputError):
+                shop.prepare(max_refused=0.0)
+        shop.prepare(max_refused=0.5)
+        assert texts(shop.read()[0])[1] == answer  # both QA files have the same size
+
+
+def test_what_cannot_be_used_is_said_by_name(shop, pictures):
+    shop.source("x", "lava", [llava("a.jpg")], pictures)
+    with pytest.raises(InputError, match='source "x": format: "lava" is unknown; did you mean "llava"'):
+        shop.prepare()
+    shop.source("x", "llava", [], pictures)
+    with pytest.raises(InputError, match="holds no record"):
+        shop.prepare()
+    shop.source("x", "llava", [llava("a.jpg")], shop.folder / "none")
+    with pytest.raises(InputError, match="none is not a folder"):
+        shop.prepare()
+    shop.source("x", "llava", [llava("a.jpg")], pictures)
+    os.remove(shop.sources[0].annotations)
+    with pytest.raises(InputError, match="download them first"):
+        shop.prepare()
+    shop.source("x", "llava", [llava("a.jpg")], pictures, split="validation")
+    with pytest.raises(InputError, match="none of 1 raw records is left to train on"):
+        shop.prepare()
+    shop.source("a:b", "llava", [llava("a.jpg")], pictures)
+    with pytest.raises(InputError, match="name holds no"):
+        shop.prepare()
+
+
+def test_annotations_are_never_overwritten(shop, pictures):
+    shop.source("x", "llava", [llava("a.jpg")], pictures)
+    before = shop.sources[0].annotations.read_bytes()
+    with pytest.raises(InputError, match="would be overwritten"):
+        shop.prepare(validation="../x.json")
+    assert shop.sources[0].annotations.read_bytes() == before
+
+
+# --- the split
+
+
+def images_of(records: list[dict]) -> set[str]:
+    paths = [one.get("image") or [] for one in records]
+    return {os.path.realpath(path) for some in paths for path in ([some] if isinstance(some, str) else some)}
+
+
+def split_shop(shop: Workshop, order=lambda raw: raw) -> None:
+    names = [f"{k}.jpg" for k in range(400)]
+    folder = shop.images("out/pictures/inner", *names)
+    (shop.folder / "out" / "alias").symlink_to(folder)
+    shop.source("one", "llava", order([llava(name, id=f"{name}-{k}") for name in names for k in "ab"]), folder)
+    shop.source("two", "llava", order([llava(f"inner/{name}") for name in names]), folder.parent)
+    shop.source("three", "llava", order([llava(name) for name in names]), shop.folder / "out" / "alias")
+
+
+def test_an_image_is_held_out_with_everything_said_about_it_in_any_source(shop, monkeypatch):
+    split_shop(shop)
+    report = shop.prepare(validation_fraction=0.25)
+    monkeypatch.chdir(shop.folder / "out")
+    train, held = shop.read(), shop.read("held.jsonl")
+    assert len(train) + len(held) == 1600 == report["train"]["records"] + report["validation"]["records"]
+    assert not images_of(train) & images_of(held)
+    assert len(held) == 4 * len(images_of(held))
+    assert 60 < len(images_of(held)) < 140  # 100 are expected, with a standard deviation of 9
+
+
+def test_the_split_depends_on_seed_and_image_not_on_order_or_place(shop, tmp_path):
+    def held(folder: Path, order=lambda raw: raw, **settings) -> set[str]:
+        one = Workshop(folder)
+        split_shop(one, order)
+        one.prepare(validation_fraction=0.25, **settings)
+        return {record["image"].split("/")[-1] for record in one.read("held.jsonl")}
+
+    reference = held(tmp_path / "a")
+    shuffled = held(tmp_path / "elsewhere" / "b", lambda raw: random.Random(0).sample(raw, len(raw)))
+    assert shuffled == reference
+    assert held(tmp_path / "c", seed=1) != reference
+
+
+def test_an_image_of_a_validation_source_is_not_trained_on(shop):
+    folder = shop.images("pictures", "a.jpg", "b.jpg", "c.jpg")
+    shop.source("learn", "llava", [llava("a.jpg"), llava("b.jpg")], folder, split="train")
+    shop.source("divide", "llava", [llava("b.jpg"), llava("c.jpg"), llava(None, "Hi", "Hello")], folder)
+    shop.source("exam", "llava", [llava("b.jpg")], folder, split="validation")
+    report = shop.prepare()
+    assert [one["id"] for one in shop.read()] == ["divide:1#2", "divide:1#3", "learn:1"]
+    assert [one["id"] for one in shop.read("held.jsonl")] == ["exam:1", "divide:1"]
+    assert report["by_reason"] == {"image_held_out": 1}
+    assert list(report["by_source"]) == ["learn", "divide", "exam"]
+
+
+def test_several_images_go_to_one_side_together(shop):
+    names = [f"{k}.jpg" for k in range(30)]
+    folder = shop.images("pictures", *names)
+    pairs = [
+        llava(None, "<image><image>?", "Two.") | {"image": [a, b]} for a, b in zip(names[::2], names[1::2], strict=True)
+    ]
+    shop.source("pairs", "llava", pairs, folder)
+    report = shop.prepare(validation_fraction=0.5)
+    assert not {p for one in shop.read() for p in one["image"]} & {
+        p for one in shop.read("held.jsonl") for p in one["image"]
+    }
+    assert report["by_reason"].keys() == {"images_on_both_sides"}
+
+
+def test_text_alone_is_divided_by_record(shop):
+    shop.source("text", "llava", [llava(None, "Hi", "Hello", id=k) for k in range(200)])
+    shop.prepare(validation_fraction=0.5)
+    assert 60 < len(shop.read("held.jsonl")) < 140
+
+
+def test_without_a_validation_file_nothing_is_held_out(shop, pictures):
+    shop.source("text", "llava", [llava(None, "Hi", "Hello", id=k) for k in range(50)])
+    report = shop.prepare(validation_fraction=0.5, validation=None)
+    assert report["train"]["records"] == 50 and "validation" not in report
+
+
+# --- the same again
+
+
+def outputs(shop: Workshop) -> dict[str, bytes]:
+    return {name: (shop.folder / "out" / name).read_bytes() for name in os.listdir(shop.folder / "out")}
+
+
+def mixed_shop(shop: Workshop, order=lambda items: items) -> None:
+    folder = shop.images("pictures", *(f"{k}.jpg" for k in range(30)))
+
+    def reorder(value):
+        if isinstance(value, dict):
+            return {key: reorder(inner) for key, inner in order(list(value.items()))}
+        return [reorder(inner) for inner in value] if isinstance(value, list) else value
+
+    raw = [llava(f"{k}.jpg", id=k % 7, type="x") for k in range(33)]
+    shop.source("one", "llava", reorder(raw), folder)
+    shop.source("two", "ai_challenger", reorder([{"image_id": "3.jpg", "caption": ["好", "美"]}]), folder)
+
+
+def test_the_same_input_gives_the_same_bytes_whatever_the_order_of_keys(shop):
+    mixed_shop(shop)
+    shop.prepare(validation_fraction=0.3)
+    first = outputs(shop)
+    for name in first:
+        os.remove(shop.folder / "out" / name)
+    mixed_shop(shop, order=lambda items: items[::-1])
+    shop.prepare(validation_fraction=0.3)
+    second = outputs(shop)
+    assert first.keys() == second.keys() == {"qa.jsonl", "held.jsonl", "qa.report.json", "qa.refused.jsonl"}
+    for name in ("qa.jsonl", "held.jsonl", "qa.refused.jsonl"):
+        assert first[name] == second[name]
+    assert len(first["qa.refused.jsonl"].splitlines()) == 3
+
+
+def test_a_second_run_does_nothing_until_something_changes(shop, monkeypatch):
+    mixed_shop(shop)
+    first = shop.prepare(validation_fraction=0.3)
+    out = shop.folder / "out"
+
+    def ran(**settings) -> bool:
+        before = (out / "qa.jsonl").stat()
+        report = shop.prepare(**{"validation_fraction": 0.3} | settings)
+        assert json.loads((out / "qa.report.json").read_text("utf-8")) == report
+        return (out / "qa.jsonl").stat().st_ino != before.st_ino
+
+    assert shop.prepare(validation_fraction=0.3) == first
+    assert not ran()
+    assert ran(seed=1)
+    assert ran()
+    assert ran(validation_fraction=0.2)
+    assert ran()
+    (out / "qa.jsonl").write_bytes(b"")  # somebody cut the output
+    assert ran()
+    (out / "held.jsonl").unlink()
+    assert ran()
+    shop.images("pictures", "30.jpg")  # an image that was missing has arrived
+    assert ran()
+    assert len(shop.refused()) == 2
+    with open(shop.sources[0].annotations, "a") as file:
+        file.write(" ")
+    assert ran()
+    assert not ran()
+    with monkeypatch.context() as patch:
+        patch.setattr(process_image, "FORMAT_VERSION", -1)
+        assert ran()
+        assert not ran()
+    shop.sources[0] = SourceConfig("one", "llava", shop.sources[0].annotations, shop.sources[0].images, limit=5)
+    assert ran()
+
+
+def test_an_interrupted_run_leaves_what_was_there(shop, monkeypatch):
+    mixed_shop(shop)
+    shop.prepare()
+    before = outputs(shop)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process_image, "to_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        shop.prepare(seed=1)
+    assert outputs(shop) == before
+
+
+# --- for a person
+
+
+def test_the_summary_adds_up(shop):
+    mixed_shop(shop)
+    lines = summary(shop.prepare(validation_fraction=0.3)).splitlines()
+    assert lines[0].split() == ["source", "read", "kept", "refused"]
+    assert [line.split() for line in lines[1:4]] == [
+        ["one", "33", "30", "3"],
+        ["two", "1", "1", "0"],
+        ["all", "34", "31", "3"],
+    ]
+    assert "refused: missing_image 3" in lines
+    assert sum(int(line.split()[1]) for line in lines[-2:]) == 32
+
+
+CONFIG = """
+output_dir: run
+model: {vision_tower: ./tower, language_model: ./lm}
+train: {projector_lr: 1e-3, lora_lr: 1e-4}
+data:
+  qa_file: out/qa.jsonl
+  validation_file: out/held.jsonl
+  demo_folder: demo
+  sources: [{name: x, format: llava, annotations: demo/raw.json, images: demo}]
+"""
+
+
+def test_the_command_draws_the_demo_prepares_it_and_exits_with_2_on_bad_input(shop, monkeypatch, capsys):
+    (shop.folder / "config.yaml").write_text(CONFIG)
+
+    def make_demo(folder: Path) -> None:
+        shop.images("demo", "a.jpg")
+        (Path(folder) / "raw.json").write_text(json.dumps([llava("a.jpg")]))
+
+    demo = types.ModuleType("dataprocess.make_demo")
+    demo.is_complete, demo.make_demo = lambda folder: (Path(folder) / "raw.json").exists(), make_demo
+    monkeypatch.setitem(sys.modules, "dataprocess.make_demo", demo)
+    command = ["process_image", "--config", str(shop.folder / "config.yaml"), "data.validation_fraction=0"]
+    monkeypatch.setattr(sys, "argv", command)
+    process_image.main()
+    assert [one["image"] for one in shop.read()] == ["../demo/a.jpg"]
+    assert f"train: 1 records in {shop.folder / 'out' / 'qa.jsonl'}" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", [*command, "data.sources.0.format=lava"])
+    with pytest.raises(SystemExit) as stop:
+        process_image.run_script(process_image.main)
+    assert stop.value.code == 2
+    assert "lava" in capsys.readouterr().err
