@@ -1,0 +1,28 @@
+"""The language models of the Qwen family, taking image features. Importing it registers the type `qwen` (version 1).
+
+After `import qwen`, `AutoModelForCausalLM.from_pretrained(<Qwen v1 folder>)` needs no remote code.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+from qwen.configuration import WEIGHTS, QWenConfig
+from qwen.lora import lora_target_modules
+from qwen.modeling import LANGUAGE_MODELS, QWenLMHeadModel, QWenModel, attach_tokenizer, load_language_model
+from qwen.tokenizer import encode_text, image_token, image_token_id, load_tokenizer
+
+register_checkpoint_conversion_mapping(QWenConfig.model_type, WEIGHTS, overwrite=True)
+AutoConfig.register(QWenConfig.model_type, QWenConfig, exist_ok=True)
+AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
+AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
+
+__all__ = [
+    "LANGUAGE_MODELS",
+    "attach_tokenizer",
+    "encode_text",
+    "image_token",
+    "image_token_id",
+    "load_language_model",
+    "load_tokenizer",
+    "lora_target_modules",
+]

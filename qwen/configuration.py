@@ -1,0 +1,105 @@
+"""Qwen v1 (Qwen-7B-Chat, Qwen-1.8B-Chat, ...) described in the words of transformers' Qwen2.
+
+Version 1 is the Qwen2 network under other names. This file holds the two translations, of `config.json` and of the
+weights' names; transformers applies them while it loads and undoes them while it saves. It knows no network code.
+Source of the names: configuration_qwen.py and modeling_qwen.py, which Qwen published beside the v1 weights.
+"""
+
+from __future__ import annotations
+
+from transformers import Qwen2Config
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+
+from config import InputError
+
+# What the Qwen2 network does in one way only. v1's own defaults are these values, so an absent key is fine.
+REQUIRED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
+
+# v1 name -> Qwen2 name, same value. v1's `max_position_embeddings` is not the trained length; `seq_length` is.
+RENAMED = {"layer_norm_epsilon": "rms_norm_eps", "seq_length": "max_position_embeddings"}
+
+# Written in v1's own words instead, or not at all: v1 knows one value only.
+QWEN2_ONLY = {"rms_norm_eps", "rope_parameters", "attention_dropout", "num_key_value_heads", "hidden_act"}
+QWEN2_ONLY |= {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}
+
+# v1 computes c_proj(w1(x) * silu(w2(x))): w2 is the gate. Fused q, k, v lie one after the other, heads in order.
+WEIGHTS = [
+    WeightRenaming("transformer.wte", "model.embed_tokens"),
+    WeightRenaming("transformer.h", "model.layers"),
+    WeightRenaming("transformer.ln_f", "model.norm"),
+    WeightRenaming(".ln_1.", ".input_layernorm."),
+    WeightRenaming(".ln_2.", ".post_attention_layernorm."),
+    WeightRenaming(".attn.c_proj.", ".self_attn.o_proj."),
+    WeightRenaming(".mlp.w1.", ".mlp.up_proj."),
+    WeightRenaming(".mlp.w2.", ".mlp.gate_proj."),
+    WeightRenaming(".mlp.c_proj.", ".mlp.down_proj."),
+    *(
+        WeightConverter(f".attn.c_attn.{kind}", [f".self_attn.{x}_proj.{kind}" for x in "qkv"], [Chunk(dim=0)])
+        for kind in ("weight", "bias")
+    ),
+]
+
+
+class QWenConfig(Qwen2Config):
+    """A Qwen v1 `config.json` as a Qwen2 configuration; it is written back to disk under v1's names.
+
+    `max_position_embeddings` is v1's `seq_length`. Keys that the Qwen2 network has no use for (`use_logn_attn`, ...)
+    stay attributes, so that saving loses nothing.
+    """
+
+    model_type = "qwen"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Accepts v1's names (a released or saved folder) and Qwen2's (`to_dict()`). InputError: see `translate`."""
+        if "rms_norm_eps" not in config_dict:
+            config_dict = translate(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_diff_dict(self) -> dict:
+        """What `config.json` will hold: a v1 configuration, which the original code reads too."""
+        written = super().to_diff_dict()
+        for name in QWEN2_ONLY:
+            written.pop(name, None)
+        written |= REQUIRED | {old: getattr(self, new) for old, new in RENAMED.items()}
+        return written | {
+            "intermediate_size": 2 * self.intermediate_size,
+            "kv_channels": self.hidden_size // self.num_attention_heads,
+            "rotary_emb_base": self.rope_parameters["rope_theta"],
+            "attn_dropout_prob": self.attention_dropout,
+        }
+
+
+def translate(v1: dict) -> dict:
+    """A v1 `config.json` -> keyword arguments of Qwen2Config; other keys are passed on unchanged.
+
+    Raises InputError, naming the key, where the checkpoint is not the Qwen2 network: a missing size, biases in every
+    linear layer, partial rotary embeddings, heads that do not add up to the hidden size, GPTQ weights.
+    """
+    needed = (*RENAMED, "hidden_size", "num_attention_heads", "intermediate_size", "kv_channels", "rotary_emb_base")
+    missing = [name for name in needed if name not in v1]
+    if missing:
+        raise InputError(
+            f"Qwen v1 config.json: {', '.join(missing)} missing; download the model's config.json again, "
+            "the first releases had other names."
+        )
+    for name, expected in REQUIRED.items():
+        if v1.get(name, expected) != expected:
+            raise InputError(f"Qwen v1 config.json: {name} is {v1[name]}; only {expected} is supported.")
+    if v1["kv_channels"] * v1["num_attention_heads"] != v1["hidden_size"]:
+        raise InputError(
+            f"Qwen v1 config.json: kv_channels {v1['kv_channels']} x num_attention_heads {v1['num_attention_heads']} "
+            f"is not hidden_size {v1['hidden_size']}; only equal sizes are supported."
+        )
+    if "quantization_config" in v1:
+        raise InputError("Qwen v1 config.json: quantization_config found; use the folder of the unquantized model.")
+
+    consumed = {*RENAMED, "kv_channels", "rotary_emb_base", "attn_dropout_prob", "auto_map"}
+    config = {name: value for name, value in v1.items() if name not in consumed}
+    config |= {new: v1[old] for old, new in RENAMED.items()}
+    return config | {
+        "intermediate_size": v1["intermediate_size"] // 2,  # v1 counts the gate and the value together
+        "num_key_value_heads": v1["num_attention_heads"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": v1["rotary_emb_base"]},
+        "attention_dropout": v1.get("attn_dropout_prob", 0.0),
+    }

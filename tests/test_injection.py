@@ -1,0 +1,332 @@
+"""A language model with image features equals transformers' LLaVA with the same weights, and generates as it should.
+
+Shapes: M images, N features each, D hidden size; B rows, L tokens.   pytest tests/test_injection.py
+"""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+import qwen
+from tests.toy_language import HIDDEN, WRITERS
+
+N = 4  # features an image: 8x8 pixels, patches of 4
+TEXT = (0, 400)  # ids of ordinary text in every toy vocabulary
+VISION = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4, "image_size": 8}
+TOWERS = {  # class, configuration, what LLaVA calls dropping the first token or not
+    "clip": (CLIPVisionModel, CLIPVisionConfig(intermediate_size=32, **VISION), "default"),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(intermediate_size=32, **VISION), "full"),
+    "dinov2": (Dinov2Model, Dinov2Config(mlp_ratio=2, **VISION), "default"),
+}
+LAYOUTS = [(1, 1, 1), (2, 2, 2), (2, 0, 1), (0, 1, 3)]  # images a row
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """family -> a fresh model that knows its tokenizer."""
+    folders = {family: write(tmp_path_factory.mktemp(family)) for family, write in WRITERS.items()}
+
+    def load(family):
+        model = qwen.load_language_model(folders[family])
+        qwen.attach_tokenizer(model, qwen.load_tokenizer(folders[family]))
+        model.generation_config.eos_token_id = None  # these models are random: let them run to the end
+        return model
+
+    return load
+
+
+@pytest.fixture(params=WRITERS)
+def model(request, load):
+    return load(request.param)
+
+
+def make_batch(model, images_per_row, side="right", length=None, seed=0):
+    """Random prompts with `images_per_row` images -> input_ids, attention_mask [B, L] and image_features [M, N, D].
+
+    Rows differ in length and are padded on `side`, unless `length` fixes the length of all. The images stand near the
+    end, where these small random models still see them when they answer.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    image = [model.config.image_token_id] * N
+
+    def text(count):
+        return torch.randint(*TEXT, (count,), generator=rng).tolist()
+
+    rows = []
+    for number, images in enumerate(images_per_row):
+        row = [token for _ in range(images) for token in image + text(1)]
+        rows.append(text(length - len(row) if length else 3 + 2 * number) + row)
+    longest = max(map(len, rows))
+    pads = [[model.generation_config.pad_token_id] * (longest - len(row)) for row in rows]
+    real = [([1] * len(row), [0] * len(pad)) for row, pad in zip(rows, pads, strict=True)]
+    if side == "right":
+        ids, mask = [row + pad for row, pad in zip(rows, pads, strict=True)], [ones + zeros for ones, zeros in real]
+    else:
+        ids, mask = [pad + row for row, pad in zip(rows, pads, strict=True)], [zeros + ones for ones, zeros in real]
+    # What an image's features have in common adds up, so that the answer depends on every image.
+    features = torch.randn(sum(images_per_row), 1, HIDDEN, generator=rng)
+    features = features + 0.3 * torch.randn(sum(images_per_row), N, HIDDEN, generator=rng)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "image_features": features}
+
+
+# Against LLaVA.
+
+
+def as_llava(model, tower, projector, strategy):
+    """LlavaForConditionalGeneration with the weights of ours, under its own names."""
+    text = model.config.to_dict()
+    if text.pop("model_type") == "qwen":  # as plain Qwen2: LLaVA knows no v1
+        text = Qwen2Config(**text)
+    else:
+        text = type(model.config)(**text)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=model.config.image_token_id,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
+    )
+    llava = LlavaForConditionalGeneration(config).eval()
+    weights = {
+        f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: tensor
+        for name, tensor in model.state_dict().items()
+    }
+    weights |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    weights["model.multi_modal_projector.linear_1.weight"] = projector[0].weight
+    weights["model.multi_modal_projector.linear_1.bias"] = projector[0].bias
+    weights["model.multi_modal_projector.linear_2.weight"] = projector[2].weight
+    weights["model.multi_modal_projector.linear_2.bias"] = projector[2].bias
+    llava.load_state_dict(weights)  # strict
+    return llava
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower_name", TOWERS)
+def test_logits_are_llavas(model, tower_name):
+    torch.manual_seed(0)
+    tower_class, config, strategy = TOWERS[tower_name]
+    tower = tower_class(config).eval()
+    projector = torch.nn.Sequential(torch.nn.Linear(16, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN))
+    llava = as_llava(model, tower, projector, strategy)
+    for images_per_row in LAYOUTS:
+        pixel_values = torch.randn(sum(images_per_row), 3, 8, 8)
+        patches = tower(pixel_values, output_hidden_states=True).hidden_states[-2]
+        features = projector(patches if strategy == "full" else patches[:, 1:])
+        for side in ("right", "left"):
+            batch = make_batch(model, images_per_row, side) | {"image_features": features}
+            ours = model(**batch).logits
+            del batch["image_features"]
+            assert torch.equal(ours, llava(**batch, pixel_values=pixel_values).logits)
+
+
+# What the features do, and do not do.
+
+
+@torch.no_grad()
+def test_another_image_gives_other_logits_from_its_place_on(model):
+    batch = make_batch(model, [1, 1])
+    logits = model(**batch).logits
+    other = batch["image_features"].clone()
+    other[0] += torch.randn(N, HIDDEN)
+    changed = model(**batch | {"image_features": other}).logits
+    start = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[0]
+    assert torch.equal(changed[0, :start], logits[0, :start])
+    assert (changed[0, start:] != logits[0, start:]).any(dim=-1).all()
+    assert torch.equal(changed[1], logits[1])
+
+    swapped = model(**batch | {"image_features": batch["image_features"].flip(0)}).logits
+    assert not torch.allclose(swapped[0, start:], logits[0, start:])
+
+
+@torch.no_grad()
+def test_later_text_and_images_never_change_earlier_logits(model):
+    batch = make_batch(model, [2], length=24)
+    logits = model(**batch).logits
+    second_image = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[N]
+    ids = batch["input_ids"].clone()
+    ids[0, -1] = (ids[0, -1] + 1) % TEXT[1]
+    assert torch.equal(model(**batch | {"input_ids": ids}).logits[:, :-1], logits[:, :-1])
+    features = batch["image_features"].clone()
+    features[1] = 0
+    changed = model(**batch | {"image_features": features}).logits
+    assert torch.equal(changed[:, :second_image], logits[:, :second_image])
+
+
+@torch.no_grad()
+def test_text_alone_needs_no_features(model):
+    batch = make_batch(model, [0, 0])
+    nothing = batch.pop("image_features")
+    assert nothing.shape == (0, N, HIDDEN)
+    plain = super(qwen.injection.ImageInjection, model.model).forward(**batch)[0]
+    assert torch.equal(model(**batch).logits, model.lm_head(plain))
+    assert torch.equal(model(**batch, image_features=nothing).logits, model.lm_head(plain))
+
+
+def test_a_new_image_token_without_an_embedding(model):
+    batch = make_batch(model, [1, 2], "left")
+    logits = model(**batch).logits
+    beyond = model.config.vocab_size + 7
+    ids = torch.where(batch["input_ids"] == model.config.image_token_id, beyond, batch["input_ids"])
+    model.config.image_token_id = beyond
+    batch["input_ids"] = ids
+    assert torch.equal(model(**batch).logits, logits)
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape == (2, ids.shape[1] + 3)
+
+
+@torch.no_grad()
+def test_an_image_token_in_a_decoding_step_does_no_harm(model):
+    cache = model(**make_batch(model, [1]), use_cache=True).past_key_values
+    ids = torch.tensor([[model.config.image_token_id]])
+    assert model(ids, past_key_values=cache, use_cache=True).logits.isfinite().all()
+
+
+def test_what_does_not_match_is_refused_with_the_numbers(model):
+    batch = make_batch(model, [1, 2])
+    features = batch.pop("image_features")
+    for wrong in (features[:2], torch.cat([features, features]), features[:, :3], features[:0]):
+        with pytest.raises(ValueError, match=rf"\[4, 8\], 12 in all; image features: {len(wrong)} images"):
+            model(**batch, image_features=wrong)
+    with pytest.raises(ValueError, match="12 in all; image features: 0 images"):
+        model(**batch)
+    with pytest.raises(ValueError, match="input_ids"):
+        model(inputs_embeds=torch.zeros(1, 4, HIDDEN), image_features=features)
+    # The totals agree, but the first image has lost a token to the second row.
+    image = model.config.image_token_id
+    ids = torch.tensor([[1, 2, *[image] * 3, 5], [1, *[image] * 5]])
+    with pytest.raises(ValueError, match=r"\[3, 5\], 8 in all; image features: 2 images of 4, 8 in all"):
+        model(ids, image_features=features[:2])
+
+
+def test_features_without_an_image_token_are_refused(model):
+    batch = make_batch(model, [1])
+    del model.config.image_token_id
+    with pytest.raises(ValueError, match="attach_tokenizer"):
+        model(**batch)
+
+
+# Generation.
+
+
+def answer(model, batch, **settings):
+    """New ids only."""
+    out = model.generate(**batch, **{"max_new_tokens": 8, "do_sample": False} | settings)
+    return out[:, batch["input_ids"].shape[1] :]
+
+
+def row_of(batch, images_per_row, row):
+    first = sum(images_per_row[:row])
+    features = batch["image_features"][first : first + images_per_row[row]]
+    return {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask")} | {"image_features": features}
+
+
+def test_cached_generation_is_uncached_generation(model):
+    batch = make_batch(model, [2, 0, 1], "left")
+    cached = answer(model, batch)
+    assert torch.equal(cached, answer(model, batch, use_cache=False))
+
+    # And both are the argmax of one forward over the whole sequence.
+    ids = torch.cat([batch["input_ids"], cached], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(cached)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, mask, positions, image_features=batch["image_features"]).logits
+    logits[..., model.config.image_token_id] = -torch.inf
+    assert torch.equal(logits[:, -cached.shape[1] - 1 : -1].argmax(-1), cached)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_beams_keep_each_rows_own_images(model, settings):
+    images_per_row = [2, 0, 1]
+    batch = make_batch(model, images_per_row, length=12)  # no padding: a row alone is computed the same way
+    together = answer(model, batch, **settings)
+    alone = [answer(model, row_of(batch, images_per_row, row), **settings) for row in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+    # It matters: with its first image twice, the first row gets another answer.
+    batch["image_features"] = batch["image_features"][[0, 0, 2]]
+    assert not torch.equal(answer(model, batch, **settings)[0], together[0])
+
+
+def test_samples_keep_each_rows_own_images(model):
+    batch = make_batch(model, [2, 0, 1], length=12)
+    # The most likely token alone may be drawn, so every sample of a row is its greedy answer.
+    sampled = answer(model, batch, do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(sampled, answer(model, batch).repeat_interleave(3, dim=0))
+
+
+def test_batched_answers_are_single_answers(model):
+    images_per_row = [1, 0, 2]
+    batch = make_batch(model, images_per_row, "left")
+    together = answer(model, batch)
+    for row in range(3):
+        single = row_of(batch, images_per_row, row)
+        real = single["attention_mask"].bool()
+        single |= {name: single[name][real][None] for name in ("input_ids", "attention_mask")}
+        assert torch.equal(answer(model, single)[0], together[row])
+
+
+def test_the_image_token_is_never_generated(model):
+    batch = make_batch(model, [1, 1])
+    image = model.config.image_token_id
+
+    def prefer_the_image(input_ids, scores):
+        scores[:, image] += 1e4
+        return scores
+
+    prefer = [prefer_the_image]
+    model.generation_config.suppress_tokens = None
+    assert (answer(model, batch, logits_processor=prefer)[:, 0] == image).all()  # the preference works ...
+    model.generation_config.suppress_tokens = [image]
+    assert (answer(model, batch, logits_processor=prefer) != image).all()  # ... and the suppression wins
+
+
+# Training.
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    batch = make_batch(model, [2, 0, 1])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batch["image_features"].requires_grad_()
+    model.train()
+
+    def loss_and_gradients():
+        model.zero_grad()
+        batch["image_features"].grad = None
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach(), batch["image_features"].grad, *(p.grad.clone() for p in model.parameters())
+
+    plain = loss_and_gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = loss_and_gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+    assert plain[1].abs().sum(dim=(1, 2)).gt(0).all()  # every image gets a gradient
+
+
+def test_replaced_embeddings_get_no_gradient(model):
+    batch = make_batch(model, [1, 2])
+    embeddings = model.get_input_embeddings().weight.clone().detach().requires_grad_()
+    torch.func.functional_call(model.model, {"embed_tokens.weight": embeddings}, kwargs=batch)[0].sum().backward()
+    used = embeddings.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert set(used) <= set(batch["input_ids"].unique().tolist()) - {model.config.image_token_id}
+
+
+def test_peft_around_it_takes_features_too(model):
+    batch = make_batch(model, [2, 0, 1], "left")
+    logits, ids = model(**batch).logits, answer(model, batch)
+    beams = answer(model, batch, num_beams=3)
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules=qwen.lora_target_modules(model, ["all-linear"]), task_type="CAUSAL_LM")
+    ).eval()
+    assert torch.equal(adapted(**batch).logits, logits)  # a new adapter adds zero
+    assert torch.equal(answer(adapted, batch), ids)
+    assert torch.equal(answer(adapted, batch, num_beams=3), beams)

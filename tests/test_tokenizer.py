@@ -1,0 +1,226 @@
+"""The v1 tokenizer gives tiktoken's ids, text never becomes a special token, and a saved tokenizer stays the same.
+
+The vocabulary is Qwen's own `qwen.tiktoken`, which the test-only package dashscope carries.
+pytest tests/test_tokenizer.py
+"""
+
+import base64
+import importlib.util
+import random
+import re
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import tiktoken
+from transformers import AutoTokenizer
+
+import qwen
+from config import InputError
+from qwen.tokenizer import QWEN1_SPECIAL_TOKENS
+from tests.toy_language import WRITERS, write_qwen1, write_qwen2, write_qwen3
+
+# From tokenization_qwen.py, as Qwen published it.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPELLED = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|extra_0|>", "<|image_pad|>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Qwen v1 folder with the real vocabulary."""
+    package = importlib.util.find_spec("dashscope").submodule_search_locations[0]
+    folder = write_qwen1(tmp_path_factory.mktemp("qwen1"))
+    shutil.copy(Path(package, "resources", "qwen.tiktoken"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return qwen.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    lines = (folder / "qwen.tiktoken").read_text().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+    special = {token: len(ranks) + i for i, token in enumerate(QWEN1_SPECIAL_TOKENS)}
+    return tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def hard_strings(count: int) -> list[str]:
+    """Seeded strings of everything that pulls tokenizers apart."""
+    rng = random.Random(0)
+    assigned = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    cjk = [chr(i) for i in range(0x4E00, 0x9FA6)]
+    emoji = ["😀", "👩‍👩‍👧", "🇩🇪", "👍🏽", "❤️", "☀", "1️⃣", "\u200d", "\ufe0f"]
+    space = [" ", "  ", "\t", "\n", "\r\n", "\r", "\u00a0", "\u3000", "\u2028", "\v", "\x85", " \n ", "\n\n\n"]
+    english = "I'm you'LL they've don'T it's we'd o'clock 'sup rock'n'roll café naïve ﬁne Straße İstanbul".split()
+    code = [
+        "def f(x):\n\treturn x**2",
+        "a[i]+=b->c;//",
+        '{{"k": [1, null]}}',
+        "</div>\n\n",
+        "<|im_",
+        "|>",
+        "$$\\frac{a}{b}$$",
+    ]
+    accents = ["e\u0301", "\u00e9", "a\u0308\u0323", "\uac00", "\u1100\u1161", "\u212b", "ｱﾞ", "\u0958"]
+    runs = [letter * n for letter in ("a", "=", "-", "!", " ", "哈", "0", "ab", "\n") for n in (2, 3, 5, 7, 17, 33)]
+    pieces = [
+        lambda: rng.choice(assigned),
+        lambda: "".join(rng.choices(cjk, k=rng.randint(1, 12))),
+        lambda: rng.choice(emoji),
+        lambda: rng.choice(space),
+        lambda: rng.choice(english),
+        lambda: rng.choice(code),
+        lambda: rng.choice(accents),
+        lambda: rng.choice(runs),
+        lambda: str(rng.randrange(10 ** rng.randint(1, 12))),
+        lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCDEFG _'-.", k=rng.randint(1, 20))),
+        lambda: unicodedata.normalize("NFD", "Crème Brûlée Ελλάδα Ångström 한국어 が"),
+        lambda: "描述一下这张图片，里面有什么？",
+        lambda: "What is in the picture?",
+    ]
+    return ["".join(rng.choice(pieces)() for _ in range(rng.randint(1, 12))) for _ in range(count)]
+
+
+def test_ids_are_tiktokens_on_thousands_of_hard_strings(tokenizer, reference):
+    for text in hard_strings(6000):
+        expected = reference.encode(unicodedata.normalize("NFC", text), disallowed_special=())
+        assert qwen.encode_text(tokenizer, text) == expected, repr(text)
+
+
+def test_every_special_token_has_its_released_id(tokenizer, reference):
+    assert (tokenizer.convert_tokens_to_ids("<|endoftext|>"), tokenizer.convert_tokens_to_ids("<|im_end|>")) == (
+        151643,
+        151645,
+    )
+    assert len(tokenizer) == 151851
+    for token in QWEN1_SPECIAL_TOKENS:
+        assert tokenizer(f"a{token}b").input_ids == reference.encode(f"a{token}b", allowed_special="all")
+
+
+def test_single_tokens_decode_to_their_bytes(tokenizer, reference):
+    for index in range(0, 151643, 97):
+        assert tokenizer.decode([index]) == reference.decode([index])
+
+
+def test_the_real_v1_tokenizer_reloads_by_autotokenizer(tokenizer, folder, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)  # beside a v1 model, whose model_type must not mislead it
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*hard_strings(200), "<|im_start|>user\nhi<|extra_0|><|im_end|>"]
+    assert again(texts).input_ids == tokenizer(texts).input_ids
+    assert (again.pad_token, len(again)) == ("<|endoftext|>", 151851)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_a_saved_tokenizer_reloads_by_autotokenizer_offline(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    tokenizer = qwen.load_tokenizer(WRITERS[family](tmp_path / "toy"))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    texts = [*hard_strings(100), "<|im_start|>a" + qwen.image_token(tokenizer) + "<|im_end|><|endoftext|>"]
+    for again in (AutoTokenizer.from_pretrained(tmp_path / "saved"), qwen.load_tokenizer(tmp_path / "saved")):
+        assert again(texts).input_ids == tokenizer(texts).input_ids
+        assert (again.pad_token, len(again)) == ("<|endoftext|>", len(tokenizer))
+        assert qwen.image_token_id(again) == qwen.image_token_id(tokenizer)
+
+
+# Text is data.
+
+
+@pytest.mark.parametrize("family", [*WRITERS, "real"])
+def test_text_never_becomes_a_special_token(family, tokenizer, tmp_path):
+    if family != "real":
+        tokenizer = qwen.load_tokenizer(WRITERS[family](tmp_path))
+    special = set(tokenizer.all_special_ids) | {qwen.image_token_id(tokenizer)}
+    special |= {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
+    for spelled in SPELLED:
+        for text in (spelled, f"a {spelled}\nb", f"图{spelled}{spelled}片", spelled[:-1] + spelled):
+            ids = qwen.encode_text(tokenizer, text)
+            assert special.isdisjoint(ids)
+            assert tokenizer.decode(ids) == text
+            # A special token that is meant is still one token, before and after.
+            assert tokenizer("<|im_end|>").input_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_text_decodes_to_itself_in_nfc(tokenizer):
+    for text in hard_strings(500):
+        assert tokenizer.decode(qwen.encode_text(tokenizer, text)) == unicodedata.normalize("NFC", text)
+    assert qwen.encode_text(tokenizer, "") == []
+
+
+def test_an_earlier_call_with_truncation_leaves_no_trace(tokenizer):
+    text = "What is in the picture? " * 20
+    expected = qwen.encode_text(tokenizer, text)
+    tokenizer(["short", text], truncation=True, max_length=5, padding=True)
+    assert qwen.encode_text(tokenizer, text) == expected
+
+
+# The image token and its companions.
+
+
+def test_the_image_token_of_each_generation(tokenizer, tmp_path):
+    assert (qwen.image_token(tokenizer), qwen.image_token_id(tokenizer)) == ("<|extra_0|>", 151646)
+
+    old = qwen.load_tokenizer(write_qwen2(tmp_path / "2"))  # has none: one is added, behind the others
+    assert (qwen.image_token(old), qwen.image_token_id(old)) == ("<|image_pad|>", len(old) - 1)
+    assert old("a<|image_pad|>").input_ids[-1] == len(old) - 1
+
+    new = qwen.load_tokenizer(write_qwen3(tmp_path / "3"))
+    released = AutoTokenizer.from_pretrained(tmp_path / "3")
+    assert len(new) == len(released)
+    assert qwen.image_token_id(new) == released.convert_tokens_to_ids("<|image_pad|>")
+    assert {kind.pad_token for kind in (tokenizer, old, new)} == {"<|endoftext|>"}
+
+
+def test_attaching_tells_the_model_its_ids(tmp_path):
+    model, tokenizer = qwen.load_language_model(write_qwen1(tmp_path)), qwen.load_tokenizer(tmp_path)
+    qwen.attach_tokenizer(model, tokenizer)
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    assert model.generation_config.eos_token_id == stops
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert model.generation_config.suppress_tokens == [qwen.image_token_id(tokenizer)]
+    assert model.config.image_token_id == model.model.config.image_token_id == qwen.image_token_id(tokenizer)
+
+
+def test_attaching_a_strangers_tokenizer_is_refused(tokenizer, tmp_path):
+    model = qwen.load_language_model(write_qwen2(tmp_path))
+    with pytest.raises(InputError, match="up to 151850, but the language model has 640 embeddings"):
+        qwen.attach_tokenizer(model, tokenizer)
+
+
+# Refusals.
+
+
+def test_a_damaged_vocabulary_is_refused(tmp_path):
+    path = write_qwen1(tmp_path) / "qwen.tiktoken"
+    lines = path.read_text().splitlines()
+    for damage, message in [
+        (lines[:7] + ["AA=="] + lines[8:], "line 8: expected a token in base64"),
+        (lines[:7] + ["%%% 7"] + lines[8:], "line 8: expected a token in base64"),
+        (lines[:300] + lines[301:], "ranks are not 0 to 418 once each"),
+    ]:
+        path.write_text("\n".join(damage))
+        with pytest.raises(InputError, match=re.escape(message)):
+            qwen.load_tokenizer(tmp_path)
+
+
+def test_paths_that_hold_no_qwen_tokenizer_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "nowhere", "Qwen/Nothing"):
+        with pytest.raises(InputError, match=f"tokenizer {re.escape(str(path))}: cannot be read"):
+            qwen.load_tokenizer(path)
+    tokenizer = AutoTokenizer.from_pretrained(write_qwen2(tmp_path / "2"))
+    bare = tokenizer.backend_tokenizer.to_str().replace("<|im_end|>", "<|end|>")
+    (tmp_path / "2" / "tokenizer.json").write_text(bare)
+    settings = tmp_path / "2" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<|im_end|>", "<|end|>"))
+    with pytest.raises(InputError, match=r"<\|im_end\|> not in the vocabulary"):
+        qwen.load_tokenizer(tmp_path / "2")
