@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -20,13 +21,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm import tqdm
 
 from assemble import Run, open_loader, open_run, rates, trainable_words
 from config import DEFAULT_CONFIG, IGNORE_INDEX, InputError, load_config, run_script, to_yaml
 from dataprocess.process_image import prepare_from_config
+from dataprocess.report import summary
 from dataset.loader import make_loader
 from evaluation.runlog import RunLog
 from evaluation.score import Question, questions_of, score, score_table
@@ -48,11 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         cpu=on_cpu,
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(config.train.report_to) or None,
-        project_dir=str(config.output_dir),
+        project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
     )
     say = functools.partial(accelerator.print, flush=True)
     with accelerator.main_process_first():
-        prepare_from_config(config)
+        report = prepare_from_config(config)
+    if report is not None:
+        say(summary(report))
     resume_from = find_checkpoint(config, arguments.resume, say)
     run = open_run(config, accelerator, precision, resume_from, say)
     say(trainable_table(run.built.model, trainable_words(config), rates(config)))
@@ -180,10 +185,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def start_trackers(run: Run) -> None:
+    """TensorBoard writes into <run>/tensorboard, wandb into <run>/wandb. InputError where a tracker is not installed."""
+    for name in run.config.train.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f'"train.report_to" names {name}, which is not installed: pip install {name}, or leave it out.'
+            )
     if run.config.train.report_to:
-        import yaml
-
-        run.accelerator.init_trackers(run.config.output_dir.name, config=flatten(yaml.safe_load(to_yaml(run.config))))
+        folder = run.config.output_dir
+        folder.mkdir(parents=True, exist_ok=True)  # wandb would go elsewhere if it were not there
+        values = flatten(yaml.safe_load(to_yaml(run.config)))
+        run.accelerator.init_trackers(
+            "vision-language-model", values, {"wandb": {"dir": str(folder), "name": folder.name}}
+        )
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

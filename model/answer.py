@@ -36,12 +36,7 @@ class Answerer:
     def __init__(self, model, tokenizer, chat, read_pixels: Callable[[Path], Tensor], autocast: Callable, **options):
         self.model, self.tokenizer, self.chat, self.read_pixels = model, tokenizer, chat, read_pixels
         self.autocast = autocast
-        self.options = {
-            "do_sample": False,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")],
-            **options,
-        }
+        self.options = {"do_sample": False, **options}
 
     def prompt_length(self, request: Request) -> int:
         """Tokens before the answer: batches of like lengths waste no padding."""

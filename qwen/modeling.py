@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -158,8 +158,9 @@ def _some(names, shown: int = 6) -> str:
 def attach_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Tell `model` the ids that it must know: where images stand, where an answer stops, what pads.
 
-    Sets `model.config.image_token_id`, and in `model.generation_config` both stop tokens, the padding token and the
-    image token as one that is never generated. Call it once, before PEFT wraps the model.
+    Sets `model.config.image_token_id`, and a new `model.generation_config` with both stop tokens, the padding token and
+    the image token as one that is never generated: the sampling and the repetition penalty that a chat model was
+    released with are not taken over. Call it once, before PEFT wraps the model.
     InputError if the tokenizer has ids for which the model has no embedding (the image token needs none).
     """
     image_id = image_token_id(tokenizer)
@@ -171,7 +172,8 @@ def attach_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
             "take the tokenizer from the model's own folder."
         )
     model.config.image_token_id = image_id
-    generation = model.generation_config
-    generation.eos_token_id = tokenizer.convert_tokens_to_ids(STOP_TOKENS)
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), image_id})
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.convert_tokens_to_ids(STOP_TOKENS),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[image_id],
+    )

@@ -3,6 +3,8 @@
 Shapes: M images, N features each, D hidden size; B rows, L tokens.   pytest tests/test_injection.py
 """
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -330,3 +332,20 @@ def test_peft_around_it_takes_features_too(model):
     assert torch.equal(adapted(**batch).logits, logits)  # a new adapter adds zero
     assert torch.equal(answer(adapted, batch), ids)
     assert torch.equal(answer(adapted, batch, num_beams=3), beams)
+
+
+def test_released_sampling_settings_are_not_taken_over(tmp_path):
+    """Qwen's chat models are released with sampling and a repetition penalty; a model built from one answers greedily."""
+    folder = WRITERS["qwen2"](tmp_path / "lm")
+    released = {"do_sample": True, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.5, "eos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(released))
+    model, tokenizer = qwen.load_language_model(folder), qwen.load_tokenizer(folder)
+    assert model.generation_config.repetition_penalty == 1.5
+    qwen.attach_tokenizer(model, tokenizer)
+    prompt = torch.tensor([qwen.encode_text(tokenizer, "What is in the picture?")])
+    ids = model.generate(prompt, max_new_tokens=8)
+    for _ in range(8):
+        scores = model(prompt).logits[0, -1]
+        scores[qwen.image_token_id(tokenizer)] = -torch.inf
+        prompt = torch.cat([prompt, scores.argmax().view(1, 1)], dim=1)
+    assert torch.equal(ids, prompt[:, : ids.shape[1]])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing import event_accumulator
 
 import train
 from config import InputError
@@ -203,6 +204,29 @@ def test_records_longer_than_max_length_are_counted_and_listed(project, tmp_path
     listed = [json.loads(line) for line in (tmp_path / "qa.unusable.jsonl").read_text().splitlines()]
     assert [row["id"] for row in listed] == [f"train:r{i}" for i in (0, 2, 4, 6, 8)]
     assert all(row["reason"] == "longer_than_max_length" and "42" in row["detail"] for row in listed)
+
+
+def test_trackers_write_into_the_run_folder(project, tmp_path, monkeypatch):
+    """TensorBoard holds every logged loss; wandb (offline) writes nowhere but into the run's folder."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    arguments = ("train.max_steps=3", "train.report_to=[tensorboard, wandb]", f"output_dir={tmp_path / 'run'}")
+    run_training(project, *arguments, *QUICK)
+    (events,) = [
+        p for p in (tmp_path / "run" / "tensorboard").rglob("events.*") if p.parent.name == "vision-language-model"
+    ]
+    accumulator = event_accumulator.EventAccumulator(str(events))
+    accumulator.Reload()
+    assert [event.value for event in accumulator.Scalars("loss")] == pytest.approx(
+        [row["loss"] for row in rows(tmp_path / "run")], rel=1e-6
+    )
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*")) and not (tmp_path / "wandb").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        run_training(project, f"output_dir={tmp_path}", "train.report_to=wandb")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_records():
