@@ -7,17 +7,15 @@ the key. Only the scripts read the config; everything below them takes plain val
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
-import re
 import sys
-import types
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Literal
 
 import yaml
+
+from typed_yaml import FolderOrHub, InputError, Trainable, apply_override, bounds, build, kind_of, nearest, read_yaml
 
 DEFAULT_CONFIG = Path(__file__).parent / "config.yaml"  # the one that train.sh and test.sh take
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out: nothing is learned from that token
@@ -28,16 +26,6 @@ HOW_TO_CONVERT = (  # the end of a message about weights that cannot be read
     "safetensors.torch import save_file; save_file(torch.load('pytorch_model.bin', weights_only=True), "
     "'model.safetensors', {'format': 'pt'})\""
 )
-
-
-class InputError(Exception):
-    """Bad input that a person can act on: what was found, where, what was expected, what to do. Scripts exit with 2."""
-
-
-def nearest(name: str, options) -> str:
-    """`; did you mean "x"?` for the option that is spelled most like `name`, or a full stop."""
-    close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"?' if close else "."
 
 
 def choose(table: dict, key: str, what: str):
@@ -60,34 +48,14 @@ def run_script(main) -> None:
 # What a config holds. The meaning of every key stands in config.yaml, beside the key.
 
 
-class FolderOrHub(str):
-    """A model: a folder on this disk or the name of a repository on the hub (`openai/clip-vit-large-patch14-336`)."""
-
-
-class Trainable(str):
-    """What of a part trains: `frozen`, `lora`, `full` or `top:N` (the last N layers)."""
-
-    WORDS = re.compile(r"frozen|lora|full|top:[1-9][0-9]*")
-
-    @property
-    def kind(self) -> str:
-        """The word without its number: frozen, lora, full or top."""
-        return self.split(":")[0]
-
-
-def _bounds(default, low=None, high=None, **kwargs):
-    """A field that must lie in [low, high]; either end may be open (None)."""
-    return field(default=default, metadata={"low": low, "high": high}, **kwargs)
-
-
 @dataclass(frozen=True)
 class SourceConfig:
     name: str
     format: str
     annotations: Path
     images: Path | None = None
-    limit: int | None = _bounds(None, low=1)
-    weight: float = _bounds(1.0, low=0.0)
+    limit: int | None = bounds(None, low=1)
+    weight: float = bounds(1.0, low=0.0)
     captions: Literal["all", "one_per_epoch"] = "all"
     split: Literal["auto", "train", "validation"] = "auto"
 
@@ -98,9 +66,9 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     demo_folder: Path | None = None
     validation_file: Path | None = None
-    validation_fraction: float = _bounds(0.01, low=0.0, high=0.9)
-    max_refused: float = _bounds(0.01, low=0.0, high=1.0)
-    max_length: int = _bounds(1024, low=8)
+    validation_fraction: float = bounds(0.01, low=0.0, high=0.9)
+    max_refused: float = bounds(0.01, low=0.0, high=1.0)
+    max_length: int = bounds(1024, low=8)
     system_prompt: str | None = "You are a helpful assistant."
 
 
@@ -109,17 +77,17 @@ class ModelConfig:
     vision_tower: FolderOrHub
     language_model: FolderOrHub
     vision_feature_layer: int = -2
-    image_size: int | None = _bounds(None, low=1)
+    image_size: int | None = bounds(None, low=1)
     projector: str = "mlp"
-    projector_hidden_size: int | None = _bounds(None, low=1)
+    projector_hidden_size: int | None = bounds(None, low=1)
     start_from: Path | None = None
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    r: int = _bounds(16, low=1)
-    alpha: float = _bounds(32.0, low=0.0)
-    dropout: float = _bounds(0.0, low=0.0, high=0.99)
+    r: int = bounds(16, low=1)
+    alpha: float = bounds(32.0, low=0.0)
+    dropout: float = bounds(0.0, low=0.0, high=0.99)
     target_modules: tuple[str, ...] = ("all-linear",)
 
 
@@ -134,28 +102,28 @@ class TrainableConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     trainable: TrainableConfig = TrainableConfig()
-    projector_lr: float | None = _bounds(None, low=0.0)
-    lora_lr: float | None = _bounds(None, low=0.0)
-    language_model_lr: float | None = _bounds(None, low=0.0)
-    embeddings_lr: float | None = _bounds(None, low=0.0)
-    vision_tower_lr: float | None = _bounds(None, low=0.0)
-    num_train_epochs: float = _bounds(1.0, low=0.0)
-    max_steps: int | None = _bounds(None, low=1)
-    per_device_train_batch_size: int = _bounds(4, low=1)
-    gradient_accumulation_steps: int = _bounds(1, low=1)
-    warmup_ratio: float = _bounds(0.03, low=0.0, high=1.0)
-    weight_decay: float = _bounds(0.0, low=0.0)
-    max_grad_norm: float | None = _bounds(1.0, low=0.0)
+    projector_lr: float | None = bounds(None, low=0.0)
+    lora_lr: float | None = bounds(None, low=0.0)
+    language_model_lr: float | None = bounds(None, low=0.0)
+    embeddings_lr: float | None = bounds(None, low=0.0)
+    vision_tower_lr: float | None = bounds(None, low=0.0)
+    num_train_epochs: float = bounds(1.0, low=0.0)
+    max_steps: int | None = bounds(None, low=1)
+    per_device_train_batch_size: int = bounds(4, low=1)
+    gradient_accumulation_steps: int = bounds(1, low=1)
+    warmup_ratio: float = bounds(0.03, low=0.0, high=1.0)
+    weight_decay: float = bounds(0.0, low=0.0)
+    max_grad_norm: float | None = bounds(1.0, low=0.0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
-    num_threads: int | None = _bounds(None, low=1)
-    num_workers: int = _bounds(2, low=0)
-    logging_steps: int = _bounds(10, low=1)
-    eval_steps: int | None = _bounds(None, low=1)
-    eval_samples: int | None = _bounds(512, low=1)
-    score_samples: int | None = _bounds(None, low=1)
-    save_steps: int | None = _bounds(500, low=1)
-    save_total_limit: int | None = _bounds(2, low=1)
+    num_threads: int | None = bounds(None, low=1)
+    num_workers: int = bounds(2, low=0)
+    logging_steps: int = bounds(10, low=1)
+    eval_steps: int | None = bounds(None, low=1)
+    eval_samples: int | None = bounds(512, low=1)
+    score_samples: int | None = bounds(None, low=1)
+    save_steps: int | None = bounds(500, low=1)
+    save_total_limit: int | None = bounds(2, low=1)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
@@ -163,9 +131,9 @@ class TrainConfig:
 class TestConfig:
     images: Path | None = None
     questions: tuple[str, ...] = ("Describe this image.",)
-    max_new_tokens: int = _bounds(128, low=1)
-    batch_size: int = _bounds(8, low=1)
-    num_beams: int = _bounds(1, low=1)
+    max_new_tokens: int = bounds(128, low=1)
+    batch_size: int = bounds(8, low=1)
+    num_beams: int = bounds(1, low=1)
 
 
 @dataclass(frozen=True)
@@ -173,7 +141,7 @@ class Config:
     data: DataConfig
     model: ModelConfig
     output_dir: Path
-    seed: int = _bounds(0, low=0, high=2**32 - 1)
+    seed: int = bounds(0, low=0, high=2**32 - 1)
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     test: TestConfig = TestConfig()
@@ -183,7 +151,7 @@ class Config:
 # Reading
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = (), folder: Path | None = None) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), check everything, resolve every relative
     path against `folder` (default: the YAML file's). Raises InputError that names the key."""
     path = Path(path)
@@ -193,12 +161,12 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = (), folder: 
         raise InputError(f"{path}: no such config file; name one with --config, for example config.yaml.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
-    values = _read_yaml(text, str(path))
+    values = read_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys and values, found {_kind(values)}.")
+        raise InputError(f"{path}: expected keys and values, found {kind_of(values)}.")
     for override in overrides:
-        _apply_override(values, override)
-    config = _build(Config, values, "", folder or path.resolve().parent)
+        apply_override(values, override)
+    config = build(Config, values, folder or path.resolve().parent)
     _refuse_contradictions(config)
     return config
 
@@ -236,204 +204,6 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     before, after = flat(old), flat(new)
     free = [key for key in before if key in FREE_KEYS or f"{key.split('.')[0]}.*" in FREE_KEYS]
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key] and key not in free]
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice in one mapping, where YAML would let the last one win."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is not a word", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'"{key}" stands twice', key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text: str, where: str):
-    """The value that a YAML text stands for. PyYAML reads its own tags with bare conversions (month 13 of a date is a
-    ValueError, `!!bool maybe` a KeyError), so more than its own error can come out of it."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _apply_override(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f'"{override}": expected key=value, for example train.lora_lr=2e-4.')
-    value = _read_yaml(text, f'"{override}"')
-    target, *path = key.strip().split(".")
-    here: Any = values
-    for position, name in enumerate(path):
-        here = _descend(here, target, key)
-        target = name
-        if here is None:
-            raise InputError(f'"{key}": "{".".join(key.split(".")[: position + 1])}" holds no keys.')
-    if isinstance(here, list):
-        here[_list_index(here, target, key)] = value
-    else:
-        here[target] = value
-
-
-def _descend(here, name: str, key: str):
-    """The mapping or list under `name`, made if it is absent; None where a plain value stands."""
-    if isinstance(here, list):
-        child = here[_list_index(here, name, key)]
-    else:
-        if here.get(name) is None:
-            here[name] = {}
-        child = here[name]
-    return child if isinstance(child, (dict, list)) else None
-
-
-def _list_index(items: list, name: str, key: str) -> int:
-    if not name.isdecimal() or int(name) >= len(items):
-        raise InputError(f'"{key}": "{name}" is not a position in a list of {len(items)} (counted from 0).')
-    return int(name)
-
-
-def _build(cls, values, where: str, folder: Path):
-    """A dataclass from a mapping: every key known, every value of its type, every required key there."""
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(f'"{where}": expected keys and values, found {_kind(values)}.')
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            full = f"{where}.{key}" if where else key
-            raise InputError(f'"{full}" is not a key of the config{_nearest_key(key, where, fields)}')
-    built = {}
-    for name, f in fields.items():
-        full = f"{where}.{name}" if where else name
-        if name in values:
-            built[name] = _convert(hints[name], values[name], full, folder)
-            _check_bounds(built[name], f, full)
-        elif dataclasses.is_dataclass(hints[name]):
-            built[name] = _build(hints[name], {}, full, folder)
-        elif f.default is dataclasses.MISSING:
-            raise InputError(f'"{full}" is missing; it has no default, so the config must give it.')
-    return cls(**built)
-
-
-def _nearest_key(key: str, where: str, fields) -> str:
-    """The key that was probably meant: this word in another section, else one like it here, else one like it anywhere."""
-    prefix = f"{where}." if where else ""
-    everywhere: dict[str, list[str]] = {}
-    for full in all_keys():
-        everywhere.setdefault(full.rsplit(".", 1)[-1], []).append(full)
-    same = {key: everywhere[key]} if key in everywhere else {}
-    for table in (same, {name: [prefix + name] for name in fields}, everywhere):
-        for word in difflib.get_close_matches(key, list(table), n=1, cutoff=0.6):
-            (meant,) = difflib.get_close_matches(prefix + key, table[word], n=1, cutoff=0.0)
-            return f'; did you mean "{meant}"?'
-    return f". Known here: {', '.join(fields)}."
-
-
-def all_keys(cls=Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the config, in order."""
-    keys = []
-    for name, hint in typing.get_type_hints(cls).items():
-        full = f"{prefix}{name}"
-        keys += all_keys(hint, full + ".") if dataclasses.is_dataclass(hint) else [full]
-    return keys
-
-
-def _convert(hint, value, where: str, folder: Path):
-    """`value` as the type `hint`. Every type that the dataclasses above use has its line here."""
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        (inner,) = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return None if value is None else _convert(inner, value, where, folder)
-    if origin is Literal:
-        options = typing.get_args(hint)
-        if value not in options:
-            raise InputError(f'"{where}": {value!r} is not one of {", ".join(options)}{nearest(value, options)}')
-        return value
-    if origin is tuple:
-        inner = typing.get_args(hint)[0]
-        if isinstance(value, str):  # one item may stand without brackets
-            value = [value]
-        if not isinstance(value, list):
-            raise InputError(f'"{where}": expected a list, found {_kind(value)}.')
-        return tuple(_convert(inner, item, f"{where}.{i}", folder) for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where, folder)
-    if hint is Trainable:
-        if not isinstance(value, str) or not Trainable.WORDS.fullmatch(value):
-            raise InputError(f'"{where}": {value!r} is not one of frozen, lora, full, top:N (N >= 1).')
-        return Trainable(value)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise InputError(f'"{where}": expected true or false, found {_kind(value)}.')
-        return value
-    if hint in (int, float):
-        return _number(hint, value, where)
-    if not isinstance(value, str) or not value and hint is not str:
-        raise InputError(f'"{where}": expected {"text" if hint is str else "a path"}, found {_kind(value)}.')
-    if hint is Path:
-        return _absolute(value, where, folder)
-    if hint is FolderOrHub:
-        return FolderOrHub(_folder_or_hub(value, where, folder))
-    return value
-
-
-def _number(kind: type, value, where: str):
-    if isinstance(value, str):  # YAML 1.1 reads 2e-4 (no dot) as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise InputError(f'"{where}": expected a number, found the text {value!r}.') from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f'"{where}": expected a number, found {_kind(value)}.')
-    if not abs(value) < 1e300:  # nan, inf, and whole numbers that no float can hold
-        raise InputError(f'"{where}": expected a finite number, found {value}.')
-    if kind is int and value != int(value):
-        raise InputError(f'"{where}": expected a whole number, found {value}.')
-    return kind(value)
-
-
-def _check_bounds(value, f, where: str) -> None:
-    low, high = f.metadata.get("low"), f.metadata.get("high")
-    if value is None or (low is None and high is None):
-        return
-    if (low is not None and value < low) or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise InputError(f'"{where}": {value} is out of range; it must be {allowed}.')
-
-
-def _absolute(value: str, where: str, folder: Path) -> Path:
-    try:
-        return (folder / Path(value).expanduser()).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL; the ~ of nobody; links that go in a circle
-        raise InputError(f'"{where}": {value!r} cannot be a path ({error}).') from None
-
-
-def _folder_or_hub(value: str, where: str, folder: Path) -> str:
-    """An existing folder (against the YAML's folder) as an absolute path; `owner/name` that is no folder stays a hub
-    name; anything else is meant as a path, and is made absolute so that the loader's message shows where it looked."""
-    path = _absolute(value, where, folder)
-    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value) is not None
-    return value if is_hub_name and not os.path.exists(path) else str(path)
-
-
-def _kind(value) -> str:
-    names = {
-        dict: "keys and values",
-        list: "a list",
-        type(None): "nothing",
-        bool: f"{value}",
-        str: f"the text {value!r}",
-    }
-    return names.get(type(value), f"{value!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

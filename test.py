@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(config.train.num_threads)
     pictures = None if arguments.qa or arguments.no_image else find_pictures(arguments.images or config.test.images)
     qa = QAFile(Path(arguments.qa)) if arguments.qa else None
-    output = Path(arguments.output) if arguments.output else checkpoint.parent / "answers"
+    output = make_folder(Path(arguments.output) if arguments.output else checkpoint.parent / "answers")
     device = PartialState().device
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
                   precision, checkpoint)  # fmt: skip
     built.model.to(device).eval()
     ask = answerer(config, built, precision, device)
-    output.mkdir(parents=True, exist_ok=True)
     if qa is not None:
         score_file(ask, qa, config, checkpoint, output)
     else:
@@ -74,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = []
     for word in arguments.rest:
-        if "=" in word and not Path(word).exists():
+        if "=" in word and not os.path.exists(word):
             arguments.overrides.append(word)
         elif arguments.images is None:
             arguments.images = word
@@ -115,7 +114,7 @@ def find_pictures(path: str | Path | None) -> list[Path]:
     if path is None:
         raise InputError('no picture to ask about: give a picture or a folder, or set "test.images".')
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path}: no such picture or folder.")
     pictures = list_images(path) if path.is_dir() else [path]
     if not pictures:
@@ -123,6 +122,15 @@ def find_pictures(path: str | Path | None) -> list[Path]:
             f"{path}: no picture in this folder or below it (looked for .jpg, .png, .webp, .gif, .bmp, ...)."
         )
     return pictures
+
+
+def make_folder(path: Path) -> Path:
+    """The folder for the answers, made before the model is loaded: what is wrong with it shows at once."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}); name another folder with --output.") from None
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,6 +211,8 @@ def batched(items: Iterator, size: int) -> Iterator[list]:
 def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, output: Path) -> None:
     """Ask the questions of a QA file, with their pictures and with swapped ones; write and print the scores."""
     questions = questions_of(qa, range(len(qa)))
+    if not questions:
+        raise InputError(f"{qa.path}: holds no questions; expected one QA record a line.")
     seconds: dict[str, float] = {}
 
     def answers(asked: Sequence[Question]) -> list[str]:

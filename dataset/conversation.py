@@ -1,0 +1,155 @@
+"""Turns of a conversation -> token ids and labels. The only prompt code: training, validation and answering share it.
+
+The format is Qwen's ChatML (`make_context` of Qwen-7B-Chat):
+
+    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
+    <|im_start|>user\\n[image tokens]\\nWhat is this?<|im_end|>\\n
+    <|im_start|>assistant\\nA cat.<|im_end|>\\n
+
+It is built segment by segment: every segment of text is tokenised alone, with special tokens disallowed, and the
+special ids are put between the segments by this code. So nothing that a user types can become a special token, and the
+labels are known by construction: no search in the ids. This module knows no tokenizer class and opens no image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from config import IGNORE_INDEX, InputError
+from dataset.record import IMAGE_MARK, Turn
+
+
+class Image:
+    """Stands for one image among the parts of a turn's content."""
+
+    def __repr__(self):
+        return "IMAGE"
+
+
+IMAGE = Image()
+Part = str | Image
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """input_ids [L] and labels [L] (unshifted: labels[t] is input_ids[t] or IGNORE_INDEX) of one conversation."""
+
+    input_ids: list[int]
+    labels: list[int]
+    num_images: int
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens the loss is taken over: a label at position 0 has no logits before it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+class TooLong(InputError):
+    """A conversation that `max_length` would leave without an image or without anything supervised."""
+
+    reason = "longer_than_max_length"
+
+
+def parts_of(content: str) -> list[Part]:
+    """The content of a QA record's turn, cut at its `<image>` marks: "<image>\\nWho?" -> [IMAGE, "\\nWho?"]."""
+    first, *rest = content.split(IMAGE_MARK)
+    parts: list[Part] = [first]
+    for text in rest:
+        parts += [IMAGE, text]
+    return [part for part in parts if part != ""]
+
+
+def question_parts(question: str, num_images: int) -> list[Part]:
+    """A typed question about `num_images` images, as the training data has it: the images, a newline, the question.
+    The question is text and nothing else: an `<image>` typed in it stays seven characters."""
+    return [IMAGE] * num_images + ["\n" + question if num_images else question]
+
+
+class ChatFormat:
+    """ChatML for one tokenizer and one encoder.
+
+    encode_text: text -> ids, with special tokens disallowed; num_image_tokens: how many `image_token_id` an image takes;
+    system_prompt: put before conversations that do not start with a system turn; None for no system segment.
+    """
+
+    def __init__(
+        self,
+        encode_text: Callable[[str], list[int]],
+        im_start_id: int,
+        im_end_id: int,
+        image_token_id: int,
+        num_image_tokens: int,
+        system_prompt: str | None,
+    ):
+        self.encode_text = encode_text
+        self.im_end_id = im_end_id
+        self.image_tokens = [image_token_id] * num_image_tokens
+        self.newline = encode_text("\n")
+        self.head = {role: [im_start_id, *encode_text(role), *self.newline] for role in ("system", "user", "assistant")}
+        self.system_prompt = system_prompt
+
+    def encode(self, turns: Sequence[Turn], max_length: int | None = None) -> Encoded:
+        """A whole conversation for training. Labels stand exactly on the answers and on the `<|im_end|>` that ends each.
+
+        `max_length` cuts text from the end and never an image. Raises TooLong where an image would be cut off or nothing
+        supervised would be left.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        num_images = last_image_end = 0
+
+        def put(tokens: list[int], supervised: bool = False):
+            ids.extend(tokens)
+            labels.extend(tokens if supervised else [IGNORE_INDEX] * len(tokens))
+
+        for turn in self._with_system(turns):
+            is_answer = turn.role == "assistant"
+            put(self.head[turn.role])
+            for part in parts_of(turn.content) if turn.role == "user" else [turn.content]:
+                if isinstance(part, Image):
+                    put(self.image_tokens)
+                    num_images, last_image_end = num_images + 1, len(ids)
+                else:
+                    put(self.encode_text(part), is_answer)
+            put([self.im_end_id], is_answer)
+            put(self.newline)
+        if max_length is not None and len(ids) > max_length:
+            length = self._cut(labels, max_length, last_image_end)
+            ids, labels = ids[:length], labels[:length]
+        return Encoded(ids, labels, num_images)
+
+    def encode_prompt(self, turns: Sequence[tuple[str, Sequence[Part]]]) -> list[int]:
+        """The ids after which the model's answer begins. `turns`: (role, parts) pairs that end with a user's turn."""
+        if not turns or turns[-1][0] != "user":
+            raise ValueError("a prompt ends with a user's turn")
+        ids: list[int] = []
+        if self.system_prompt is not None and turns[0][0] != "system":
+            turns = [("system", [self.system_prompt]), *turns]
+        for role, parts in turns:
+            ids += self.head[role]
+            for part in parts:
+                ids += self.image_tokens if isinstance(part, Image) else self.encode_text(part)
+            ids += [self.im_end_id, *self.newline]
+        return ids + self.head["assistant"]
+
+    def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        if self.system_prompt is None or turns[0].role == "system":
+            return turns
+        return [Turn("system", self.system_prompt), *turns]
+
+    @staticmethod
+    def _cut(labels: list[int], max_length: int, last_image_end: int) -> int:
+        """The length that is kept: at most max_length, ending at a label, with every image inside."""
+        if last_image_end > max_length:
+            raise TooLong(
+                f"{len(labels)} tokens, and an image ends at token {last_image_end}, past max_length {max_length}"
+            )
+        length = max_length
+        while length and labels[length - 1] == IGNORE_INDEX:  # a question without its answer teaches nothing
+            length -= 1
+        if length <= last_image_end:
+            raise TooLong(
+                f"{len(labels)} tokens; max_length {max_length} leaves no answer after the last image, or none at all"
+            )
+        return length

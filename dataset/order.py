@@ -1,0 +1,67 @@
+"""Which sample comes when. The order is a pure function of (seed, epoch, position): it does not know workers, processes,
+batches or where a run was interrupted, so all of those can change without changing what is trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from config import InputError
+
+
+class SampleOrder:
+    """An endless stream of samples: epoch after epoch, each a seeded permutation of `kept` by weight.
+
+    kept [n]: the records that may be used. weights [n]: how often a record is taken in an epoch; the whole part every
+    epoch, and for the rest a seeded choice among the records of the same weight that changes from epoch to epoch, of at
+    least one record. Raises InputError where nothing is left to take.
+    """
+
+    def __init__(self, kept: np.ndarray, seed: int, weights: np.ndarray):
+        self.kept = np.asarray(kept, dtype=np.int64)
+        self.seed = seed
+        self.weights = np.asarray(weights, dtype=np.float64)
+        self.epoch_length = sum(copies * len(members) + more for members, copies, more in self._groups())
+        if self.epoch_length == 0:
+            raise InputError('no sample to train on: every record has weight 0; raise the "weight" of a source.')
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, record) of the sample at `position` of the stream."""
+        epoch, offset = divmod(position, self.epoch_length)
+        if epoch != self._epoch:  # one epoch is kept: 8 bytes a record
+            self._epoch, self._permutation = epoch, self._permute(epoch)
+        return epoch, int(self._permutation[offset])
+
+    def _groups(self) -> Iterator[tuple[np.ndarray, int, int]]:
+        """For each weight: (its places in `kept`, whole copies of each, how many of them come once more)."""
+        for weight in np.unique(self.weights):
+            members = np.flatnonzero(self.weights == weight)
+            copies = math.floor(weight)
+            rest = float(weight) - copies
+            yield members, copies, max(1, round(rest * len(members))) if rest else 0
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng((self.seed, epoch))
+        taken = []
+        for members, copies, more in self._groups():
+            taken += [np.repeat(members, copies), generator.permutation(members)[:more]]
+        return self.kept[generator.permutation(np.concatenate(taken))]
+
+
+def micro_batches(
+    order: SampleOrder, steps: range, batch_size: int, accumulation: int, rank: int, world_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The (epoch, record) pairs of each micro-batch of this process in `steps`.
+
+    A step takes the next batch_size x accumulation samples of the stream, whoever computes them: process `rank` takes its
+    micro-batches rank, rank + world_size, ... Every step is full: the last one of a run borrows what it lacks from the
+    next epoch.
+    """
+    for step in steps:
+        for micro in range(rank, accumulation, world_size):
+            first = (step * accumulation + micro) * batch_size
+            yield [order.at(position) for position in range(first, first + batch_size)]

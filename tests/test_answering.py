@@ -1,0 +1,284 @@
+"""test.py: what it writes, that it answers as the trained model did, and what it says to mistakes.
+
+python -m pytest tests/test_answering.py
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import test
+import train
+from config import run_script
+from tests.toy_project import run_training, write_project
+from visual.images import read_image
+
+QUESTIONS = [
+    "What colour is it?",
+    "这是什么颜色？",
+    "Is there a star in the upper left corner, or a circle below it?",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that has just ended: its model is still in memory, its folder is on disk."""
+    path = write_project(tmp_path_factory.mktemp("project"))
+    ended = []
+    with pytest.MonkeyPatch.context() as patch:
+        finish = train.finish
+        patch.setattr(train, "finish", lambda run: (ended.append(run), finish(run)))
+        run_training(path, "train.max_steps=2", "train.eval_steps=null", "train.save_steps=null")
+    return ended[0]
+
+
+@pytest.fixture
+def final(run):
+    return run.config.output_dir / "final"
+
+
+@pytest.fixture
+def images(run):
+    return run.config.data.sources[0].images
+
+
+def rows(output, name="answers.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (output / name).read_text(encoding="utf-8").splitlines()]
+
+
+def answers(output) -> dict:
+    return {(row["image"], row["question"]): row["answer"] for row in rows(output)}
+
+
+def ask(output, *arguments) -> list[dict]:
+    assert test.main([*map(str, arguments), "--output", str(output)]) == 0
+    return rows(output)
+
+
+def exit_message(capsys, *arguments) -> str:
+    """What a user reads on stderr when the script ends with 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: test.main([*map(str, arguments)]))
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# --- what it writes
+
+
+def test_one_picture(final, images, tmp_path, capsys):
+    picture, output = images / "3.png", tmp_path / "out"
+    (row,) = ask(output, "--checkpoint", final, "--images", picture, "--question", QUESTIONS[0])
+    assert list(row) == ["image", "question", "answer", "seconds"]
+    assert (row["image"], row["question"]) == (str(picture), QUESTIONS[0])
+    assert isinstance(row["answer"], str) and row["seconds"] >= 0
+    assert sorted(path.name for path in output.iterdir()) == ["answers.html", "answers.jsonl"]
+    page = (output / "answers.html").read_text(encoding="utf-8")
+    assert QUESTIONS[0] in page and "data:image/png;base64," in page and "3.png" in page
+    printed = capsys.readouterr().out
+    assert str(output / "answers.jsonl") in printed and str(output / "answers.html") in printed
+
+
+def test_a_folder_with_its_subfolders_and_a_file_that_is_no_picture(final, images, tmp_path, capsys):
+    folder, output = tmp_path / "folder", tmp_path / "out"
+    (folder / "sub" / "deep").mkdir(parents=True)
+    for i, place in enumerate(("b.png", "sub/a.PNG", "sub/deep/c.png")):
+        shutil.copy(images / f"{i}.png", folder / place)
+    (folder / "sub" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (folder / "notes.txt").write_text("no picture")
+    arguments = ["--checkpoint", final, "--images", folder, *(f"--question={q}" for q in QUESTIONS)]
+    found = ask(output, *arguments)
+    pictures = [folder / place for place in ("b.png", "sub/a.PNG", "sub/deep/c.png")]
+    assert [(r["image"], r["question"]) for r in found] == [(str(p), q) for p in pictures for q in QUESTIONS]
+    (problem,) = rows(output, "unreadable.jsonl")
+    assert problem["image"] == str(folder / "sub" / "broken.jpg") and "broken.jpg" in problem["problem"]
+    assert problem["problem"] in capsys.readouterr().out and "Not read" in (output / "answers.html").read_text()
+    (folder / "sub" / "broken.jpg").unlink()
+    assert [r["answer"] for r in ask(output, *arguments)] == [r["answer"] for r in found]
+    assert not (output / "unreadable.jsonl").exists()
+
+
+def test_no_picture_that_can_be_read_is_an_error(final, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / "in" / name).write_bytes(b"nothing")
+    found = exit_message(capsys, "--checkpoint", final, "--images", tmp_path / "in", "--output", tmp_path / "out")
+    assert "none of the 2 pictures" in found and str(tmp_path / "out" / "unreadable.jsonl") in found
+    assert len(rows(tmp_path / "out", "unreadable.jsonl")) == 2
+
+
+def test_questions_without_any_picture(final, tmp_path):
+    found = ask(tmp_path, "--checkpoint", final, "--no-image", *(f"--question={q}" for q in QUESTIONS))
+    assert [(row["image"], row["question"]) for row in found] == [(None, q) for q in QUESTIONS]
+    assert "<img" not in (tmp_path / "answers.html").read_text()
+
+
+def test_scores_on_a_qa_file(run, final, images, tmp_path):
+    """The references are the model's own answers, but for one: so it is known what has to come out."""
+    given = ask(tmp_path / "asked", "--checkpoint", final, "--images", images, "--question", QUESTIONS[0])
+    given = [row for row in given if row["answer"]]
+    records = [
+        {
+            "id": f"r{i}",
+            "image": row["image"],
+            "type": "own" if i else "other",
+            "conversations": [
+                {"role": "user", "content": f"<image>\n{QUESTIONS[0]}"},
+                {"role": "assistant", "content": row["answer"] if i else "never this"},
+            ],
+        }
+        for i, row in enumerate(given)
+    ]
+    qa = tmp_path / "qa.jsonl"
+    qa.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = ask(tmp_path / "out", "--checkpoint", final, "--qa", qa)
+    assert [row["answer"] for row in found] == [row["answer"] for row in given]
+    assert [(row["id"], row["correct"]) for row in found] == [(f"r{i}", i > 0) for i in range(len(given))]
+    assert {"image", "question", "answer", "seconds"} <= set(found[0])
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["n"] == len(given) and scores["accuracy"] == (len(given) - 1) / len(given) > scores["blind"]
+    assert scores["by_type"]["own"]["accuracy"] == 1.0 and scores["by_type"]["other"]["accuracy"] == 0.0
+    assert "never this" in (tmp_path / "out" / "answers.html").read_text()
+
+
+def test_the_scores_after_training_are_those_of_the_checkpoint(run, final, tmp_path):
+    ask(tmp_path, "--checkpoint", final, "--qa", run.config.data.validation_file)
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((final / "scores.json").read_text())
+
+
+# --- the answers are the trained model's
+
+
+def greedy(run, picture, question: str, count: int) -> str:
+    """An independent reference: the prompt as one string, the whole sequence through the network for every token."""
+    model, tokenizer = run.built.model.eval(), run.built.tokenizer
+    pixels = run.built.image_processor([read_image(picture)])
+    places = "<|image_pad|>" * model.vision_tower.num_image_tokens
+    prompt = f"<|im_start|>user\n{places}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    said = []
+    with torch.no_grad():
+        for _ in range(count):
+            inputs = torch.tensor([ids + said])
+            hidden = model.causal_lm.model(
+                input_ids=inputs, image_features=model.encode_images(pixels), use_cache=False
+            )
+            said.append(int(model.causal_lm.lm_head(hidden.last_hidden_state[0, -1]).argmax()))
+            if said[-1] in stops:
+                break
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def test_answers_are_those_of_the_model_that_was_just_trained(run, final, images, tmp_path):
+    ask(tmp_path, "--checkpoint", final, "--images", images, *(f"--question={q}" for q in QUESTIONS[:2]))
+    found = answers(tmp_path)
+    expected = {
+        (str(picture), question): greedy(run, picture, question, run.config.test.max_new_tokens)
+        for picture in images.iterdir()
+        for question in QUESTIONS[:2]
+    }
+    assert found == expected
+    assert len(set(found.values())) > 3  # they do depend on what is asked and shown
+
+
+def test_answers_do_not_depend_on_how_many_are_asked_at_once(final, images, tmp_path):
+    arguments = ["--checkpoint", final, "--images", images, *(f"--question={q}" for q in QUESTIONS)]
+    found = [ask(tmp_path / size, *arguments, f"test.batch_size={size}") for size in ("1", "8", "100")]
+    plain = [[(row["image"], row["question"], row["answer"]) for row in each] for each in found]
+    assert plain[0] == plain[1] == plain[2] and len(plain[0]) == 36
+
+
+def test_overrides_reach_the_generation(final, images, tmp_path):
+    arguments = ["--checkpoint", final, "--images", images, "--question", QUESTIONS[0]]
+    one = ask(tmp_path / "one", *arguments, "test.max_new_tokens=1")
+    beams = ask(tmp_path / "beams", *arguments, "test.max_new_tokens=1", "test.num_beams=3")
+    longer = ask(tmp_path / "longer", *arguments, "test.max_new_tokens=8")
+    assert [row["answer"] for row in one] == [
+        row["answer"] for row in beams
+    ]  # the likeliest token is the likeliest beam
+    assert sum(len(row["answer"]) for row in longer) > sum(len(row["answer"]) for row in one)
+
+
+def test_a_checkpoint_answers_from_wherever_it_lies(final, images, tmp_path, monkeypatch):
+    moved = tmp_path / "elsewhere" / "model"
+    shutil.copytree(final, moved)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--images", images, "--question", QUESTIONS[0]]
+    ask(tmp_path / "a", "--checkpoint", final, *arguments)
+    assert test.main(["--checkpoint", "elsewhere/model", *map(str, arguments)]) == 0
+    assert answers(moved.parent / "answers") == answers(tmp_path / "a")
+
+
+# --- how it is called
+
+
+def test_without_a_checkpoint_it_is_the_one_that_the_config_trained(run, final, images, tmp_path):
+    """`sh test.sh [FOLDER]`: the model as it was trained, pictures and questions as config.yaml has them now."""
+    config = final.parent.parent / "config.yaml"
+    values = yaml.safe_load(config.read_text())
+    values["test"] = {"images": str(images / "1.png"), "questions": ["Now?"], "max_new_tokens": 2}
+    values["model"]["language_model"] = "no/longer/there"
+    changed = config.with_name("changed.yaml")
+    changed.write_text(yaml.safe_dump(values))
+    assert [(r["image"], r["question"]) for r in ask(tmp_path, "--config", changed)] == [
+        (str(images / "1.png"), "Now?")
+    ]
+    long = '["' + "Is it so? " * 40 + '"]'  # longer than a file's name may be
+    found = ask(tmp_path, "--config", changed, images / "2.png", f"test.questions={long}")
+    assert [(row["image"], row["question"]) for row in found] == [(str(images / "2.png"), "Is it so? " * 40)]
+    assert test.main(["--config", str(changed), str(images)]) == 0
+    assert len(rows(final.parent / "answers")) == 12
+
+
+def test_a_picture_whose_name_looks_like_an_override_is_a_picture(final, images, tmp_path, monkeypatch):
+    shutil.copy(images / "0.png", tmp_path / "a=b.png")
+    monkeypatch.chdir(tmp_path)
+    (row,) = ask(tmp_path, "--checkpoint", final, "a=b.png", "--question", "Q")
+    assert row["image"] == "a=b.png"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--qa", "qa.jsonl", "a.png"], ["--qa", "leave out"]),
+        (["--qa", "qa.jsonl", "--question", "Q"], ["--qa", "leave out"]),
+        (["--no-image", "a.png"], ["--no-image", "a.png"]),
+        (["a.png", "b.png"], ["b.png", "a.png"]),
+        (["--images", "none.png"], ["none.png", "no such picture"]),
+        (["--images", "empty"], ["empty", "no picture in this folder"]),
+        (["--qa", "none.jsonl"], ["none.jsonl"]),
+        (["--qa", "empty/qa.jsonl"], ["qa.jsonl", "no questions"]),
+        (["test.batchsize=1"], ['did you mean "test.batch_size"?']),
+        (["--output", "a.png"], ["a.png", "--output"]),
+        (["--output", "a.png/x"], ["a.png/x", "--output"]),
+    ],
+)
+def test_mistakes_end_with_2_and_say_what_to_do(final, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "qa.jsonl").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    found = exit_message(capsys, "--checkpoint", final, *arguments)
+    assert found.startswith("error: ") and [word for word in words if word not in found] == [], found
+
+
+def test_a_checkpoint_that_is_damaged_is_refused_by_the_files_name(run, final, images, tmp_path, capsys):
+    for name in ("projector.safetensors", "adapter_model.safetensors", "config.yaml", "tokenizer/tokenizer.json"):
+        damaged = tmp_path / name.replace("/", "-")
+        shutil.copytree(final, damaged)
+        data = bytearray((damaged / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (damaged / name).write_bytes(data)
+        assert str(damaged / name) in exit_message(capsys, "--checkpoint", damaged, "--images", images)
+        (damaged / name).unlink()
+        assert str(damaged / name) in exit_message(capsys, "--checkpoint", damaged, "--images", images)
+    assert "no such checkpoint" in exit_message(capsys, "--checkpoint", tmp_path / "none", "--images", images)
+    assert "not a checkpoint" in exit_message(capsys, "--checkpoint", images, "--images", images)
+    config = final.parent.parent / "config.yaml"
+    assert "train.sh first" in exit_message(capsys, "--config", config, "output_dir=nowhere", images)

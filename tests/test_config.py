@@ -1,0 +1,210 @@
+"""The config: what a user may write, and what each mistake is answered with. Run: python -m pytest tests/test_config.py"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import (
+    DEFAULT_CONFIG,
+    FREE_KEYS,
+    Config,
+    InputError,
+    SourceConfig,
+    changed_keys,
+    choose,
+    load_config,
+    run_script,
+    to_yaml,
+)
+from typed_yaml import all_keys
+
+ROOT = DEFAULT_CONFIG.parent
+SOURCE = {"format": "llava", "images": "images"}
+VALUES = {
+    "seed": 1,
+    "output_dir": "run",
+    "data": {
+        "sources": [
+            {"name": "train", "annotations": "train.json", "split": "train", **SOURCE},
+            {"name": "held", "annotations": "validation.json", "split": "validation", **SOURCE},
+        ],
+        "qa_file": "qa.jsonl",
+        "validation_file": "validation.jsonl",
+    },
+    "model": {"vision_tower": "tower", "language_model": "lm"},
+    "lora": {"r": 4},
+    "train": {"projector_lr": 1e-3, "lora_lr": 5e-4, "num_train_epochs": 0, "max_steps": 6, "eval_steps": 3},
+    "test": {"questions": ["What is it?"]},
+}
+RECIPES = [DEFAULT_CONFIG, *sorted((ROOT / "configs").glob("*.yaml"))]
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A config.yaml that holds VALUES."""
+    return write(tmp_path, VALUES)
+
+
+def write(folder, values) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+# --- the file a user edits
+
+
+def leaves(node: yaml.Node, prefix: str = "") -> dict[str, int]:
+    """Dotted key -> the line on which it stands, from 0."""
+    found = {}
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            found |= leaves(value, f"{prefix}{key.value}.")
+        else:
+            found[prefix + key.value] = key.start_mark.line
+    return found
+
+
+def test_config_yaml_and_the_dataclasses_have_the_same_keys_and_each_is_explained():
+    text = DEFAULT_CONFIG.read_text(encoding="utf-8")
+    lines, keys = text.split("\n"), leaves(yaml.compose(text))
+    assert set(keys) == set(all_keys(Config))
+    silent = [key for key, i in keys.items() if " # " not in lines[i] and not lines[i - 1].lstrip().startswith("#")]
+    assert silent == []
+
+
+def test_config_yaml_explains_every_key_of_a_source_and_no_other():
+    lines = DEFAULT_CONFIG.read_text(encoding="utf-8").split("\n")
+    block = lines[lines.index("data:") + 1 : lines.index("  sources:")]
+    explained = [line.split()[1] for line in block if line.startswith("  #   ")]
+    assert explained == [field.name for field in dataclasses.fields(SourceConfig)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_loads_and_survives_being_written_and_read_again(recipe, tmp_path):
+    config = load_config(recipe)
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+def test_the_config_does_not_depend_on_the_working_folder(path, monkeypatch, tmp_path_factory):
+    config = load_config(path)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert load_config(path) == config
+    monkeypatch.chdir(path.parent)
+    assert load_config(path.name) == config
+
+
+# --- what may be written
+
+
+@pytest.mark.parametrize(
+    "override, key, expected",
+    [
+        ("train.lora_lr=2e-4", "train.lora_lr", 2e-4),  # text to YAML 1.1, which wants a dot
+        ("train.lora_lr=2.0e-4", "train.lora_lr", 2e-4),
+        ("lora.alpha=8", "lora.alpha", 8.0),
+        ("train.max_steps=2e2", "train.max_steps", 200),
+        ("seed=7", "seed", 7),
+        ("train.eval_steps=null", "train.eval_steps", None),
+        ("train.eval_steps=", "train.eval_steps", None),
+        ("data.system_prompt='a = b: c'", "data.system_prompt", "a = b: c"),
+        ("train.activation_checkpointing=true", "train.activation_checkpointing", True),
+        ("train.trainable.language_model=top:3", "train.trainable.language_model", "top:3"),
+        ("lora.target_modules=[q_proj, v_proj]", "lora.target_modules", ("q_proj", "v_proj")),
+        ("lora.target_modules=q_proj", "lora.target_modules", ("q_proj",)),
+        ('test.questions=["Who?", 谁？]', "test.questions", ("Who?", "谁？")),
+        ("test.questions.0=Who?", "test.questions", ("Who?",)),
+        ("train.report_to=[]", "train.report_to", ()),
+    ],
+)
+def test_an_override_is_a_yaml_value(path, override, key, expected):
+    rates = ["train.lora_lr=null", "train.language_model_lr=1e-5"] if "top:" in override else []
+    value = load_config(path, [override, *rates])
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == expected and isinstance(value, type(expected))
+
+
+def test_an_override_reaches_into_a_list_and_the_last_one_wins(path):
+    config = load_config(path, ["data.sources.0.limit=5", "data.sources.1.limit=6", "data.sources.1.limit=7"])
+    assert [source.limit for source in config.data.sources] == [5, 7]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_key(path):
+    expected = load_config(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_config(path) == expected
+
+
+def test_paths_are_relative_to_the_yaml_file_and_hub_names_stay(path, tmp_path):
+    (tmp_path / "local" / "tower").mkdir(parents=True)
+    config = load_config(path, ["model.vision_tower=local/tower", "model.language_model=Qwen/Qwen2.5-0.5B-Instruct"])
+    assert config.output_dir == tmp_path / "run"
+    assert config.data.sources[0].annotations == tmp_path / "train.json"
+    assert config.model.vision_tower == str(tmp_path / "local" / "tower")
+    assert config.model.language_model == "Qwen/Qwen2.5-0.5B-Instruct"
+    # what can be no hub name is meant as a folder: the loader's message will then say where it looked
+    assert load_config(path, ["model.language_model=../no/such"]).model.language_model == str(
+        tmp_path.parent / "no" / "such"
+    )
+    too_long = "a" * 300 + "/b"  # for a folder's name; what the hub says to it is the hub's matter
+    assert load_config(path, [f"model.language_model={too_long}"]).model.language_model == too_long
+    assert load_config(path, ["output_dir=~/run"]).output_dir == Path("~/run").expanduser()
+    assert load_config(path, folder=Path("/elsewhere")).output_dir == Path("/elsewhere/run")
+
+
+# --- what may change between the parts of a run
+
+
+def test_changed_keys_names_what_bears_on_learning_and_nothing_else(path):
+    old = load_config(path)
+    assert changed_keys(old, old) == []
+    new = load_config(
+        path, ["lora.r=8", "train.projector_lr=2e-3", "test.batch_size=1", "output_dir=b", "train.save_steps=7"]
+    )
+    assert changed_keys(old, new) == ["lora.r: 4 -> 8", "train.projector_lr: 0.001 -> 0.002"]
+    assert [line.split(":")[0] for line in changed_keys(old, load_config(path, ["data.sources.0.weight=2"]))] == [
+        "data.sources"
+    ]
+
+
+def test_the_keys_that_may_change_are_keys():
+    sections = [field.name + ".*" for field in dataclasses.fields(Config)]
+    assert set(FREE_KEYS) <= {*all_keys(Config), *sections}
+
+
+# --- as the user sees it
+
+
+def test_an_unknown_choice_lists_the_known_ones():
+    assert choose({"mlp": 1, "linear": 2}, "mlp", "model.projector") == 1
+    with pytest.raises(InputError, match='model.projector: "mpl" is unknown; did you mean "mlp".* Known: linear, mlp'):
+        choose({"mlp": 1, "linear": 2}, "mpl", "model.projector")
+
+
+def test_run_script_ends_with_2_and_one_message_on_bad_input(capsys):
+    def fail():
+        raise InputError("seed: no.")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(fail)
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "error: seed: no.\n")
+    for code in (0, 3):
+        with pytest.raises(SystemExit) as ended:
+            run_script(lambda code=code: code)
+        assert ended.value.code == code
+
+
+def test_the_whole_error_of_a_script(path):
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(path), "train.lora_rl=1e-3"]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, cwd=path.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr and 'did you mean "train.lora_lr"?' in ran.stderr.splitlines()[-1]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["config.yaml"]

@@ -1,0 +1,248 @@
+"""What each mistake in a config is answered with: the key, what was found, what was expected.
+
+python -m pytest tests/test_config_mistakes.py
+"""
+
+import copy
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from config import Config, InputError, SourceConfig, load_config, to_yaml
+from typed_yaml import all_keys
+from tests.test_config import VALUES, write
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path, VALUES)
+
+
+def message(path, *overrides) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# --- wrong keys
+
+
+def typo(word: str) -> str:
+    return word[: len(word) // 2] + word[len(word) // 2 + 1 :]
+
+
+@pytest.mark.parametrize("key", [key for key in all_keys(Config) if len(key.rsplit(".", 1)[-1]) > 4])
+def test_a_typo_is_answered_with_the_key_that_was_meant(path, key):
+    section, _, word = key.rpartition(".")
+    wrong = f"{section}.{typo(word)}".lstrip(".")
+    found = message(path, f"{wrong}=1")
+    assert f'"{wrong}"' in found and f'did you mean "{key}"?' in found
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(SourceConfig) if len(field.name) > 4])
+def test_a_typo_in_a_source_too(path, key):
+    found = message(path, f"data.sources.1.{typo(key)}=1")
+    assert f'"data.sources.1.{typo(key)}"' in found and f'did you mean "data.sources.1.{key}"?' in found
+
+
+@pytest.mark.parametrize(
+    "wrong, meant",
+    [
+        ("train.max_length", "data.max_length"),  # train.max_steps is spelled alike, but this very word exists
+        ("lora_lr", "train.lora_lr"),
+        ("train.r", "lora.r"),
+        ("vision_tower", "model.vision_tower"),
+        ("train.vision_tower", "train.trainable.vision_tower"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_found(path, wrong, meant):
+    assert message(path, f"{wrong}=1") == f'"{wrong}" is not a key of the config; did you mean "{meant}"?'
+
+
+def test_where_no_key_is_like_it_the_known_ones_are_listed(path):
+    found = message(path, "test.zzz=1")
+    assert found.startswith('"test.zzz" is not a key of the config. Known here: images, questions, ')
+
+
+def test_a_missing_key_is_named(tmp_path):
+    for key in ("output_dir", "data.qa_file", "model.vision_tower", "model.language_model"):
+        values = copy.deepcopy(VALUES)
+        *section, word = key.split(".")
+        del (values[section[0]] if section else values)[word]
+        assert message(write(tmp_path, values)).startswith(f'"{key}" is missing')
+    values = copy.deepcopy(VALUES)
+    del values["data"]["sources"][1]["format"]
+    assert message(write(tmp_path, values)).startswith('"data.sources.1.format" is missing')
+
+
+# --- wrong values
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("seed=x", ['"seed"', "number", "'x'"]),
+        ("seed=1.5", ['"seed"', "whole number", "1.5"]),
+        ("seed=true", ['"seed"', "number", "True"]),
+        ("seed=null", ['"seed"', "number", "nothing"]),
+        ("seed=[1]", ['"seed"', "number", "a list"]),
+        ("seed=-1", ['"seed"', "between 0 and"]),
+        ("seed=4294967296", ['"seed"', "between 0 and"]),
+        ("seed.x=1", ['"seed.x"', '"seed" holds no keys']),
+        ("seed=2001-99-99", ["seed", "not valid YAML", "month"]),
+        ("seed=!!bool maybe", ["seed", "not valid YAML"]),
+        ("seed={a: 1, a: 2}", ["seed", '"a" stands twice']),
+        ("lora.alpha=.nan", ['"lora.alpha"', "finite"]),
+        ("lora.alpha=1" + "0" * 400, ['"lora.alpha"', "finite"]),
+        ("lora.alpha=-1", ['"lora.alpha"', "at least 0"]),
+        ("lora.dropout=1", ['"lora.dropout"', "between 0.0 and 0.99"]),
+        ("data.max_length=0", ['"data.max_length"', "at least 8"]),
+        ("data.sources.0.weight=-0.5", ['"data.sources.0.weight"', "at least 0"]),
+        ("data.sources.2.weight=1", ['"data.sources.2.weight"', '"2"', "list of 2"]),
+        ("data.sources.²=1", ['"²"', "list of 2"]),
+        ("data.sources=3", ['"data.sources"', "a list", "3"]),
+        ("data.sources=[3]", ['"data.sources.0"', "keys and values", "3"]),
+        ("data.sources.0.images=3", ['"data.sources.0.images"', "a path", "3"]),
+        ("data.system_prompt=3", ['"data.system_prompt"', "text", "3"]),
+        ("output_dir=''", ['"output_dir"', "a path"]),
+        ('output_dir="a\\0b"', ['"output_dir"', "cannot be a path"]),
+        ("output_dir=~nobody-of-this-name/x", ['"output_dir"', "cannot be a path"]),
+        ("train=3", ['"train"', "keys and values", "3"]),
+        ("train.precision=bf61", ['"train.precision"', '"bf16"?']),
+        ("train.precision=[fp32]", ['"train.precision"', "not one of auto, fp32"]),
+        ("train.activation_checkpointing=1", ['"train.activation_checkpointing"', "true or false"]),
+        ("train.report_to=[tensorbord]", ['"train.report_to.0"', '"tensorboard"?']),
+        ("train.trainable.projector=yes", ['"train.trainable.projector"', "frozen, lora, full, top:N"]),
+        ("train.trainable.language_model=top:0", ['"train.trainable.language_model"', "top:N (N >= 1)"]),
+        ("=1", ["expected key=value"]),
+        ("seed", ['"seed"', "expected key=value"]),
+        ("seed=[", ["seed=[", "not valid YAML"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(path, override, words):
+    found = message(path, override)
+    assert [word for word in words if word not in found] == [], found
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("seed: 1\nseed: 2\n", ['"seed" stands twice', "line 2"]),
+        ("1: 2\n", ["the key 1 is not a word"]),
+        ("off: 2\n", ["the key False is not a word"]),
+        ("- 1\n", ["expected keys and values", "a list"]),
+        ("", ["expected keys and values", "nothing"]),
+        ("a: [1\n", ["not valid YAML", "line 2"]),
+        ("a: !!python/object:os.system x\n", ["not valid YAML"]),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text, words):
+    found = message(write(tmp_path, text))
+    assert found.startswith(str(tmp_path / "config.yaml")) and [word for word in words if word not in found] == []
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    assert "no such config file" in message(tmp_path / "none.yaml")
+    assert str(tmp_path) in message(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("seed: 1 # é".encode("latin-1"))
+    assert "UTF-8" in message(tmp_path / "latin.yaml")
+
+
+# --- contradictions
+
+FULL = ["train.trainable.language_model=full", "train.lora_lr=null"]
+TOP = ["train.trainable.language_model=top:2", "train.lora_lr=null"]
+
+
+@pytest.mark.parametrize(
+    "overrides, key, words",
+    [
+        (["train.trainable.vision_tower=lora"], "train.trainable.vision_tower", ["frozen, full, top:N"]),
+        (["train.trainable.projector=top:1"], "train.trainable.projector", ["frozen, full"]),
+        (["train.trainable.embeddings=lora"], "train.trainable.embeddings", ["frozen, full"]),
+        (["train.trainable.projector=frozen", "train.trainable.language_model=frozen"], "train.trainable", ["nothing"]),
+        (["train.lora_lr=null"], "train.lora_lr", ["missing", "language_model is lora"]),
+        (["train.projector_lr=null"], "train.projector_lr", ["missing", "projector is full"]),
+        (FULL, "train.language_model_lr", ["missing", "language_model is full"]),
+        (TOP, "train.language_model_lr", ["missing", "language_model is top:2"]),
+        (["train.trainable.embeddings=full"], "train.embeddings_lr", ["missing"]),
+        (["train.trainable.vision_tower=top:1"], "train.vision_tower_lr", ["missing"]),
+        (["train.language_model_lr=1e-5"], "train.language_model_lr", ["nothing would use it", "full or top:N"]),
+        (["train.embeddings_lr=1e-5"], "train.embeddings_lr", ["nothing would use it"]),
+        (["train.vision_tower_lr=1e-5"], "train.vision_tower_lr", ["nothing would use it"]),
+        (["train.trainable.projector=frozen", "train.projector_lr=null"], "train.trainable.projector", ["start_from"]),
+        (["data.validation_file=null"], "train.eval_steps", ["data.validation_file"]),
+        (["data.validation_file=qa.jsonl"], "data.validation_file", ["data.qa_file"]),
+        (["train.max_steps=null"], "train.num_train_epochs", ["nothing would train"]),
+        (["test.questions=[]"], "test.questions", ["at least one"]),
+        (["lora.target_modules=[]"], "lora.target_modules", ["all-linear"]),
+        (["data.sources.1.name=train"], "data.sources.0.name", ["two sources"]),
+        (["data.sources.0.captions=one_per_epoch"], "data.sources.0.captions", ["llava"]),
+        (["data.validation_file=null", "train.eval_steps=null"], "data.sources.1.split", ["data.validation_file"]),
+    ],
+)
+def test_a_contradiction_is_reported_under_the_name_of_a_key(path, overrides, key, words):
+    found = message(path, *overrides)
+    assert found.startswith(f'"{key}"') and [word for word in words if word not in found] == [], found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*FULL, "train.language_model_lr=1e-5", "train.trainable.embeddings=full", "train.embeddings_lr=1e-5"],
+        [*TOP, "train.language_model_lr=1e-5", "train.trainable.vision_tower=top:1", "train.vision_tower_lr=1e-6"],
+        ["train.trainable.projector=frozen", "train.projector_lr=null", "model.start_from=run/final"],
+        ["data.sources=[]", "data.validation_file=null", "train.eval_steps=null"],
+    ],
+)
+def test_what_contradicts_nothing_is_accepted_and_survives_being_written(path, overrides, tmp_path_factory):
+    config = load_config(path, overrides)
+    assert load_config(write(tmp_path_factory.mktemp("again"), to_yaml(config))) == config
+
+
+# --- anything at all
+
+words = st.sampled_from([key.rsplit(".", 1)[-1] for key in all_keys(Config)] + ["limit", "name", "x"]) | st.text(
+    max_size=4
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+scalars |= st.sampled_from(["full", "top:2", "~x", "a/b", "auto", "2e-4", 10**400, "all"])
+anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3))
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(all_keys(Config)) | words, anything), max_size=4), st.text(max_size=12))
+def test_whatever_is_written_gives_a_config_or_an_input_error(path, settings, garbage):
+    values = copy.deepcopy(VALUES)
+    for key, value in settings:
+        here = values
+        *section, word = key.split(".")
+        for name in section:
+            here = here[name] if isinstance(here.get(name), dict) else here.setdefault(name, {})
+            if not isinstance(here, dict):
+                break
+        else:
+            here[word] = value
+    for text, overrides in (
+        (yaml.safe_dump(values), []),
+        (yaml.safe_dump(VALUES), [garbage, "seed=" + garbage]),
+    ):
+        try:
+            assert isinstance(load_config(write(path.parent, text), overrides), Config)
+        except InputError as error:
+            assert str(error)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=40))
+@example("seed: " + "[" * 5000)
+@example("seed: !!timestamp x")
+@example("seed: !!map [1]")
+@example("a: &a [*a]")
+@example("output_dir: " + "a" * 300 + "/b")
+def test_whatever_the_file_holds(path, text):
+    with pytest.raises(InputError):
+        load_config(write(path.parent, text.encode("utf-8", "replace").decode()))

@@ -1,0 +1,247 @@
+"""The prompt: Qwen's own format, text that stays text, labels on the answers alone, images never cut.
+
+python -m pytest tests/test_conversation.py
+"""
+
+import base64
+import functools
+import unicodedata
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qwen
+from config import IGNORE_INDEX
+from dataset.conversation import IMAGE, ChatFormat, TooLong, parts_of, question_parts
+from dataset.record import IMAGE_MARK, Turn
+from qwen.tokenizer import QWEN1_SPECIAL_TOKENS
+from tests.test_tokenizer import PATTERN
+from tests.toy_language import WRITERS
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|extra_0|>", "<|image_pad|>", "<|vision_start|>"]
+PLACES = 3  # tokens an image
+SYSTEM = "You are a helpful assistant."
+
+
+@pytest.fixture(scope="module", params=sorted(WRITERS))
+def tokenizer(request, tmp_path_factory):
+    return qwen.load_tokenizer(WRITERS[request.param](tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.fixture(scope="module")
+def qwen1_folder(tmp_path_factory):
+    return WRITERS["qwen"](tmp_path_factory.mktemp("qwen1"))
+
+
+def chat_of(tokenizer, system_prompt=None, places=PLACES) -> ChatFormat:
+    return ChatFormat(
+        functools.partial(qwen.encode_text, tokenizer),
+        tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        qwen.image_token_id(tokenizer),
+        places,
+        system_prompt,
+    )
+
+
+def byte_chat(system_prompt=None, places=PLACES) -> ChatFormat:
+    """A tokenizer that cannot be simpler: one id a byte; 256, 257 and 258 are the special ids."""
+    return ChatFormat(lambda text: list(text.encode()), 256, 257, 258, places, system_prompt)
+
+
+def turns(*contents: str, system: str | None = None) -> list[Turn]:
+    """Question, answer, question, answer, ..."""
+    talk = [Turn("user" if i % 2 == 0 else "assistant", content) for i, content in enumerate(contents)]
+    return talk if system is None else [Turn("system", system), *talk]
+
+
+def asked(talk: list[Turn]) -> list[tuple]:
+    """The same turns as `encode_prompt` takes them."""
+    return [(turn.role, parts_of(turn.content) if turn.role == "user" else [turn.content]) for turn in talk]
+
+
+def answer_spans(labels: list[int]) -> list[tuple[int, int]]:
+    """(begin, end) of every run of labels."""
+    begins = [i for i, label in enumerate(labels) if label != IGNORE_INDEX and labels[i - 1] == IGNORE_INDEX]
+    return [(i, next((j for j in range(i, len(labels)) if labels[j] == IGNORE_INDEX), len(labels))) for i in begins]
+
+
+TALKS = [
+    turns("Hello", "Hi there."),
+    turns(f"{IMAGE_MARK}\nWhat is it?", "A star.", "Which colour?", "Red.", "图片里有什么？", "红色的星星。"),
+    turns(f"Between {IMAGE_MARK} and {IMAGE_MARK}: which?", "The left.", f"{IMAGE_MARK}", "This one."),
+    turns("What is it?\n" + IMAGE_MARK, "A star.", system="Answer briefly."),
+    turns("  leading blanks\n\n", " and trailing ones ", "\n", "  x"),
+    turns(*(f"Is {special} text? {IMAGE_MARK}" if i % 2 == 0 else special for i, special in enumerate(SPECIAL))),
+]
+
+
+# --- the format
+
+
+@pytest.mark.parametrize("system", [None, SYSTEM])
+@pytest.mark.parametrize("talk", TALKS)
+def test_equals_the_segments_that_qwen_published(qwen1_folder, talk, system):
+    """An independent reference: tiktoken reads the vocabulary, and the segments of `make_context` are joined here by a
+    newline. After the last answer its <|im_end|> and a newline follow, as in Qwen's finetuning code."""
+    ranks = dict(line.split() for line in (qwen1_folder / "qwen.tiktoken").read_text().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in ranks.items()}
+    special = {token: len(ranks) + i for i, token in enumerate(QWEN1_SPECIAL_TOKENS)}
+    encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    def text(words: str) -> list[int]:
+        return encoding.encode(unicodedata.normalize("NFC", words), allowed_special=set(), disallowed_special=())
+
+    def segment(role: str, content: str) -> list[int]:
+        pieces = content.split(IMAGE_MARK) if role == "user" else [content]
+        body = text(pieces[0])
+        for piece in pieces[1:]:
+            body += [special["<|extra_0|>"]] * PLACES + text(piece)
+        return [special["<|im_start|>"], *text(role), *text("\n"), *body, special["<|im_end|>"]]
+
+    spoken = talk if system is None or talk[0].role == "system" else [Turn("system", system), *talk]
+    expected = []
+    for turn in spoken[:-1]:
+        expected += segment(turn.role, turn.content) + text("\n")
+    chat = chat_of(qwen.load_tokenizer(qwen1_folder), system)
+    prompt = expected + [special["<|im_start|>"], *text("assistant"), *text("\n")]
+    assert chat.encode_prompt(asked(talk[:-1])) == prompt
+    last = segment(spoken[-1].role, spoken[-1].content)
+    assert chat.encode(talk).input_ids == expected + last + text("\n")
+
+
+def test_without_a_system_prompt_there_is_no_system_segment():
+    talk = turns("Q", "A")
+    begin = [256, *b"user\nQ"]
+    assert byte_chat().encode(talk).input_ids[: len(begin)] == begin
+    begin = [256, *b"system\nBe kind.", 257, *b"\n", *begin]
+    assert byte_chat("Be kind.").encode(talk).input_ids[: len(begin)] == begin
+    assert byte_chat("Be cruel.").encode(turns("Q", "A", system="Be kind.")).input_ids[: len(begin)] == begin
+    assert byte_chat("Be cruel.").encode_prompt(asked(turns("Q", system="Be kind.")))[: len(begin)] == begin
+
+
+# --- text is data
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+def test_special_text_in_any_turn_gives_no_special_token(tokenizer, special):
+    ids_of = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    talk = turns(
+        f"{IMAGE_MARK}a{special}b", f"{special}c{special}", special, f"{special}\n<|im_start|>user", system=special
+    )
+    ids = chat_of(tokenizer).encode(talk).input_ids
+    counts = {token: ids.count(i) for token, i in ids_of.items() if i is not None}
+    expected = {"<|im_start|>": 5, "<|im_end|>": 5, qwen.image_token(tokenizer): PLACES}
+    assert counts == {token: expected.get(token, 0) for token in counts}
+    prompt = chat_of(tokenizer, special).encode_prompt([("user", question_parts(f"<image>{special}", 1))])
+    counts = {token: prompt.count(i) for token, i in ids_of.items() if i is not None}
+    expected = {"<|im_start|>": 3, "<|im_end|>": 2, qwen.image_token(tokenizer): PLACES}
+    assert counts == {token: expected.get(token, 0) for token in counts}
+    assert special in tokenizer.decode(prompt[prompt.index(ids_of["<|im_end|>"]) + 1 :])  # still there, as characters
+
+
+def test_an_image_mark_that_is_typed_in_a_question_stays_text():
+    question = "What does <image> mean?"
+    assert question_parts(question, 2) == [IMAGE, IMAGE, "\n" + question]
+    assert question_parts(question, 0) == [question]
+    prompt = byte_chat().encode_prompt([("user", question_parts(question, 1))])
+    assert prompt.count(258) == PLACES and question.encode() in bytes(i for i in prompt if i < 256)
+
+
+def test_parts_are_cut_at_the_marks_and_nothing_is_lost():
+    assert parts_of("<image>\nWho?") == [IMAGE, "\nWho?"]
+    assert parts_of("a <image><image> b<image>") == ["a ", IMAGE, IMAGE, " b", IMAGE]
+    assert parts_of("< image>") == ["< image>"]
+    for talk in TALKS:
+        for turn in talk:
+            assert "".join(p if isinstance(p, str) else IMAGE_MARK for p in parts_of(turn.content)) == turn.content
+
+
+# --- labels
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_labels_decode_to_exactly_the_answers_each_with_its_stop_token(tokenizer, talk):
+    encoded = chat_of(tokenizer, SYSTEM).encode(talk)
+    spans = answer_spans(encoded.labels)
+    answers = [turn.content for turn in talk if turn.role == "assistant"]
+    assert [tokenizer.decode(encoded.labels[i:j]) for i, j in spans] == [answer + "<|im_end|>" for answer in answers]
+    assert all(label in (i, IGNORE_INDEX) for i, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    assert encoded.num_targets == sum(j - i for i, j in spans)
+    assert encoded.num_images == sum(turn.content.count(IMAGE_MARK) for turn in talk if turn.role == "user")
+    assert encoded.input_ids.count(qwen.image_token_id(tokenizer)) == PLACES * encoded.num_images
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_the_prompt_at_answering_is_what_stood_before_the_answer_in_training(tokenizer, talk):
+    for system in (None, SYSTEM):
+        chat = chat_of(tokenizer, system)
+        encoded = chat.encode(talk)
+        answers = [i for i, turn in enumerate(talk) if turn.role == "assistant"]
+        for position, (begin, _) in zip(answers, answer_spans(encoded.labels), strict=True):
+            assert chat.encode_prompt(asked(talk[:position])) == encoded.input_ids[:begin]
+
+
+def test_a_typed_question_is_written_as_the_training_data_has_it():
+    chat = byte_chat(SYSTEM)
+    encoded = chat.encode(turns("<image><image>\nWho?", "I."))
+    begin, _ = answer_spans(encoded.labels)[0]
+    assert chat.encode_prompt([("user", question_parts("Who?", 2))]) == encoded.input_ids[:begin]
+
+
+def test_a_prompt_ends_with_a_question():
+    for talk in ([], [("assistant", ["A"])], [("user", ["Q"]), ("assistant", ["A"])]):
+        with pytest.raises(ValueError, match="user"):
+            byte_chat().encode_prompt(talk)
+
+
+# --- max_length
+
+
+def test_the_end_of_an_answer_is_cut_then_whole_turns():
+    chat = byte_chat()
+    talk = turns("<image>Q", "abc", "R", "de")
+    whole = chat.encode(talk)
+    first, second = answer_spans(whole.labels)
+    assert chat.encode(talk, len(whole.input_ids)) == whole
+    assert chat.encode(talk, second[1]).input_ids == whole.input_ids[: second[1]]  # the newline after it is no loss
+    assert chat.encode(talk, second[1] - 1).input_ids == whole.input_ids[: second[1] - 1]  # "de" without its end
+    for length in range(first[1], second[0] + 1):  # a question without its answer teaches nothing
+        assert chat.encode(talk, length).input_ids == whole.input_ids[: first[1]]
+    assert chat.encode(talk, first[0] + 1).labels[-1] == ord("a")
+    with pytest.raises(TooLong, match="leaves no answer after the last image"):
+        chat.encode(talk, first[0])
+    with pytest.raises(
+        TooLong, match=f"an image ends at token {whole.input_ids.index(258) + PLACES}, past max_length 7"
+    ):
+        chat.encode(talk, 7)
+    assert TooLong.reason == "longer_than_max_length"
+
+
+contents = st.lists(st.sampled_from([IMAGE_MARK, "a", "\n", "bc"]), min_size=1, max_size=4).map("".join)
+answers = st.text("xyz", min_size=1, max_size=5)
+talks = st.lists(st.tuples(contents, answers), min_size=1, max_size=4).map(lambda pairs: turns(*sum(pairs, ())))
+
+
+@settings(deadline=None, max_examples=200)
+@given(talks, st.sampled_from([None, "s"]), st.integers(1, 4), st.integers(1, 120))
+def test_a_cut_never_loses_an_image_and_always_leaves_something_to_learn(talk, system, places, max_length):
+    chat = byte_chat(system, places)
+    whole = chat.encode(talk)
+    image_ends = [i + 1 for i, token in enumerate(whole.input_ids) if token == 258]
+    ends = [
+        i + 1
+        for i, label in enumerate(whole.labels)
+        if label != IGNORE_INDEX and i < max_length and i + 1 > max(image_ends, default=0)
+    ]
+    if len(whole.input_ids) <= max_length:
+        assert chat.encode(talk, max_length) == whole
+    elif not ends:
+        with pytest.raises(TooLong):
+            chat.encode(talk, max_length)
+    else:
+        cut = chat.encode(talk, max_length)
+        assert (cut.input_ids, cut.labels) == (whole.input_ids[: ends[-1]], whole.labels[: ends[-1]])
+        assert cut.num_images == whole.num_images and cut.num_targets >= 1

@@ -1,0 +1,248 @@
+"""YAML text and `key=value` overrides -> frozen dataclasses, with one message for every mistake. Knows no key of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+
+class InputError(Exception):
+    """Bad input that a person can act on: what was found, where, what was expected, what to do. Scripts exit with 2."""
+
+
+def nearest(name: str, options) -> str:
+    """`; did you mean "x"?` for the option that is spelled most like `name`, or a full stop."""
+    close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else "."
+
+
+class FolderOrHub(str):
+    """A model: a folder on this disk or the name of a repository on the hub (`openai/clip-vit-large-patch14-336`)."""
+
+
+class Trainable(str):
+    """What of a part trains: `frozen`, `lora`, `full` or `top:N` (the last N layers)."""
+
+    WORDS = re.compile(r"frozen|lora|full|top:[1-9][0-9]*")
+
+    @property
+    def kind(self) -> str:
+        """The word without its number: frozen, lora, full or top."""
+        return self.split(":")[0]
+
+
+def bounds(default, low=None, high=None, **kwargs):
+    """A field that must lie in [low, high]; either end may be open (None)."""
+    return field(default=default, metadata={"low": low, "high": high}, **kwargs)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key that stands twice in one mapping, where YAML would let the last one win."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is not a word", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'"{key}" stands twice', key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, where: str):
+    """The value that a YAML text stands for. PyYAML reads its own tags with bare conversions (month 13 of a date is a
+    ValueError, `!!bool maybe` a KeyError), so more than its own error can come out of it."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def apply_override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f'"{override}": expected key=value, for example train.lora_lr=2e-4.')
+    value = read_yaml(text, f'"{override}"')
+    target, *path = key.strip().split(".")
+    here: Any = values
+    for position, name in enumerate(path):
+        here = _descend(here, target, key)
+        target = name
+        if here is None:
+            raise InputError(f'"{key}": "{".".join(key.split(".")[: position + 1])}" holds no keys.')
+    if isinstance(here, list):
+        here[_list_index(here, target, key)] = value
+    else:
+        here[target] = value
+
+
+def _descend(here, name: str, key: str):
+    """The mapping or list under `name`, made if it is absent; None where a plain value stands."""
+    if isinstance(here, list):
+        child = here[_list_index(here, name, key)]
+    else:
+        if here.get(name) is None:
+            here[name] = {}
+        child = here[name]
+    return child if isinstance(child, (dict, list)) else None
+
+
+def _list_index(items: list, name: str, key: str) -> int:
+    if not name.isdecimal() or int(name) >= len(items):
+        raise InputError(f'"{key}": "{name}" is not a position in a list of {len(items)} (counted from 0).')
+    return int(name)
+
+
+def build(cls, values, folder: Path, where: str = "", root=None):
+    """The dataclass `cls` from a mapping: every key known, every value of its type, every required key there.
+
+    folder: what relative paths are relative to; where: the dotted key of `values`; root: the outermost dataclass, among
+    whose keys a key is looked for that does not stand where it belongs. InputError names the key.
+    """
+    root = root or cls
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f'"{where}": expected keys and values, found {kind_of(values)}.')
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            full = f"{where}.{key}" if where else key
+            raise InputError(f'"{full}" is not a key of the config{_nearest_key(key, where, fields, root)}')
+    built = {}
+    for name, f in fields.items():
+        full = f"{where}.{name}" if where else name
+        if name in values:
+            built[name] = _convert(hints[name], values[name], folder, full, root)
+            _check_bounds(built[name], f, full)
+        elif dataclasses.is_dataclass(hints[name]):
+            built[name] = build(hints[name], {}, folder, full, root)
+        elif f.default is dataclasses.MISSING:
+            raise InputError(f'"{full}" is missing; it has no default, so the config must give it.')
+    return cls(**built)
+
+
+def _nearest_key(key: str, where: str, fields, root) -> str:
+    """The key that was probably meant: this word in another section, else one like it here, else one like it anywhere."""
+    prefix = f"{where}." if where else ""
+    everywhere: dict[str, list[str]] = {}
+    for full in all_keys(root):
+        everywhere.setdefault(full.rsplit(".", 1)[-1], []).append(full)
+    same = {key: everywhere[key]} if key in everywhere else {}
+    for table in (same, {name: [prefix + name] for name in fields}, everywhere):
+        for word in difflib.get_close_matches(key, list(table), n=1, cutoff=0.6):
+            (meant,) = difflib.get_close_matches(prefix + key, table[word], n=1, cutoff=0.0)
+            return f'; did you mean "{meant}"?'
+    return f". Known here: {', '.join(fields)}."
+
+
+def all_keys(cls, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass of dataclasses, in order."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        full = f"{prefix}{name}"
+        keys += all_keys(hint, full + ".") if dataclasses.is_dataclass(hint) else [full]
+    return keys
+
+
+def _convert(hint, value, folder: Path, where: str, root):
+    """`value` as the type `hint`. Every type that a config's dataclasses use has its line here."""
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return None if value is None else _convert(inner, value, folder, where, root)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise InputError(f'"{where}": {value!r} is not one of {", ".join(options)}{nearest(value, options)}')
+        return value
+    if origin is tuple:
+        inner = typing.get_args(hint)[0]
+        if isinstance(value, str):  # one item may stand without brackets
+            value = [value]
+        if not isinstance(value, list):
+            raise InputError(f'"{where}": expected a list, found {kind_of(value)}.')
+        return tuple(_convert(inner, item, folder, f"{where}.{i}", root) for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, folder, where, root)
+    if hint is Trainable:
+        if not isinstance(value, str) or not Trainable.WORDS.fullmatch(value):
+            raise InputError(f'"{where}": {value!r} is not one of frozen, lora, full, top:N (N >= 1).')
+        return Trainable(value)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise InputError(f'"{where}": expected true or false, found {kind_of(value)}.')
+        return value
+    if hint in (int, float):
+        return _number(hint, value, where)
+    if not isinstance(value, str) or not value and hint is not str:
+        raise InputError(f'"{where}": expected {"text" if hint is str else "a path"}, found {kind_of(value)}.')
+    if hint is Path:
+        return _absolute(value, where, folder)
+    if hint is FolderOrHub:
+        return FolderOrHub(_folder_or_hub(value, where, folder))
+    return value
+
+
+def _number(kind: type, value, where: str):
+    if isinstance(value, str):  # YAML 1.1 reads 2e-4 (no dot) as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise InputError(f'"{where}": expected a number, found the text {value!r}.') from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f'"{where}": expected a number, found {kind_of(value)}.')
+    if not abs(value) < 1e300:  # nan, inf, and whole numbers that no float can hold
+        raise InputError(f'"{where}": expected a finite number, found {value}.')
+    if kind is int and value != int(value):
+        raise InputError(f'"{where}": expected a whole number, found {value}.')
+    return kind(value)
+
+
+def _check_bounds(value, f, where: str) -> None:
+    low, high = f.metadata.get("low"), f.metadata.get("high")
+    if value is None or (low is None and high is None):
+        return
+    if (low is not None and value < low) or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f'"{where}": {value} is out of range; it must be {allowed}.')
+
+
+def _absolute(value: str, where: str, folder: Path) -> Path:
+    try:
+        return (folder / Path(value).expanduser()).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL; the ~ of nobody; links that go in a circle
+        raise InputError(f'"{where}": {value!r} cannot be a path ({error}).') from None
+
+
+def _folder_or_hub(value: str, where: str, folder: Path) -> str:
+    """An existing folder (against the YAML's folder) as an absolute path; `owner/name` that is no folder stays a hub
+    name; anything else is meant as a path, and is made absolute so that the loader's message shows where it looked."""
+    path = _absolute(value, where, folder)
+    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value) is not None
+    return value if is_hub_name and not os.path.exists(path) else str(path)
+
+
+def kind_of(value) -> str:
+    names = {
+        dict: "keys and values",
+        list: "a list",
+        type(None): "nothing",
+        bool: f"{value}",
+        str: f"the text {value!r}",
+    }
+    return names.get(type(value), f"{value!r}")
