@@ -17,7 +17,7 @@ from tests.toy_towers import write_clip, write_dinov2, write_siglip, write_sigli
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = {
-    "openai/clip-vit-large-patch14-336": write_clip,
+    "openai/clip-vit-large-patch14": write_clip,
     "google/siglip-so400m-patch14-384": write_siglip,
     "google/siglip2-base-patch16-256": write_siglip2,
     "facebook/dinov2-base": write_dinov2,
