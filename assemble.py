@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -101,6 +102,7 @@ class Run:
     validation_kept: np.ndarray  # the records of the validation set that can be used, in a seeded order
     answerer: Answerer
     precision: str
+    identity: dict  # what the config does not say and a run must not change on the way
     say: Callable[[str], None]
 
     @property
@@ -149,9 +151,15 @@ def open_run(config: Config, accelerator: Accelerator, precision: str, resume_fr
             f'{config.data.validation_file}: no such file; set "data.validation_file" to null to do without.'
         )
     ask = answerer(config, built, precision, accelerator.device)
+    with open(config.data.qa_file, "rb") as file:
+        identity = {
+            "qa_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            "records": len(kept),
+            "precision": precision,
+        }
     return Run(
-        config, accelerator, built, train_set, order, validation_set, validation_kept, ask, precision, say
-    )  # fmt: skip
+        config, accelerator, built, train_set, order, validation_set, validation_kept, ask, precision, identity, say
+    )
 
 
 def source_weights(config: Config, dataset: QADataset) -> np.ndarray:
@@ -162,9 +170,10 @@ def source_weights(config: Config, dataset: QADataset) -> np.ndarray:
 
 def write_unusable(config: Config, accelerator: Accelerator, path: Path, unusable: list, say) -> None:
     """Records that do not fit the config are not dropped silently: they are counted, and listed in a file of the run."""
-    if not unusable:
-        return
     listing = config.output_dir / f"{path.stem}.unusable.jsonl"
+    if not unusable:
+        listing.unlink(missing_ok=True)  # of an earlier start
+        return
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         rows = [{"record": i, "id": name, "reason": "longer_than_max_length", "detail": d} for i, name, d in unusable]

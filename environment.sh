@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 if sys.version_info < (3, 11):
     sys.exit(1)
+OLDEST = {"torch": (2, 9), "transformers": (5, 17), "peft": (0, 19), "accelerate": (1, 12)}
 others = []
 root, *paths = sys.argv[1:]
 for path in paths:
@@ -22,31 +23,41 @@ for path in paths:
             sys.exit(1)
         if found != pinned:
             others.append(f"{name} {found} (tested with {pinned})")
-        if name == "transformers" and int(found.split(".")[0]) < 5:
+        if tuple(int(part) for part in found.split(".")[:2]) < OLDEST.get(name, ()):
             sys.exit(1)
 if others:
     print("note: other versions than in requirements.txt: " + ", ".join(others), file=sys.stderr)
 CHECK
 }
 
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
 if [ -n "${PYTHON:-}" ]; then
-    has_packages "$PYTHON" || {
-        echo "error: PYTHON=$PYTHON lacks packages of: $REQUIREMENTS; install them there, or unset PYTHON." >&2
-        exit 2
-    }
+    has_packages "$PYTHON" || fail "PYTHON=$PYTHON lacks packages of: $REQUIREMENTS; install them there, or unset PYTHON."
 elif has_packages "$ROOT/.venv/bin/python"; then
     PYTHON="$ROOT/.venv/bin/python"
 elif has_packages python3; then
     PYTHON=python3
 else
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-        echo "error: Python 3.11 or newer is needed, found: $(python3 --version 2>&1 || echo none)" >&2
-        exit 2
-    }
-    echo "Installing the packages into $ROOT/.venv (once)"
-    [ -x "$ROOT/.venv/bin/python" ] || python3 -m venv "$ROOT/.venv"
     PYTHON="$ROOT/.venv/bin/python"
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then # no .venv, or one that was left half made
+        BASE=
+        for name in python3 python3.13 python3.12 python3.11; do
+            if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+                BASE=$name
+                break
+            fi
+        done
+        [ -n "$BASE" ] || fail "Python 3.11 or newer is needed; found $(python3 --version 2>&1 || echo none)."
+        "$BASE" -m venv --clear "$ROOT/.venv" ||
+            fail "cannot make $ROOT/.venv with $BASE (on Debian and Ubuntu: apt install python3-venv)."
+    fi
+    echo "Installing the packages into $ROOT/.venv (once)"
     for file in $REQUIREMENTS; do
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file" || exit 1
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file" ||
+            fail "pip could not install $file into $ROOT/.venv; run the command again when the cause above is mended."
     done
 fi

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from assemble import Run
 from config import Config, InputError, changed_keys, load_config, to_yaml
@@ -23,18 +23,25 @@ from model.checkpoint import (
     write_folder,
 )
 
+# what a run writes into its folder, and so what is moved when another run takes the folder over
+RUN_FILES = (
+    "checkpoint-* final answers tensorboard wandb metrics.jsonl samples.jsonl curves.png *.unusable.jsonl .*.partial"
+).split()
+
 
 def find_checkpoint(config: Config, resume: str, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: the newest whole one (`auto`), the one named, or none. A run of another config in the
-    same folder is not continued; with `none` it is moved aside, never overwritten."""
+    """The checkpoint to go on from: the newest whole one (`auto`), the one named, or None to begin (`none`). A run of
+    another config is not continued, and a finished run without checkpoints is not made again over itself."""
     folder = config.output_dir
     if resume == "none":
-        if PartialState().is_main_process:
-            move_aside(folder, say)
-        PartialState().wait_for_everyone()
         return None
     if resume == "auto":
         found = latest_checkpoint(folder, say)
+        if found is None and (folder / "final").exists():
+            raise InputError(
+                f"{folder / 'final'}: a finished run, whose checkpoints are gone. Give another output_dir, or start "
+                "anew with --resume none (the old run is moved aside, not deleted)."
+            )
     else:
         found = Path(resume).resolve()
         verify_folder(found)
@@ -53,26 +60,32 @@ def find_checkpoint(config: Config, resume: str, say: Callable[[str], None]) -> 
     return found
 
 
-def move_aside(folder: Path, say: Callable[[str], None]) -> None:
-    old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
-    if old:
+def move_aside(folder: Path, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+    """Move what an earlier run wrote into `folder` to `folder`/previous-<n>. Nothing else there is touched."""
+    accelerator.wait_for_everyone()
+    old = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    if old and accelerator.is_main_process:
         number = 1 + max([int(p.name[9:]) for p in folder.glob("previous-*") if p.name[9:].isdigit()], default=0)
         aside = folder / f"previous-{number}"
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
         say(f"the run that was in {folder} is now in {aside}")
+    accelerator.wait_for_everyone()
 
 
 def is_finished(run: Run, resume_from: Path | None) -> bool:
     """Whether the run that would go on has ended already; if so, says how it ended."""
     final = run.config.output_dir / "final"
+    scores = final / "scores.json"
     if resume_from != run.config.output_dir / f"checkpoint-{run.total_steps}" or not final.exists():
         return False
+    if run.validation_set is not None and not scores.exists():
+        return False  # it was interrupted while it was scored
     verify_folder(final)
     run.say(f"This run is finished: {final}. For a new one give another output_dir, or --resume none.")
-    if (final / "scores.json").exists():
-        run.say(score_table(json.loads((final / "scores.json").read_text(encoding="utf-8"))))
+    if scores.exists():
+        run.say(score_table(json.loads(scores.read_text(encoding="utf-8"))))
     return True
 
 
@@ -81,12 +94,11 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer, step: int) -> No
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
+        state = {"step": step, "scaler": scaler and scaler.state_dict(), **run.identity}
 
         def write(folder: Path) -> None:
             write_model(run, folder)
-            save_state(
-                folder, run.built.model, optimizer.optimizer, {"step": step, "scaler": scaler and scaler.state_dict()}
-            )
+            save_state(folder, run.built.model, optimizer.optimizer, state)
 
         write_folder(run.config.output_dir / f"checkpoint-{step}", write)
         prune_checkpoints(run.config.output_dir, run.config.train.save_total_limit)
@@ -100,10 +112,32 @@ def write_model(run: Run, folder: Path) -> None:
     save_processors(run.built, folder)
 
 
+def write_final(run: Run, scores: dict | None) -> None:
+    """Write final/: the trained model, and its scores once they are known."""
+
+    def write(folder: Path) -> None:
+        write_model(run, folder)
+        if scores is not None:
+            (folder / "scores.json").write_text(
+                json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+
+    if run.accelerator.is_main_process:
+        write_folder(run.config.output_dir / "final", write)
+    run.accelerator.wait_for_everyone()
+
+
 def load_position(run: Run, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
-    """Fill the optimizer and the loss scaler; return the step to go on at."""
+    """Fill the optimizer and the loss scaler; return the step to go on at. InputError where the data or the precision are
+    not those of the run's first part."""
     state = load_state(checkpoint, run.built.model, optimizer.optimizer)
-    if state["scaler"] is not None and run.accelerator.scaler is not None:
+    for key, now in run.identity.items():
+        if state[key] != now:
+            raise InputError(
+                f"{checkpoint}: the run began with {key} {state[key]}, now it is {now}: going on would not be the same run. "
+                "Bring back what it began with, or start anew with --resume none."
+            )
+    if state["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.say(f"going on from {checkpoint} at step {state['step']} of {run.total_steps}")
     return state["step"]

@@ -96,7 +96,7 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path]:
     if arguments.checkpoint:
         checkpoint = Path(arguments.checkpoint).resolve()
         verify_folder(checkpoint)
-        return load_config(checkpoint / "config.yaml", arguments.overrides, folder=Path.cwd()), checkpoint
+        return with_models(load_config(checkpoint / "config.yaml", arguments.overrides)), checkpoint
     current = load_config(arguments.config, arguments.overrides)
     checkpoint = current.output_dir / "final"
     if not checkpoint.exists():
@@ -105,8 +105,20 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path]:
         )
     verify_folder(checkpoint)
     others = [word for word in arguments.overrides if not word.startswith("test.")]
-    trained = load_config(checkpoint / "config.yaml", others, folder=Path.cwd())
+    trained = with_models(load_config(checkpoint / "config.yaml", others))
     return dataclasses.replace(trained, test=current.test), checkpoint
+
+
+def with_models(config: Config) -> Config:
+    """The config, if the released weights that it names are still where they were; else InputError says how to name them."""
+    for key in ("vision_tower", "language_model"):
+        path = getattr(config.model, key)
+        if os.path.isabs(path) and not os.path.isdir(path):
+            raise InputError(
+                f"{path}: the checkpoint was trained on top of this folder, which is not there any more; say where it is "
+                f"now: model.{key}=FOLDER."
+            )
+    return config
 
 
 def find_pictures(path: str | Path | None) -> list[Path]:
@@ -185,7 +197,12 @@ def read_requests(
     """(picture, question, request) one after the other; each picture is read once, when its turn comes."""
     for picture in [None] if pictures is None else pictures:
         try:
+            str(picture).encode()
             images = [] if picture is None else [ask.read_pixels(picture)]
+        except UnicodeEncodeError:
+            name = os.fsencode(picture).decode(errors="replace")
+            unreadable.append({"image": name, "problem": f"{name}: the file's name is not UTF-8 text; rename it."})
+            continue
         except ImageError as error:
             unreadable.append({"image": str(picture), "problem": str(error)})
             continue
@@ -213,12 +230,12 @@ def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, outp
     questions = questions_of(qa, range(len(qa)))
     if not questions:
         raise InputError(f"{qa.path}: holds no questions; expected one QA record a line.")
-    seconds: dict[str, float] = {}
+    seconds: list[list[float]] = []  # of the questions with their own pictures, then of those with swapped ones
 
     def answers(asked: Sequence[Question]) -> list[str]:
         requests = [Request(question.turns, question.images) for question in asked]
         given = ask.answer_all(requests, config.test.batch_size, functools.partial(tqdm, unit="batch"))
-        seconds.setdefault("each", sum(answer.seconds for answer in given) / max(len(given), 1))
+        seconds.append([answer.seconds for answer in given])
         return [answer.text for answer in given]
 
     scores, given = score(questions, answers, config.seed)
@@ -231,9 +248,9 @@ def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, outp
             "reference": question.reference,
             "correct": is_correct(answer, question.reference),
             "type": question.type,
-            "seconds": round(seconds["each"], 4),
+            "seconds": round(taken, 4),
         }
-        for question, answer in zip(questions, given, strict=True)
+        for question, answer, taken in zip(questions, given, seconds[0], strict=True)
     ]
     (output / "answers.jsonl").write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"

@@ -12,9 +12,9 @@ import argparse
 import contextlib
 import functools
 import importlib.util
-import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked after the tokenizer was used
@@ -35,14 +35,14 @@ from evaluation.runlog import RunLog
 from evaluation.score import Question, questions_of, score, score_table
 from model.answer import Request
 from model.build import autocast, resolve_precision
-from model.checkpoint import write_folder
 from model.trainable import param_groups, trainable_table
-from resume import find_checkpoint, is_finished, load_position, save_checkpoint, write_model
+from resume import find_checkpoint, is_finished, load_position, move_aside, save_checkpoint, write_final
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
+    check_trackers(config.train.report_to)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     on_cpu = not torch.accelerator.is_available()  # said aloud, torchrun's processes find each other on CPUs too
@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         log_with=list(config.train.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
     )
+    if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise InputError(
+            f"{accelerator.distributed_type} is not supported: launch with torchrun, without FSDP or DeepSpeed."
+        )
     say = functools.partial(accelerator.print, flush=True)
     with accelerator.main_process_first():
         report = prepare_from_config(config)
@@ -68,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         say("Checked: config, data and model fit together. Nothing was trained.")
         return 0
-    if is_finished(run, resume_from):
+    if arguments.resume == "none":
+        move_aside(config.output_dir, accelerator, say)
+    elif is_finished(run, resume_from):
         return 0
     start_trackers(run)
     train(run, resume_from)
@@ -115,6 +121,8 @@ def train(run: Run, resume_from: Path | None) -> None:
         for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * factor
         grad_norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
+        if accelerator.scaler is None:  # fp16's scaler leaves such a step out and lowers its scale
+            stop_if_not_finite(grad_norm, step + 1, step_batches)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -124,12 +132,15 @@ def train(run: Run, resume_from: Path | None) -> None:
         progress.set_postfix(shown, refresh=False)
         progress.update()
         is_last = done == run.total_steps
-        if run.validation_set is not None and settings.eval_steps and (is_last or done % settings.eval_steps == 0):
+        evaluates = run.validation_set is not None and settings.eval_steps
+        if evaluates and (is_last or done % settings.eval_steps == 0):
+            log.flush()
             log.validation(done, run.epoch(done), *evaluate(run, done))
         if is_last or (settings.save_steps and done % settings.save_steps == 0):
+            log.flush()
             save_checkpoint(run, optimizer, done)
             log.draw()
-            log.start_interval()  # the time that saving took is not training's
+            log.start_interval()
     progress.close()
 
 
@@ -148,12 +159,13 @@ def seed_dropout(seed: int, step: int, micro: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, micro)).generate_state(1)[0]))
 
 
-def stop_if_not_finite(loss: float, step: int, batches: list[dict]) -> None:
-    if not math.isfinite(loss):
+def stop_if_not_finite(value: float, step: int, batches: list[dict]) -> None:
+    """InputError where a loss or a gradient norm is no number any more: before the weights are touched."""
+    if not math.isfinite(value):
         names = [name for batch in batches for name in batch["ids"]]
         raise InputError(
-            f"step {step}: the loss is {loss}, with records {', '.join(names[:8])}. Lower the learning rates, or set "
-            "train.precision to bf16 or fp32; the last checkpoint is from before this step."
+            f"step {step}: the loss or its gradient is {value}, with records {', '.join(names[:8])}. Lower the learning "
+            "rates, or set train.precision to bf16 or fp32; the last checkpoint is from before this step."
         )
 
 
@@ -184,13 +196,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def start_trackers(run: Run) -> None:
-    """TensorBoard writes into <run>/tensorboard, wandb into <run>/wandb. InputError where a tracker is not installed."""
-    for name in run.config.train.report_to:
+def check_trackers(names: Sequence[str]) -> None:
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(
                 f'"train.report_to" names {name}, which is not installed: pip install {name}, or leave it out.'
             )
+
+
+def start_trackers(run: Run) -> None:
+    """TensorBoard writes into <run>/tensorboard, wandb into <run>/wandb."""
     if run.config.train.report_to:
         folder = run.config.output_dir
         folder.mkdir(parents=True, exist_ok=True)  # wandb would go elsewhere if it were not there
@@ -242,23 +257,15 @@ def evaluate(run: Run, step: int) -> tuple[float, list[dict]]:
 
 
 def finish(run: Run) -> None:
-    """Score the held-out questions, write final/ (the trained model, with its scores), print the table."""
-    scores = None
+    """Write final/ (the trained model), score the held-out questions, add the scores to it, print the table."""
+    write_final(run, None)
     if run.validation_set is not None:
         chosen = run.validation_kept[: run.config.train.score_samples].tolist()
         questions = questions_of(run.validation_set.qa, chosen)
         run.say(f"asking {len(questions)} held-out questions, with their pictures and with swapped ones")
         scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
+        write_final(run, scores)
         run.say(score_table(scores))
-    if run.accelerator.is_main_process:
-
-        def write(folder: Path) -> None:
-            write_model(run, folder)
-            if scores is not None:
-                (folder / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
-
-        write_folder(run.config.output_dir / "final", write)
-    run.accelerator.wait_for_everyone()
     run.say(f"done: {run.config.output_dir / 'final'}")
 
 
@@ -272,5 +279,17 @@ def answer_shared(run: Run, questions: list[Question]) -> list[str]:
     return [gathered[i] for i in range(len(questions))]
 
 
+def main_within_memory() -> int:
+    """`main`, with a full GPU as a message instead of a traceback."""
+    try:
+        return main()
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the GPU's memory is full ({str(error).split('.')[0]}). Make train.per_device_train_batch_size smaller and "
+            "train.gradient_accumulation_steps larger (the same step), set train.activation_checkpointing to true, or "
+            "make data.max_length smaller."
+        ) from None
+
+
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main_within_memory)

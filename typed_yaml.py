@@ -71,11 +71,23 @@ def read_yaml(text: str, where: str):
         raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+class Typed(str):
+    """Text from the command line: a path in it is relative to where the command was given, not to the YAML file."""
+
+
+def _as_typed(value):
+    if isinstance(value, dict):
+        return {key: _as_typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_typed(item) for item in value]
+    return Typed(value) if isinstance(value, str) else value
+
+
 def apply_override(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f'"{override}": expected key=value, for example train.lora_lr=2e-4.')
-    value = read_yaml(text, f'"{override}"')
+    value = _as_typed(read_yaml(text, f'"{override}"'))
     target, *path = key.strip().split(".")
     here: Any = values
     for position, name in enumerate(path):
@@ -192,10 +204,10 @@ def _convert(hint, value, folder: Path, where: str, root):
     if not isinstance(value, str) or not value and hint is not str:
         raise InputError(f'"{where}": expected {"text" if hint is str else "a path"}, found {kind_of(value)}.')
     if hint is Path:
-        return _absolute(value, where, folder)
+        return _absolute(value, where, Path.cwd() if isinstance(value, Typed) else folder)
     if hint is FolderOrHub:
-        return FolderOrHub(_folder_or_hub(value, where, folder))
-    return value
+        return FolderOrHub(_folder_or_hub(value, where, Path.cwd() if isinstance(value, Typed) else folder))
+    return str(value)
 
 
 def _number(kind: type, value, where: str):
@@ -245,4 +257,4 @@ def kind_of(value) -> str:
         bool: f"{value}",
         str: f"the text {value!r}",
     }
-    return names.get(type(value), f"{value!r}")
+    return names.get(str if isinstance(value, str) else type(value), f"{value!r}")

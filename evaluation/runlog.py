@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
@@ -51,31 +52,40 @@ class RunLog:
             "samples/s": f"{self.samples * self.processes / seconds:.1f}",
             "MB": f"{peak_memory_mb():.0f}",
         }
+        self.pending = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": self.loss_sum / self.targets,
+            "grad_norm": grad_norm
+            if math.isfinite(grad_norm)
+            else None,  # fp16 overflows now and then; JSON has no inf
+            **rates,
+            "targets": self.targets,
+            "samples_per_s": round(self.samples * self.processes / seconds, 2),
+            "tokens_per_s": round(self.tokens * self.processes / seconds, 1),
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+        }
         if step == 1 or step % self.logging_steps == 0:
-            row = {
-                "step": step,
-                "epoch": round(epoch, 4),
-                "loss": self.loss_sum / self.targets,
-                "grad_norm": grad_norm,
-                **rates,
-                "targets": self.targets,
-                "samples_per_s": round(self.samples * self.processes / seconds, 2),
-                "tokens_per_s": round(self.tokens * self.processes / seconds, 1),
-                "peak_memory_mb": round(peak_memory_mb(), 1),
-            }
-            self._write(self.metrics, row)
-            self.start_interval()
+            self.flush()
         return shown
 
+    def flush(self) -> None:
+        """Write the row of the steps since the last one, if there are any, and count anew: before something that takes time
+        which is not training's, and at the end."""
+        if self.pending:
+            self._write(self.metrics, self.pending)
+        self.start_interval()
+
     def validation(self, step: int, epoch: float, val_loss: float, samples: list[dict]) -> None:
-        """Note an evaluation: the held-out loss, and a few generated answers."""
+        """Note an evaluation: the held-out loss, and a few generated answers. `flush` before it is made."""
         self._write(self.metrics, {"step": step, "epoch": round(epoch, 4), "val_loss": val_loss})
         for sample in samples:
             self._write(self.folder / "samples.jsonl", {"step": step, **sample})
-        self.start_interval()  # the time that it took is not training's
+        self.start_interval()
 
     def start_interval(self) -> None:
         """Count from here."""
+        self.pending: dict | None = None
         self.loss_sum, self.targets, self.samples, self.tokens = 0.0, 0, 0, 0
         self.started = time.perf_counter()
 
@@ -139,7 +149,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         rate.plot(steps, [row[name] for row in trained], label=name)
     rate.set(title="learning rates")
     rate.legend()
-    norm.plot(steps, [row["grad_norm"] for row in trained], color="#55a868")
+    norm.plot(steps, [row["grad_norm"] or math.nan for row in trained], color="#55a868")
     norm.set(title="gradient norm before clipping", yscale="log")
     speed.plot(steps, [row["samples_per_s"] for row in trained], color="#8172b3")
     speed.set(title="samples per second", ylim=(0, None))

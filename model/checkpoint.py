@@ -103,7 +103,9 @@ def latest_checkpoint(output_dir: Path, report: Callable[[str], None]) -> Path |
 
 
 def prune_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
-    """Remove the oldest checkpoints until `save_total_limit` are left (None: keep all)."""
+    """Remove the oldest checkpoints until `save_total_limit` are left (None: all), and what a kill left half written."""
+    for folder in output_dir.glob(".*.partial"):
+        shutil.rmtree(folder)
     if save_total_limit is not None:
         for folder in sorted(_checkpoints(output_dir), key=_step)[:-save_total_limit]:
             shutil.rmtree(folder)
@@ -135,14 +137,16 @@ def _flush(path: Path) -> None:
 
 
 def save_trained(model: VisionLanguageModel, folder: Path) -> None:
-    """Write every weight that training may have changed: the projector always, the rest where requires_grad says so."""
+    """Write every weight that differs from the released ones: the projector always, of the rest what trains and what an
+    earlier run trained (`model.trained_before`), frozen now or not."""
     save_file(_on_cpu(model.projector.state_dict()), folder / "projector.safetensors")
     if model.has_lora:
         # save_embedding_layers would ask the hub for the base model's config
         model.language_model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card: an empty form
-    for name, part in (("language_model", model.causal_lm), ("vision_tower", model.vision_tower)):
-        trained = _trained_parameters(part)
+    for name, part in _parts(model).items():
+        known = _own_names(part)
+        trained = {n: p for n, p in known.items() if p.requires_grad or n in model.trained_before[name]}
         if trained:
             save_file(_on_cpu(trained), folder / f"{name}.safetensors")
 
@@ -151,14 +155,15 @@ def load_trained(model: VisionLanguageModel, folder: Path) -> None:
     """The reverse of `save_trained`, for everything but LoRA; before LoRA is added, so that names are the model's own.
     Every tensor of every file must find its place and its shape."""
     _load_into(model.projector.state_dict(), folder / "projector.safetensors", every_key=True)
-    for name, part in (("language_model", model.causal_lm), ("vision_tower", model.vision_tower)):
+    for name, part in _parts(model).items():
         path = folder / f"{name}.safetensors"
         if path.exists():
-            parameters = dict(part.named_parameters())
-            for key in _read(path):
-                if key in parameters:  # what was trained was float32, and stays it
-                    parameters[key].data = parameters[key].data.float()
+            parameters = _own_names(part)
+            keys = _read(path).keys()
+            for key in keys & parameters.keys():  # what was trained was float32, and stays it
+                parameters[key].data = parameters[key].data.float()
             _load_into(parameters, path, every_key=False)
+            model.trained_before[name] = set(keys)
 
 
 def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
@@ -174,8 +179,13 @@ def has_adapter(folder: Path) -> bool:
     return (folder / "adapter_model.safetensors").exists()
 
 
-def _trained_parameters(part: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in part.named_parameters() if p.requires_grad and "lora_" not in name}
+def _parts(model: VisionLanguageModel) -> dict[str, nn.Module]:
+    return {"language_model": model.causal_lm, "vision_tower": model.vision_tower}
+
+
+def _own_names(part: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have without LoRA, which is saved elsewhere."""
+    return {name.replace(".base_layer.", "."): p for name, p in part.named_parameters() if "lora_" not in name}
 
 
 def _load_into(targets: dict[str, Tensor], path: Path, every_key: bool) -> None:
@@ -225,7 +235,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """The optimizer's tensors by parameter name, and `state` (plain JSON values: the step, the loss scaler)."""
     tensors = {
-        f"{name}/{key}": value.detach().cpu()
+        f"{name}/{key}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

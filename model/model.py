@@ -19,6 +19,8 @@ class VisionLanguageModel(nn.Module):
         self.vision_tower = vision_tower
         self.projector = projector
         self.language_model = language_model
+        # part -> the names of weights that an earlier run trained: not the released ones any more, so they are saved too
+        self.trained_before: dict[str, set[str]] = {"language_model": set(), "vision_tower": set()}
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -43,7 +45,7 @@ class VisionLanguageModel(nn.Module):
         The vocabulary's logits are made only where there is a label: of [B,L,V] that is what costs the memory.
         """
         if pixel_values is None:
-            image_features, anchor = None, self._zero_from_projector()
+            image_features, anchor = None, self._zero_from_image_side()
         else:
             image_features, anchor = self.encode_images(pixel_values), 0.0
         hidden = self.causal_lm.model(
@@ -54,10 +56,11 @@ class VisionLanguageModel(nn.Module):
         logits = self.causal_lm.lm_head(hidden[:, :-1][supervised])  # [targets, V]
         return F.cross_entropy(logits.float(), targets[supervised], reduction="sum") + anchor
 
-    def _zero_from_projector(self) -> Tensor:
-        """0, computed from the projector's weights: a batch without any image then has zero gradients there instead of none,
-        so that every process of a distributed step has the same gradients to add up."""
-        return sum(parameter.sum() for parameter in self.projector.parameters()) * 0.0
+    def _zero_from_image_side(self) -> Tensor | float:
+        """0, computed from what trains in projector and tower: a batch without any image then has zero gradients there
+        instead of none, so that every process of a distributed step has the same gradients to add up."""
+        parameters = [*self.projector.parameters(), *self.vision_tower.parameters()]
+        return sum(parameter.sum() for parameter in parameters if parameter.requires_grad) * 0.0
 
     @torch.no_grad()
     def generate(

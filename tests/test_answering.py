@@ -215,6 +215,21 @@ def test_a_checkpoint_answers_from_wherever_it_lies(final, images, tmp_path, mon
     assert answers(moved.parent / "answers") == answers(tmp_path / "a")
 
 
+def test_pictures_and_text_are_read_as_in_training_whatever_lies_beside_the_base_models_now(
+    run, final, images, tmp_path
+):
+    """A checkpoint has its own image processor and tokenizer."""
+    tower, lm = tmp_path / "tower", tmp_path / "lm"
+    shutil.copytree(run.config.model.vision_tower, tower)
+    shutil.copytree(run.config.model.language_model, lm, ignore=shutil.ignore_patterns("*tokenizer*"))
+    processor = json.loads((tower / "preprocessor_config.json").read_text())
+    (tower / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.0, 0.9, 0.0]}))
+    arguments = ["--checkpoint", final, "--images", images, "--question", QUESTIONS[0]]
+    ask(tmp_path / "a", *arguments)
+    ask(tmp_path / "b", *arguments, f"model.vision_tower={tower}", f"model.language_model={lm}")
+    assert answers(tmp_path / "b") == answers(tmp_path / "a")
+
+
 # --- how it is called
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+import assemble
 import qwen
 from config import InputError, load_config
 from model.checkpoint import latest_checkpoint, prune_checkpoints, verify_folder, write_folder
@@ -184,3 +185,24 @@ def test_trained_parts_of_the_language_model_and_encoder_come_back(trained, tmp_
     changed = load_file(first / "language_model.safetensors")["model.norm.weight"]
     assert not torch.equal(changed, lm.model.norm.weight), "training changed what it should"
     assert load_config(first / "config.yaml").train.trainable.language_model == words
+
+
+@pytest.mark.parametrize(
+    "later", [["train.trainable.language_model=frozen", "train.lora_lr=null"], []], ids=["frozen", "lora"]
+)
+def test_what_an_earlier_run_trained_stays_though_it_is_frozen_now(trained, tmp_path, later):
+    """A second run trains other parts than the first: its checkpoint still holds the first one's language model."""
+    short = ["train.eval_steps=null", "train.score_samples=1", "train.max_steps=1", "train.save_steps=1"]
+    full = ["train.trainable.language_model=full", "train.lora_lr=null", "train.language_model_lr=1e-2"]
+    run_training(trained, *short, *full, f"output_dir={tmp_path / 'a'}")
+    run_training(
+        trained, *short, *later, f"output_dir={tmp_path / 'b'}", f"model.start_from={tmp_path / 'a' / 'final'}"
+    )
+    first, second = (load_file(tmp_path / name / "final" / "language_model.safetensors") for name in "ab")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+    config = load_config(tmp_path / "b" / "final" / "config.yaml")
+    for folder in ("final", "checkpoint-1"):  # as test.py and a resumed run build it
+        model = assemble.build(config, "fp32", tmp_path / "b" / folder).model
+        rebuilt = {name.replace(".base_layer", ""): p for name, p in model.causal_lm.named_parameters()}
+        assert all(torch.equal(rebuilt[key], first[key]) for key in first)

@@ -141,21 +141,34 @@ def test_a_byte_order_mark_is_not_part_of_the_first_key(path):
     assert load_config(path) == expected
 
 
-def test_paths_are_relative_to_the_yaml_file_and_hub_names_stay(path, tmp_path):
+def test_paths_in_the_file_are_relative_to_its_folder_and_hub_names_stay(path, tmp_path):
     (tmp_path / "local" / "tower").mkdir(parents=True)
-    config = load_config(path, ["model.vision_tower=local/tower", "model.language_model=Qwen/Qwen2.5-0.5B-Instruct"])
+    values = yaml.safe_load(path.read_text())
+    values["model"] = {"vision_tower": "local/tower", "language_model": "Qwen/Qwen2.5-0.5B-Instruct"}
+    path.write_text(yaml.safe_dump(values))
+    config = load_config(path)
     assert config.output_dir == tmp_path / "run"
     assert config.data.sources[0].annotations == tmp_path / "train.json"
     assert config.model.vision_tower == str(tmp_path / "local" / "tower")
     assert config.model.language_model == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def test_paths_on_the_command_line_are_relative_to_where_it_is_given(path, tmp_path, monkeypatch):
+    """As a shell completes them, whichever folder the config is in."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "local" / "tower").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    source = "{name: a, format: llava, annotations: a.json, images: pictures}"
+    config = load_config(path, ["model.vision_tower=local/tower", "output_dir=run", f"data.sources=[{source}]"])
+    assert config.model.vision_tower == str(elsewhere / "local" / "tower") and config.output_dir == elsewhere / "run"
+    assert config.data.sources[0].images == elsewhere / "pictures"
+    assert config.data.qa_file.parent == tmp_path
     # what can be no hub name is meant as a folder: the loader's message will then say where it looked
-    assert load_config(path, ["model.language_model=../no/such"]).model.language_model == str(
-        tmp_path.parent / "no" / "such"
-    )
+    assert load_config(path, ["model.language_model=../no/such"]).model.language_model == str(tmp_path / "no" / "such")
     too_long = "a" * 300 + "/b"  # for a folder's name; what the hub says to it is the hub's matter
     assert load_config(path, [f"model.language_model={too_long}"]).model.language_model == too_long
     assert load_config(path, ["output_dir=~/run"]).output_dir == Path("~/run").expanduser()
-    assert load_config(path, folder=Path("/elsewhere")).output_dir == Path("/elsewhere/run")
+    assert load_config(path, ["data.system_prompt=hello"]) == load_config(path, ["data.system_prompt='hello'"])
 
 
 # --- what may change between the parts of a run

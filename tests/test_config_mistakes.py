@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from config import Config, InputError, SourceConfig, load_config, to_yaml
-from typed_yaml import all_keys
 from tests.test_config import VALUES, write
+from typed_yaml import all_keys
 
 
 @pytest.fixture

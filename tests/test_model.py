@@ -103,10 +103,14 @@ def test_swapping_the_image_changes_the_loss(folders):
     assert abs(built.model(**batch) - built.model(**swapped)) > 1e-4
 
 
-def test_a_batch_without_images_has_zero_gradients_in_the_projector(folders):
-    built = build(folders)
+@pytest.mark.parametrize("tower", ["frozen", "top:1"])
+def test_a_batch_without_images_has_zero_gradients_on_the_image_side(folders, tower):
+    """Zeros, not None: processes that add up their gradients would wait for each other for ever otherwise."""
+    built = build(folders, vision_tower=tower)
     built.model(**batch_for(built, images_a_row=0)).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in built.model.projector.parameters())
+    trained = trainable_parameters(built.model)
+    for parameter in trained["projector"] + trained["vision_tower"]:
+        assert parameter.grad is not None and parameter.grad.abs().sum() == 0
 
 
 def test_text_only_rows_among_image_rows_leave_the_others_as_they_were(folders):

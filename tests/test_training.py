@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -166,6 +167,85 @@ def test_resume_takes_a_named_checkpoint_and_refuses_one_without_state(project, 
     assert_equal_files(whole / "checkpoint-6", tmp_path / "checkpoint-6", [*WEIGHTS, "state.safetensors"])
     with pytest.raises(InputError, match="no training state"):
         run_training(project, f"output_dir={tmp_path / 'other'}", "--resume", str(whole / "final"))
+
+
+def test_resume_none_touches_what_a_run_wrote_and_nothing_else(project, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    short = ["train.max_steps=1", *QUICK, f"output_dir={tmp_path}", "--resume", "none"]
+    run_training(project, *short)
+    run_training(project, *short, "--check")
+    assert not (tmp_path / "previous-1").exists(), "--check changes nothing"
+    with pytest.raises(InputError):
+        run_training(project, *short, "model.language_model=nowhere/../nothing")
+    assert not (tmp_path / "previous-1").exists(), "a config that cannot run changes nothing"
+    run_training(project, *short)
+    assert (tmp_path / "notes.txt").exists() and (tmp_path / "previous-1" / "metrics.jsonl").exists()
+
+
+def test_a_run_goes_on_with_its_own_data_only(project, whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "checkpoint-3")
+    for name in ("qa.jsonl", "validation.jsonl"):
+        text = (project.parent / name).read_text().replace('"images/', f'"{project.parent}/images/')
+        (tmp_path / name).write_text(text)
+    other = [f"output_dir={tmp_path}", "data.sources=[]"]
+    state = json.loads((tmp_path / "checkpoint-3" / "state.json").read_text())
+    assert set(state) >= {"qa_sha256", "records", "precision"}
+    with pytest.raises(InputError, match="data.sources|data.qa_file"):
+        run_training(project, *other, f"data.qa_file={tmp_path / 'qa.jsonl'}")
+    lines = (project.parent / "qa.jsonl").read_text()
+    try:
+        (project.parent / "train.json").write_text(
+            (project.parent / "train.json").read_text().replace("Say it again.", "Say it once more.")
+        )
+        with pytest.raises(InputError, match="qa_sha256"):
+            run_training(project, f"output_dir={tmp_path}")
+    finally:
+        (project.parent / "train.json").write_text(
+            (project.parent / "train.json").read_text().replace("Say it once more.", "Say it again.")
+        )
+    run_training(project, f"output_dir={tmp_path}", "train.save_total_limit=null")
+    assert (project.parent / "qa.jsonl").read_text() == lines
+    assert_equal_files(whole / "checkpoint-6", tmp_path / "checkpoint-6", WEIGHTS)
+
+
+def test_a_finished_run_without_checkpoints_is_not_made_again(project, whole, tmp_path):
+    shutil.copytree(whole / "final", tmp_path / "final")
+    with pytest.raises(InputError, match="finished run, whose checkpoints are gone"):
+        run_training(project, f"output_dir={tmp_path}")
+
+
+def test_every_step_is_in_a_row_however_seldom_rows_are_written(project, whole, tmp_path):
+    """Evaluations and checkpoints between two rows lose nothing: the rows' targets add up to those of all steps."""
+    run_training(project, f"output_dir={tmp_path}", "train.logging_steps=4", "train.save_steps=5")
+    logged = [row for row in rows(tmp_path) if "loss" in row]
+    steps = [row for row in rows(whole) if "loss" in row]
+    assert [row["step"] for row in logged] == [1, 3, 4, 5, 6]
+    assert sum(row["targets"] for row in logged) == sum(row["targets"] for row in steps)
+    for row in ("targets", "loss"):
+        assert logged[1][row] == pytest.approx(
+            sum(s["targets"] for s in steps[1:3]) if row == "targets"
+            else sum(s["loss"] * s["targets"] for s in steps[1:3]) / sum(s["targets"] for s in steps[1:3])
+        )  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(InputError, match="step 1: the loss or its gradient is inf"):
+        run_training(project, f"output_dir={tmp_path}", *QUICK)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_score_that_fails_does_not_lose_the_model(project, tmp_path, monkeypatch):
+    def fail(*_):
+        raise InputError("this picture cannot be read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "score", fail)
+        with pytest.raises(InputError, match="this picture"):
+            run_training(project, f"output_dir={tmp_path}", "train.eval_steps=null", "train.max_steps=1")
+    assert (tmp_path / "final" / "projector.safetensors").exists()
+    run_training(project, f"output_dir={tmp_path}", "train.eval_steps=null", "train.max_steps=1")
+    assert (tmp_path / "final" / "scores.json").exists()
 
 
 def test_check_trains_nothing(project, tmp_path, capsys):
