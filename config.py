@@ -21,11 +21,23 @@ DEFAULT_CONFIG = Path(__file__).parent / "config.yaml"  # the one that train.sh 
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out: nothing is learned from that token
 
 
-HOW_TO_CONVERT = (  # the end of a message about weights that cannot be read
-    'A pickled pytorch_model.bin is never opened; in its folder, convert it once: python -c "import torch; from '
-    "safetensors.torch import save_file; save_file(torch.load('pytorch_model.bin', weights_only=True), "
-    "'model.safetensors', {'format': 'pt'})\""
+# One model.safetensors out of one pytorch_model.bin or several; a tensor that two names share is written under both.
+HOW_TO_CONVERT = (
+    'python -c "import glob, torch; from safetensors.torch import save_file; '
+    "save_file({name: tensor.clone().contiguous() for file in glob.glob('pytorch_model*.bin') "
+    "for name, tensor in torch.load(file, 'cpu', weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})\""
 )
+
+
+def how_to_convert(path: str | Path) -> str:
+    """The end of a message about the weights of `path`, a folder or a hub name, that cannot be read."""
+    if Path(path).is_dir():
+        return f"A pickled pytorch_model.bin is never opened; in its folder, convert it once: {HOW_TO_CONVERT}"
+    folder = str(path).rpartition("/")[2]
+    return (
+        "A pickled pytorch_model.bin is never opened; download it, convert it once and put the folder into the config, "
+        f"in the place of {path}: hf download {path} --local-dir {folder} && cd {folder} && {HOW_TO_CONVERT}"
+    )
 
 
 def choose(table: dict, key: str, what: str):
@@ -42,6 +54,9 @@ def run_script(main) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,9 +166,9 @@ class Config:
 # Reading
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
-    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), check everything, resolve every relative
-    path against `folder` (default: the YAML file's). Raises InputError that names the key."""
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), check everything. Relative paths in the
+    file are relative to its folder, those in overrides to the current one. Raises InputError that names the key."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -166,7 +181,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), folder: Path | 
         raise InputError(f"{path}: expected keys and values, found {kind_of(values)}.")
     for override in overrides:
         apply_override(values, override)
-    config = build(Config, values, folder or path.resolve().parent)
+    config = build(Config, values, path.resolve().parent)
     _refuse_contradictions(config)
     return config
 
@@ -244,6 +259,12 @@ def _refuse_contradictions(config: Config) -> None:
             raise InputError(
                 f'"train.{key}" is {rate}, but train.trainable.{part} is {word}, so nothing would use it; set '
                 f"train.{key} to null, or train.trainable.{part} to {' or '.join(kinds).replace('top', 'top:N')}."
+            )
+    for key, value in (("train.max_grad_norm", train.max_grad_norm), ("lora.alpha", config.lora.alpha)):
+        if value == 0:
+            raise InputError(
+                f'"{key}" is 0, with which nothing would be learned; use a positive number'
+                + (", or null for no clipping." if key == "train.max_grad_norm" else ".")
             )
     if parts.projector == "frozen" and config.model.start_from is None:
         raise InputError(
