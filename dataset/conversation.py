@@ -119,6 +119,17 @@ class ChatFormat:
             ids, labels = ids[:length], labels[:length]
         return Encoded(ids, labels, num_images)
 
+    def certainly_fits(self, turns: Sequence[Turn], max_length: int | None) -> bool:
+        """Whether `encode` cannot need more than max_length tokens, told without tokenising: a token is at least a byte of
+        text, of which the tokenizer's normalisation (NFC) makes at most three out of one. False means: encode it and see."""
+        if max_length is None:
+            return True
+        texts = [turn.content for turn in self._with_system(turns)]
+        text_bytes = sum(len(text) if text.isascii() else 3 * len(text.encode()) for text in texts)
+        images = sum(text.count(IMAGE_MARK) for text in texts)
+        around = sum(len(self.head[turn.role]) + 1 + len(self.newline) for turn in self._with_system(turns))
+        return text_bytes + images * len(self.image_tokens) + around <= max_length
+
     def encode_prompt(self, turns: Sequence[tuple[str, Sequence[Part]]]) -> list[int]:
         """The ids after which the model's answer begins. `turns`: (role, parts) pairs that end with a user's turn."""
         if not turns or turns[-1][0] != "user":

@@ -118,6 +118,8 @@ def find_unusable(dataset: QADataset, progress: Callable[[Iterable], Iterable]) 
     for index in progress(range(len(dataset.qa))):
         record = dataset.qa[index]
         for turns in (record.conversations, *record.alternatives):
+            if dataset.chat.certainly_fits(turns, dataset.max_length):
+                continue  # most do; tokenising a million records takes minutes
             try:
                 dataset.chat.encode(turns, dataset.max_length)
             except TooLong as error:

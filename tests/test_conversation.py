@@ -35,6 +35,9 @@ def qwen1_folder(tmp_path_factory):
     return WRITERS["qwen"](tmp_path_factory.mktemp("qwen1"))
 
 
+LOADED: dict = {}  # a tokenizer for each writer of toy checkpoints
+
+
 def chat_of(tokenizer, system_prompt=None, places=PLACES) -> ChatFormat:
     return ChatFormat(
         functools.partial(qwen.encode_text, tokenizer),
@@ -245,3 +248,28 @@ def test_a_cut_never_loses_an_image_and_always_leaves_something_to_learn(talk, s
         cut = chat.encode(talk, max_length)
         assert (cut.input_ids, cut.labels) == (whole.input_ids[: ends[-1]], whole.labels[: ends[-1]])
         assert cut.num_images == whole.num_images and cut.num_targets >= 1
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.text(max_size=30), min_size=2, max_size=4).filter(lambda texts: len(texts) % 2 == 0),
+    st.integers(1, 3),
+    st.integers(0, 200),
+)
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_what_certainly_fits_is_never_too_long(write, tmp_path_factory, texts, places, max_length):
+    """The bound that spares tokenising is a bound for any text, also where normalisation makes it longer."""
+    if write not in LOADED:
+        LOADED[write] = qwen.load_tokenizer(write(tmp_path_factory.mktemp("lm")))
+    chat = chat_of(LOADED[write], places=places)
+    texts[0] = "\u0958\u0958 " + IMAGE_MARK + texts[0].replace(IMAGE_MARK, "")
+    talk = turns(*texts)
+    length = len(chat.encode(talk).input_ids)
+    assert not chat.certainly_fits(talk, length - 1)
+    assert not chat.certainly_fits(talk, max_length) or length <= max_length
+
+
+def test_ascii_that_fits_in_bytes_is_seen_to_fit():
+    chat = byte_chat(None, 2)
+    talk = turns(IMAGE_MARK + "What?", "A cat.")
+    assert chat.certainly_fits(talk, len(chat.encode(talk).input_ids) + len(IMAGE_MARK))
