@@ -74,7 +74,7 @@ def translate(v1: dict) -> dict:
     """A v1 `config.json` -> keyword arguments of Qwen2Config; other keys are passed on unchanged.
 
     Raises InputError, naming the key, where the checkpoint is not the Qwen2 network: a missing size, biases in every
-    linear layer, partial rotary embeddings, heads that do not add up to the hidden size, GPTQ weights.
+    linear layer, partial rotary embeddings, heads that do not add up to the hidden size.
     """
     needed = (*RENAMED, "hidden_size", "num_attention_heads", "intermediate_size", "kv_channels", "rotary_emb_base")
     missing = [name for name in needed if name not in v1]
@@ -91,8 +91,6 @@ def translate(v1: dict) -> dict:
             f"Qwen v1 config.json: kv_channels {v1['kv_channels']} x num_attention_heads {v1['num_attention_heads']} "
             f"is not hidden_size {v1['hidden_size']}; only equal sizes are supported."
         )
-    if "quantization_config" in v1:
-        raise InputError("Qwen v1 config.json: quantization_config found; use the folder of the unquantized model.")
 
     consumed = {*RENAMED, "kv_channels", "rotary_emb_base", "attn_dropout_prob", "auto_map"}
     config = {name: value for name, value in v1.items() if name not in consumed}

@@ -29,11 +29,11 @@ class ImageInjection:
         """The library's forward, on embeddings that hold the images.
 
         `image_features` may be None or have M = 0 for text. ValueError if the image tokens do not match the features,
-        or if a prompt (not a decoding step) has image tokens and no features.
+        or if there are none for the image tokens of a prompt: of anything but one token after a filled cache.
         """
         if input_ids is not None and inputs_embeds is None:
-            is_prompt = past_key_values is None or past_key_values.get_seq_length() == 0
-            inputs_embeds, input_ids = self.embed_with_images(input_ids, image_features, is_prompt), None
+            is_step = input_ids.shape[1] == 1 and past_key_values is not None and past_key_values.get_seq_length() > 0
+            inputs_embeds, input_ids = self.embed_with_images(input_ids, image_features, not is_step), None
         elif image_features is not None:
             raise ValueError("image_features need input_ids, which say where the images stand; inputs_embeds do not.")
         return super().forward(
@@ -61,7 +61,7 @@ class ImageInjection:
         inputs_embeds = self.embed_tokens(input_ids.masked_fill(is_image, 0))
         if image_features is None:
             return inputs_embeds
-        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(inputs_embeds))
+        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(inputs_embeds.dtype))
 
 
 class ImageGeneration:
@@ -127,6 +127,14 @@ class ImageGeneration:
         if is_first_iteration or not kwargs.get("use_cache", True):
             inputs["image_features"] = image_features
         return inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # Every chunk would be given all features: which of them stand in it, the library does not know.
+        image_features = model_kwargs.get("image_features")
+        has_images = image_features is not None and len(image_features) > 0
+        if has_images and generation_config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size: a prompt with images is not read in chunks; leave it out.")
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # The library repeats every tensor along its first dimension. Features are not one to a row: rows may hold no

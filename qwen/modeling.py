@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from config import HOW_TO_CONVERT, InputError, choose
+from config import InputError, choose, how_to_convert
 from qwen.configuration import QWenConfig
 from qwen.injection import ImageGeneration, ImageInjection
 from qwen.tokenizer import STOP_TOKENS, image_token, image_token_id
@@ -112,7 +112,8 @@ def load_language_model(path: str, dtype=None, attn_implementation: str | None =
     dtype: a torch dtype or its name; None keeps the checkpoint's. attn_implementation: transformers' names ("sdpa",
     "eager", "flash_attention_2", ...); None lets it choose. Only safetensors are read.
     Every weight is accounted for: InputError names those that are missing, unexpected or of another shape (a tied
-    lm_head may be absent). InputError also for an unknown path and for a model type that is not in LANGUAGE_MODELS.
+    lm_head may be absent). InputError also for an unknown path, a model type that is not in LANGUAGE_MODELS, quantised
+    weights, and what transformers refuses, such as an attention whose package is not installed.
     Call `attach_tokenizer` before images or `generate` are used.
     """
     path = str(path)
@@ -125,6 +126,11 @@ def load_language_model(path: str, dtype=None, attn_implementation: str | None =
             raise InputError(
                 f"language model {path}: no config.json with a model_type in it. Give a model's own folder."
             )
+        if config.get("quantization_config"):
+            raise InputError(
+                f"language model {path}: config.json has a quantization_config, but quantised weights (AWQ, GPTQ, FP8, "
+                "...) are not read. Take the unquantised release of the model."
+            )
         model_class = choose(LANGUAGE_MODELS, config["model_type"], f"language model {path}, model_type")
         model, report = model_class.from_pretrained(
             path,
@@ -135,8 +141,9 @@ def load_language_model(path: str, dtype=None, attn_implementation: str | None =
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"language model {path}: cannot be read. {reason} {HOW_TO_CONVERT}") from error
+        raise InputError(f"language model {path}: cannot be read. {_reason(error)} {how_to_convert(path)}") from error
+    except (ImportError, ValueError) as error:
+        raise InputError(f"language model {path}: cannot be loaded. {_reason(error)}") from error
     mismatched = [
         f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]
     ]
@@ -148,6 +155,10 @@ def load_language_model(path: str, dtype=None, attn_implementation: str | None =
             "Download the folder again, or choose another model."
         )
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _some(names, shown: int = 6) -> str:

@@ -176,6 +176,25 @@ def test_unfrozen_whole_exactly_what_the_features_depend_on_trains(folders, name
 
 
 @every_tower
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_keeps_the_gradients(folders, name, use_reentrant):
+    tower = load_vision_tower(folders[name], -2)
+    tower.unfreeze()
+    pixels = random_pixels(tower.image_size)
+
+    def gradients():
+        tower.zero_grad()
+        torch.manual_seed(0)  # DINOv3 varies its positions while it trains
+        tower.train()(pixels).square().sum().backward()
+        return [parameter.grad for parameter in tower.parameters() if parameter.requires_grad]
+
+    expected = gradients()
+    tower.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert all(torch.equal(one, other) for one, other in zip(gradients(), expected, strict=True))
+
+
+@every_tower
 def test_the_top_layers_are_the_last_that_are_run(folders, name):
     tower = load_vision_tower(folders[name], -2)  # layers 0 to 2 of 4
     tower.unfreeze(top=2)
@@ -254,6 +273,26 @@ def test_encoders_that_are_not_supported_are_refused_by_name(tmp_path):
     assert "DINOv3 ViT" in refusal("dinov3_convnext")
     assert 'did you mean "dinov2"' in refusal("dino_v2")
     assert all(known in refusal("resnet") for known in ENCODERS)
+
+
+def test_a_config_without_a_model_type_is_told_what_to_add(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 32}))
+    with pytest.raises(InputError, match=rf'no "model_type" in config\.json; add it.*{", ".join(ENCODERS)}'):
+        load_vision_tower(tmp_path)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    folder = toy_towers.write_clip(tmp_path / "clip")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(InputError, match="quantization_config.*take the unquantised release"):
+        load_vision_tower(folder)
+
+
+def test_what_transformers_refuses_is_an_input_error(tmp_path):
+    folder = toy_towers.write_siglip(tmp_path / "siglip", whole=False)
+    edit_json(folder / "config.json", num_attention_heads=5)
+    with pytest.raises(InputError, match=rf"{folder}: the encoder cannot be loaded \(.*divisible"):
+        load_vision_tower(folder)
 
 
 def test_folders_that_hold_no_encoder_are_refused(tmp_path):

@@ -193,6 +193,22 @@ def test_an_image_token_in_a_decoding_step_does_no_harm(model):
     assert model(ids, past_key_values=cache, use_cache=True).logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_several_tokens_after_a_filled_cache_need_their_features(model):
+    batch = make_batch(model, [2], length=24)
+    whole = model(**batch).logits
+    ids, mask, features = batch.values()
+    cut = (ids[0] == model.config.image_token_id).nonzero()[N]  # before the second image
+
+    def rest(**features):
+        cache = model(ids[:, :cut], mask[:, :cut], image_features=batch["image_features"][:1], use_cache=True)
+        return model(ids[:, cut:], mask, past_key_values=cache.past_key_values, use_cache=True, **features).logits
+
+    assert torch.allclose(rest(image_features=features[1:]), whole[:, cut:], atol=1e-4)
+    with pytest.raises(ValueError, match=r"\[4\], 4 in all; image features: 0 images"):
+        rest()
+
+
 def test_what_does_not_match_is_refused_with_the_numbers(model):
     batch = make_batch(model, [1, 2])
     features = batch.pop("image_features")
@@ -246,6 +262,20 @@ def test_cached_generation_is_uncached_generation(model):
     assert torch.equal(logits[:, -cached.shape[1] - 1 : -1].argmax(-1), cached)
 
 
+def test_candidates_from_the_prompt_do_not_bring_its_image_tokens(model):
+    """Prompt lookup feeds several tokens at once after a filled cache, without features."""
+    batch = make_batch(model, [2])
+    assert torch.equal(answer(model, batch, prompt_lookup_num_tokens=6), answer(model, batch))
+
+
+def test_a_prompt_with_images_is_not_read_in_chunks(model):
+    batch = make_batch(model, [1, 1])
+    with pytest.raises(ValueError, match="prefill_chunk_size: a prompt with images is not read in chunks"):
+        answer(model, batch, prefill_chunk_size=4)
+    text = make_batch(model, [0, 0], length=12)
+    assert torch.equal(answer(model, text, prefill_chunk_size=4), answer(model, text))
+
+
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_beams_keep_each_rows_own_images(model, settings):
     images_per_row = [2, 0, 1]
@@ -292,6 +322,28 @@ def test_the_image_token_is_never_generated(model):
 
 
 # Training.
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
+def test_every_mixture_of_dtypes_trains(load, model_dtype, features_dtype, autocast):
+    model = load("qwen")
+    batch = make_batch(model, [2, 0, 1])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def train(dtype, autocast):
+        features = batch["image_features"].detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(**batch | {"image_features": features})
+        output.loss.backward()
+        assert features.grad.dtype == dtype
+        return output.logits.float(), output.loss.float(), features.grad.float()
+
+    expected = train(torch.float32, autocast=False)
+    model.to(model_dtype)
+    for value, reference in zip(train(features_dtype, autocast), expected, strict=True):
+        assert (value - reference).norm() < 0.05 * reference.norm()
 
 
 def test_gradient_checkpointing_changes_nothing(model):

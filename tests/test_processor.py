@@ -137,7 +137,7 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
     [
         ("siglip", {"image_processor_type": "SiglipImageProcesor"}, 'did you mean "SiglipImageProcessor"'),
         ("siglip", {"image_processor_type": "Siglip2ImageProcessor"}, '"Siglip2ImageProcessor" is unknown'),
-        ("siglip", {"image_processor_type": None}, '"none" is unknown'),
+        ("siglip", {"image_processor_type": None}, 'no "image_processor_type"; add it.*BitImageProcessor'),
         ("siglip", {"size": {"height": 32, "width": 48}}, "not of one square size"),
         ("clip", {"crop_size": {"height": 28, "width": 21}}, "not of one square size"),
         ("clip", {"do_center_crop": False}, "not of one square size"),

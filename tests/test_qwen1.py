@@ -159,13 +159,27 @@ def test_packed_documents_count_one_by_one(tmp_path):
         ({"rotary_pct": 0.5}, "rotary_pct is 0.5; only 1.0"),
         ({"scale_attn_weights": False}, "scale_attn_weights is False"),
         ({"kv_channels": 32}, "kv_channels 32 x num_attention_heads 4 is not hidden_size 64"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"seq_length": None, "rotary_emb_base": None}, "seq_length, rotary_emb_base missing"),
     ],
 )
 def test_a_v1_configuration_that_is_another_network_is_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         qwen.load_language_model(copy_with(tmp_path / "m", **changes))
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_quantised_weights_are_refused_in_every_family(tmp_path, family):
+    path = WRITERS[family](tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(InputError, match="quantization_config.*Take the unquantised release"):
+        qwen.load_language_model(tmp_path)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "fast"])
+def test_an_attention_that_is_not_there_is_refused(attention):
+    """The first needs a package and a GPU (ImportError in transformers), the second does not exist (ValueError)."""
+    with pytest.raises(InputError, match="qwen1-tiny: cannot be loaded. .*[aA]ttention"):
+        qwen.load_language_model(TINY, attn_implementation=attention)
 
 
 def resave(folder, change):
@@ -214,15 +228,42 @@ def write_bin(folder, content):
     return folder
 
 
-@torch.no_grad()
-def test_a_pickled_file_is_refused_with_the_command_that_converts_it(tmp_path, golden):
-    folder = write_bin(tmp_path / "good", released_weights())
-    with pytest.raises(InputError, match="never opened") as refusal:
+def convert_as_told(folder):
+    with pytest.raises(InputError, match="never opened; in its folder") as refusal:
         qwen.load_language_model(folder)
     command = re.search(r'python -c "(.*)"$', str(refusal.value)).group(1)
     subprocess.run([sys.executable, "-c", command], cwd=folder, check=True)
-    model = qwen.load_language_model(folder)
+    return qwen.load_language_model(folder)
+
+
+@torch.no_grad()
+def test_a_pickled_file_is_refused_with_the_command_that_converts_it(tmp_path, golden):
+    model = convert_as_told(write_bin(tmp_path / "good", released_weights()))
     assert torch.equal(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
+
+
+@torch.no_grad()
+def test_the_command_converts_several_files_and_shared_tensors(tmp_path):
+    folder = WRITERS["qwen2"](tmp_path)
+    model = qwen.load_language_model(folder)
+    weights = model.state_dict()
+    assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    weights["model.norm.weight"] = weights["model.norm.weight"].repeat_interleave(2)[::2]  # not contiguous
+    names = sorted(weights)
+    (folder / "model.safetensors").unlink()
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        torch.save({name: weights[name] for name in part}, folder / f"pytorch_model-{number:05}-of-00002.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00002.bin")}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    ids = torch.arange(20)[None]
+    assert torch.equal(convert_as_told(folder)(ids).logits, model(ids).logits)
+
+
+def test_a_hub_model_is_downloaded_before_it_is_converted(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    told = "in the place of Qwen/Nothing: hf download Qwen/Nothing --local-dir Nothing && cd Nothing && python -c"
+    with pytest.raises(InputError, match=told):
+        qwen.load_language_model("Qwen/Nothing")
 
 
 def test_no_code_in_a_pickled_file_runs(tmp_path):

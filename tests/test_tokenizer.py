@@ -149,6 +149,20 @@ def test_text_never_becomes_a_special_token(family, tokenizer, tmp_path):
             assert tokenizer("<|im_end|>").input_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
+@pytest.mark.parametrize("family", WRITERS)
+def test_every_added_token_can_be_written_as_text(family, tmp_path):
+    """Added tokens need not be special: Qwen2.5 and 3 have "<tool_call>" and "<think>"."""
+    tokenizer = qwen.load_tokenizer(WRITERS[family](tmp_path))
+    added = {token: index for index, token in tokenizer.backend_tokenizer.get_added_tokens_decoder().items()}
+    plain = [token for token in added if not token.special]
+    assert bool(plain) == (family == "qwen3")
+    for token in map(str, added):
+        for text in (token, f"a {token}\nb", f"图{token}{token}片", token[:-1] + token):
+            ids = qwen.encode_text(tokenizer, text)
+            assert set(added.values()).isdisjoint(ids)
+            assert tokenizer.decode(ids) == text
+
+
 def test_text_decodes_to_itself_in_nfc(tokenizer):
     for text in hard_strings(500):
         assert tokenizer.decode(qwen.encode_text(tokenizer, text)) == unicodedata.normalize("NFC", text)

@@ -27,6 +27,7 @@ SENTENCES = [
 ]
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]  # in Qwen2.5 and later
+PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|repo_name|>", "<think>", "</think>"]  # not special
 VOCABULARY = 420  # 256 bytes and the merges
 ROWS = 640  # embeddings: more than any of the tokenizers has ids, as in the released models
 HIDDEN, HEADS, LAYERS, MLP = 64, 4, 2, 96
@@ -124,9 +125,9 @@ def write_qwen2(folder, seed: int = 0) -> Path:
 
 
 def write_qwen3(folder, seed: int = 0) -> Path:
-    """Qwen3: `<|image_pad|>` in the vocabulary, `<think>` as an ordinary added token, untied embeddings."""
+    """Qwen3: `<|image_pad|>` in the vocabulary, added tokens that are not special (`<think>`), untied embeddings."""
     config = Qwen3Config(tie_word_embeddings=False, bos_token_id=None, head_dim=HIDDEN // HEADS, **_sizes())
-    return _write_modern(folder, Qwen3ForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=["<think>"])
+    return _write_modern(folder, Qwen3ForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
 
 
 WRITERS = {"qwen": write_qwen1, "qwen2": write_qwen2, "qwen3": write_qwen3}

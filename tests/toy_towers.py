@@ -52,10 +52,15 @@ def write_clip(folder: Path, whole: bool = True, image_size: int = 28, seed: int
     _save(model, folder, seed)
     if whole:  # released before version 4.31, when the positions' indices were saved too
         path = folder / "model.safetensors"
-        indices = {"vision_model.embeddings.position_ids": torch.arange((image_size // 7) ** 2 + 1)[None]}
+        indices = {
+            "text_model.embeddings.position_ids": torch.arange(_TEXT["max_position_embeddings"])[None],
+            "vision_model.embeddings.position_ids": torch.arange((image_size // 7) ** 2 + 1)[None],
+        }
         save_file(load_file(path) | indices, path, metadata={"format": "pt"})
-    return _write_processor(
+    return _write_json(  # as published: from before rescaling was a step of its own
         folder,
+        do_resize=True,
+        do_normalize=True,
         feature_extractor_type="CLIPFeatureExtractor",
         size=image_size,
         crop_size=image_size,
@@ -73,7 +78,7 @@ def write_siglip(folder: Path, whole: bool = True, image_size: int = 30, seed: i
         model = SiglipModel(SiglipConfig(text_config=_TEXT, vision_config=vision))
     else:
         model = SiglipVisionModel(SiglipVisionConfig(**vision))
-    return _write_siglip_processor(_save(model, folder, seed), image_size)
+    return _write_siglip_processor(_save(model, folder, seed), image_size, resample=_BICUBIC)
 
 
 def write_siglip2(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
@@ -81,7 +86,8 @@ def write_siglip2(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
     vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 8}
     text = {**_TEXT, "vocab_size": 96, "projection_size": HIDDEN_SIZE}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
-    return _write_siglip_processor(_save(model, folder, seed), image_size)
+    folder = _save(model, folder, seed)
+    return _write_siglip_processor(folder, image_size, resample=_BILINEAR, do_convert_rgb=None)
 
 
 def write_dinov2(folder: Path, seed: int = 0) -> Path:
@@ -122,14 +128,14 @@ def _save(model: PreTrainedModel, folder: Path, seed: int) -> Path:
     return folder
 
 
-def _write_siglip_processor(folder: Path, image_size: int) -> Path:
+def _write_siglip_processor(folder: Path, image_size: int, **values) -> Path:
     return _write_processor(
         folder,
         image_processor_type="SiglipImageProcessor",
         size={"height": image_size, "width": image_size},
-        resample=_BICUBIC,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
+        **values,
     )
 
 
@@ -147,6 +153,9 @@ def _write_dinov2_processor(folder: Path) -> Path:
 
 
 def _write_processor(folder: Path, **values) -> Path:
-    steps = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-    (folder / "preprocessor_config.json").write_text(json.dumps(steps | values, indent=2))
+    return _write_json(folder, do_resize=True, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, **values)
+
+
+def _write_json(folder: Path, **values) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2))
     return folder

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from config import HOW_TO_CONVERT, InputError, choose
+from config import InputError, choose, how_to_convert
 from visual.processor import load_image_processor
 
 
@@ -39,13 +39,14 @@ class Encoder:
 
     model: type[PreTrainedModel]
     layers: str  # where the model keeps its list of layers
+    final_norm: str | None  # what the model applies to the last layer's patches
     class_tokens: int  # tokens in front of the patches, registers (which the config counts) aside
     any_size: bool  # whether positions extend to other image sizes than the trained one
     unused: tuple[str, ...]  # parameters that no hidden state depends on
 
 
-_CLIP = Encoder(CLIPVisionModel, "encoder.layers", 1, False, ("post_layernorm.",))
-_SIGLIP = Encoder(SiglipVisionModel, "encoder.layers", 0, False, ("post_layernorm.", "head."))
+_CLIP = Encoder(CLIPVisionModel, "encoder.layers", None, 1, False, ("post_layernorm.",))
+_SIGLIP = Encoder(SiglipVisionModel, "encoder.layers", "post_layernorm", 0, False, ("post_layernorm.", "head."))
 _DINO_UNUSED = ("layernorm.", "norm.", "embeddings.mask_token")
 
 # By the `model_type` of config.json. "clip" and "siglip" are whole checkpoints: only their vision half is loaded.
@@ -55,9 +56,9 @@ ENCODERS: dict[str, Encoder] = {
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
-    "dinov2": Encoder(Dinov2Model, "encoder.layer", 1, True, _DINO_UNUSED),
-    "dinov2_with_registers": Encoder(Dinov2WithRegistersModel, "encoder.layer", 1, True, _DINO_UNUSED),
-    "dinov3_vit": Encoder(DINOv3ViTModel, "model.layer", 1, True, _DINO_UNUSED),
+    "dinov2": Encoder(Dinov2Model, "encoder.layer", "layernorm", 1, True, _DINO_UNUSED),
+    "dinov2_with_registers": Encoder(Dinov2WithRegistersModel, "encoder.layer", "layernorm", 1, True, _DINO_UNUSED),
+    "dinov3_vit": Encoder(DINOv3ViTModel, "model.layer", "norm", 1, True, _DINO_UNUSED),
 }
 
 _NAFLEX = (
@@ -102,6 +103,8 @@ class VisionTower(nn.Module):
         layers = model.get_submodule(encoder.layers)
         self._depth = _depth(feature_layer, len(layers))
         setattr(model.get_submodule(parent), name, _FirstLayers(layers, self._depth))
+        if encoder.final_norm:
+            model.get_submodule(encoder.final_norm).register_forward_hook(_input_instead)
         if hasattr(model, "use_head"):  # SigLIP's pooling head: nothing here reads its output
             model.use_head = False
         self.requires_grad_(False)
@@ -118,9 +121,9 @@ class VisionTower(nn.Module):
         if not len(pixel_values):  # a batch of text alone, which transformers' attention cannot reshape
             return pixel_values.new_empty(0, self.num_image_tokens, self.hidden_size, dtype=self.model.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
-            # transformers keeps the hidden states that are named and puts None in the others' places.
-            hidden_states = self.model(pixel_values, output_hidden_states=[self._depth]).hidden_states
-        return hidden_states[self._depth][:, self._prefix_tokens :]
+            # Of the layers that are run, and without a final norm: transformers' hidden_states[feature_layer].
+            features = self.model(pixel_values).last_hidden_state
+        return features[:, self._prefix_tokens :]
 
     def train(self, mode: bool = True) -> VisionTower:
         """As nn.Module.train, but a tower in which nothing trains stays in eval mode."""
@@ -153,6 +156,11 @@ class VisionTower(nn.Module):
             )
 
 
+def _input_instead(norm: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """A forward hook that makes `norm` change nothing, while its parameters stay in the state_dict."""
+    return inputs[0]
+
+
 class _FirstLayers(nn.ModuleList):
     """All layers of an encoder, of which iteration yields the first `depth`: the encoder's own forward then ends
     there, while parameters and state_dict stay those of the whole."""
@@ -172,8 +180,8 @@ def load_vision_tower(
 
     `feature_layer`: see VisionTower. `image_size`: side of the input in pixels; None: what the path's own
     preprocessor_config.json makes. `dtype`: None keeps the checkpoint's. Only safetensors are read.
-    InputError: an encoder that is not in ENCODERS, weights that are missing, left over or of another shape, and what
-    VisionTower and load_image_processor refuse.
+    InputError: an encoder that is not in ENCODERS, weights that are quantised, missing, left over or of another shape,
+    and what transformers, VisionTower and load_image_processor refuse.
     """
     encoder = _encoder_of(path)
     if image_size is None:
@@ -190,8 +198,10 @@ def load_vision_tower(
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path}: the encoder's weights cannot be read ({_first_line(error)}); "
-            f"get a complete folder with model.safetensors. {HOW_TO_CONVERT}"
+            f"get a complete folder with model.safetensors. {how_to_convert(path)}"
         ) from error
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{path}: the encoder cannot be loaded ({_first_line(error)}).") from error
     faults = {
         "missing": report["missing_keys"],
         "left over": [key for key in report["unexpected_keys"] if not _NOT_VISION.match(key)],
@@ -216,7 +226,17 @@ def _encoder_of(path: str | Path) -> Encoder:
             f"vision_tower {path}: neither a folder with a config.json nor a hub model that can be reached "
             f"({_first_line(error)}); check the path or the name."
         ) from error
-    model_type = values.get("model_type", "none")
+    if values.get("quantization_config"):
+        raise InputError(
+            f"vision_tower {path}: config.json has a quantization_config, but quantised weights are not read; "
+            "take the unquantised release of the model."
+        )
+    model_type = values.get("model_type")
+    if not model_type:
+        raise InputError(
+            f'vision_tower {path}: no "model_type" in config.json; add it, with the encoder\'s family: '
+            f"{', '.join(ENCODERS)}."
+        )
     if model_type in _REFUSED:
         raise InputError(f'vision_tower {path}: model_type "{model_type}" {_REFUSED[model_type]}.')
     return choose(ENCODERS, model_type, f"model_type of vision_tower {path}")

@@ -84,7 +84,12 @@ def load_image_processor(path: str | Path, image_size: int | None = None) -> Ima
             f"{path}: no preprocessor_config.json that can be read ({error}); "
             "copy it from where the encoder's weights come from."
         ) from error
-    name = found.get("image_processor_type") or found.get("feature_extractor_type") or "none"
+    name = found.get("image_processor_type") or found.get("feature_extractor_type")
+    if not name:
+        raise InputError(
+            f'{path}/preprocessor_config.json: no "image_processor_type"; add it, with the one that the encoder was '
+            f"trained with: {', '.join(_PROCESSORS)}."
+        )
     kind, defaults = choose(_PROCESSORS, name.removesuffix("Fast"), f"{path}/preprocessor_config.json")
     processor = kind.from_dict(defaults | found)
     made = _output_size(processor, f"{path}/preprocessor_config.json")
