@@ -12,33 +12,39 @@ from typing import NamedTuple
 from config import InputError
 from dataset.record import RecordError
 
-# COCO's 2014 release puts this before the file names of 2017; annotations and folders of the two get mixed.
-COCO_2014 = "COCO_train2014_"
-_coco_name = re.compile(rf"({COCO_2014})?(\d{{12}}\.jpg)").fullmatch
+# COCO's 2014 release puts one of these before the file names of 2017; annotations and folders of the two get mixed.
+COCO_2014 = ("COCO_train2014_", "COCO_val2014_")
+_coco_name = re.compile(rf"(?:{'|'.join(COCO_2014)})?(\d{{12}}\.jpg)").fullmatch
+# Absolute, here or on Windows, or with a part "..".
+_leads_away = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?:.*/)?\.\.(?:/|\Z)", re.DOTALL).match
+
+
+def coco_name(name: str) -> str | None:
+    """The name of 2017 ("000000000009.jpg") of an image of COCO, by either name; None for any other name."""
+    match = _coco_name(name)
+    return match and match[1]
 
 
 class Found(NamedTuple):
     """An image that exists."""
 
     folder: str  # absolute, as the user spelled it
+    real_folder: str  # the same folder with every symlink followed
     name: str  # its file name there
-    real_folder: str  # the same file with every symlink followed
-    real_name: str
-    linked: bool  # the file itself is a symlink
+    real: str  # the path of the file, every symlink followed
     repair: str | None  # the rule that was needed to find it
 
 
 class _Folder(NamedTuple):
     path: str
     real: str
-    mtime_ns: int | None
 
 
 class ImageFolder:
     """The image folder of one source (None: the source is text alone). Raises InputError if there is no such folder.
 
-    `missing_in` maps each folder in which an image was missing to its modification time (ns; None: no such folder),
-    so that a later run can tell whether looking again is worth it.
+    `modified` maps each folder in which an image was looked for to its modification time (ns; None: no such folder), so
+    that a later run can tell whether an image has come, gone or been renamed.
     """
 
     def __init__(self, root: str | os.PathLike | None, source: str):
@@ -47,7 +53,7 @@ class ImageFolder:
         self._root = None if root is None else os.path.abspath(root)
         self._real_root = None if root is None else os.path.realpath(root)
         self._enter = lru_cache(maxsize=4096)(self._enter_folder)  # images share folders, and following links is slow
-        self.missing_in: dict[str, int | None] = {}
+        self.modified: dict[str, int | None] = {}
 
     def find(self, path: object) -> Found:
         """The image at `path`, relative to the folder, POSIX separators.
@@ -55,12 +61,12 @@ class ImageFolder:
         Raises RecordError: wrong_type, path_outside_folder (absolute, `..`, or a symlink that leads out), missing_image.
         """
         if not isinstance(path, str) or not path:
-            raise RecordError("wrong_type", f'"image" holds {path!r}; expected a path.')
+            raise RecordError("wrong_type", f'"image" holds {path!r:.40}; expected a path.')
         if self._root is None:
             raise RecordError(
                 "missing_image", f"{path}: the source has no images folder; give data.sources its images."
             )
-        if os.path.isabs(path) or re.match(r"[A-Za-z]:[\\/]|\\\\", path) or ".." in path.split("/"):
+        if _leads_away(path):
             raise RecordError("path_outside_folder", f"{path}: expected a path inside {self._root}.")
         parent, _, name = path.rpartition("/")
         try:
@@ -68,38 +74,46 @@ class ImageFolder:
         except ValueError as error:  # characters that no path can hold
             raise RecordError("missing_image", f"{path!r}: {error}.") from None
         found = self._look(folder, name, None)
-        coco = _coco_name(name)
-        if found is None and coco:
-            prefix, bare = coco.groups()
-            repair = "coco_2014_prefix_removed" if prefix else "coco_2014_prefix_added"
-            found = self._look(folder, bare if prefix else COCO_2014 + bare, repair)
+        if found is None and (bare := coco_name(name)):
+            repair = "coco_2014_prefix_added" if name == bare else "coco_2014_prefix_removed"
+            for other in [prefix + bare for prefix in COCO_2014] if name == bare else [bare]:
+                found = found or self._look(folder, other, repair)
         if found is None:
-            self.missing_in.setdefault(folder.path, folder.mtime_ns)
             raise RecordError("missing_image", f"{os.path.join(folder.path, name)}: no such file.")
         return found
 
     def _look(self, folder: _Folder, name: str, repair: str | None) -> Found | None:
+        real = f"{folder.real}/{name}"
         try:
-            mode = os.lstat(f"{folder.real}/{name}").st_mode
+            mode = os.lstat(real).st_mode
         except (OSError, ValueError):
             return None
-        if stat.S_ISREG(mode):
-            return Found(folder.path, name, folder.real, name, False, repair)
-        real = os.path.realpath(f"{folder.real}/{name}")
-        if not stat.S_ISLNK(mode) or not os.path.isfile(real):
-            return None
-        self._refuse_escape(real, f"{folder.path}/{name}")
-        return Found(folder.path, name, *os.path.split(real), True, repair)
+        if not stat.S_ISREG(mode):
+            real = os.path.realpath(real)
+            if not stat.S_ISLNK(mode) or not os.path.isfile(real):
+                return None
+            self._refuse_escape(real, f"{folder.path}/{name}")
+            self._note(os.path.dirname(real))
+        return Found(folder.path, folder.real, name, real, repair)
 
     def _enter_folder(self, parent: str) -> _Folder:
         path = os.path.normpath(os.path.join(self._root, parent))
         real = os.path.realpath(path)
         self._refuse_escape(real, path)
-        return _Folder(path, real, modified_ns(path))
+        self._note(path)
+        return _Folder(path, real)
+
+    def _note(self, folder: str) -> None:
+        if folder not in self.modified:
+            self.modified[folder] = modified_ns(folder)
 
     def _refuse_escape(self, real: str, path: str) -> None:
         if real != self._real_root and not real.startswith(self._real_root.rstrip("/") + "/"):
-            raise RecordError("path_outside_folder", f"{path} leads to {real}; expected a file inside {self._root}.")
+            raise RecordError(
+                "path_outside_folder",
+                f"{path} leads by a link to {real}, outside {self._root}; point images of a source at the folder where "
+                "that lies, or put a copy in the link's place.",
+            )
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,7 @@
 
 Every raw record is either kept or refused with a reason; what was read is kept + refused, always. Beside the QA file
 (`qa.jsonl`) stand `qa.report.json` with the counts and `qa.refused.jsonl` with one line per refused record. A second
-run with the same settings and annotation files does nothing. Opens no image and knows no model.
+run with the same settings, annotation files and images does nothing. Opens no image and knows no model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dataprocess.readers import FORMATS, Draft
 from dataprocess.report import Tally, summary
 from dataprocess.split import TRAIN, VALIDATION, Split
 from dataset.json_stream import Item, NotJson, stream_json
-from dataset.record import RecordError, parse_record, to_json
+from dataset.record import RecordError, parse_record
 
-FORMAT_VERSION = 1  # raise it when the same raw files would give another QA file
+FORMAT_VERSION = 2  # raise it when the same raw files would give another QA file
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
 def prepare(
@@ -40,20 +40,21 @@ def prepare(
     """Write the QA file and the validation file from `sources`; return the report that stands beside `qa_file`.
 
     A source with split "auto" is divided by image: the share `validation_fraction` of all images (of all records, where
-    there is no image), chosen by a seeded hash, is held out with everything said about it. Without a `validation_file`
-    nothing is held out. No training record shows a held-out image, whichever source it comes from.
+    there is no image), chosen by a seeded hash of the file name, is held out with everything said about it. Without a
+    `validation_file` nothing is held out. No training record shows a held-out image, whichever source it comes from.
 
     Report: "read", "kept", "refused" (raw records), "by_source" (the same three), "by_reason", "repairs" (rule -> kept
-    records that needed it), "train" and "validation" ({"file", "records", "bytes"}), "missing_in" (see
-    ImageFolder), "fingerprint" (null when the run was refused).
+    records that needed it), "train" and "validation" ({"file", "records", "bytes"}), "image_folders" (folder ->
+    modification time, by which a later run sees that images came or went; without the folders written to, where it would
+    see our own files), "fingerprint" (null when the run was refused).
 
     Raises InputError for settings or files that cannot be used, and when more than the fraction `max_refused` of the raw
     records was refused: then the report and the list of refused records are written, but no QA file.
     """
     outputs = {TRAIN: Path(qa_file)} | ({VALIDATION: Path(validation_file)} if validation_file else {})
-    for source in sources:
-        _check_source(source, outputs)
     report_file, refused_path = outputs[TRAIN].with_suffix(".report.json"), outputs[TRAIN].with_suffix(".refused.jsonl")
+    for source in sources:
+        _check_source(source, [*outputs.values(), report_file, refused_path])
     fingerprint = _fingerprint(sources, outputs, validation_fraction, seed)
     report = _finished(report_file, fingerprint)
     if report and not _problem(report, max_refused, refused_path):
@@ -62,13 +63,14 @@ def prepare(
     files = {side: _Aside(path) for side, path in outputs.items()}
     refused_file, report_aside = _Aside(refused_path), _Aside(report_file)
     try:
-        split = Split(seed, validation_fraction if validation_file else 0.0, files[TRAIN].folder)
+        split = Split(seed, validation_fraction if validation_file else 0.0)
         tally = Tally(source.name for source in sources)
         for source in sorted(sources, key=lambda source: (VALIDATION, "auto", TRAIN).index(source.split)):
             _read_source(source, split, files, refused_file, tally)
         report = tally.report()
         for side, file in files.items():
             report[side] = {"file": str(file.path), "records": file.lines, "bytes": file.bytes}
+            report["image_folders"].pop(file.folder, None)
         problem = _problem(report, max_refused, refused_path)
         report["fingerprint"] = None if problem else fingerprint
         report_aside.write(json.dumps(report, ensure_ascii=False, indent=2))
@@ -83,13 +85,13 @@ def prepare(
     return report
 
 
-def _check_source(source: SourceConfig, outputs: dict[str, Path]) -> None:
+def _check_source(source: SourceConfig, outputs: list[Path]) -> None:
     choose(FORMATS, source.format, f'source "{source.name}": format')
     if ":" in source.name:
         raise InputError(
             f'source "{source.name}": a name holds no ":"; it separates the name from the id in every record.'
         )
-    if any(Path(source.annotations).resolve() == path.resolve() for path in outputs.values()):
+    if any(Path(source.annotations).resolve() == path.resolve() for path in outputs):
         raise InputError(
             f'source "{source.name}": annotations {source.annotations} would be overwritten; rename the QA file.'
         )
@@ -102,22 +104,26 @@ def _read_source(source: SourceConfig, split: Split, files: dict[str, _Aside], r
         try:
             draft = _read_item(item, source)
             found = [folder.find(path) for path in draft.images]
-            name = f"{source.name}:{names.take(draft.id or str(item.index))}"
-            keys = split.keys(found) or [name]
-            side = split.side(source.split, keys)
+            wanted = draft.id or str(item.index)
+            unique = names.propose(wanted)
+            name = f"{source.name}:{unique}"
+            side = split.side(source.split, found, name)
             paths = [folder_from(files[side].folder, image.folder, image.real_folder) + image.name for image in found]
-            lines = [_encode(to_json(parse_record(obj, source.name))) for obj in _objects(draft, source, name, paths)]
+            objects = _objects(draft, source, name, paths)
+            for obj in objects:
+                parse_record(obj, source.name)
         except RecordError as error:
             refused_file.write(_encode(_refusal(item, source, error)))
             tally.refuse(source.name, error.reason)
             continue
-        for line in lines:
-            files[side].write(line)
-        split.remember(side, keys)
+        for obj in objects:
+            files[side].write(_encode(obj))
+        names.take(wanted, unique)
+        split.remember(side, found)
         tally.keep(source.name, {*draft.repairs, *(image.repair for image in found if image.repair)})
     if not tally.by_source[source.name]["read"]:
         raise InputError(f'source "{source.name}": {source.annotations} holds no record; give a file that does.')
-    tally.missing_in |= folder.missing_in
+    tally.image_folders = folder.modified | tally.image_folders
 
 
 def _refusal(item: Item, source: SourceConfig, error: RecordError) -> dict:
@@ -142,39 +148,38 @@ def _read_item(item: Item, source: SourceConfig) -> Draft:
 
 def _objects(draft: Draft, source: SourceConfig, name: str, paths: list[str]) -> list[dict]:
     """The QA records of a draft, as JSON objects."""
-    shared = {"image": paths, "source": source.name, "type": draft.type}
+    image = {"image": paths if len(paths) > 1 else paths[0]} if paths else {}
+    origin = {"source": source.name} | ({"type": draft.type} if draft.type else {})
     if source.captions == "one_per_epoch":
         first, *others = draft.conversations
-        return [{"id": name, "conversations": first, "alternatives": others, **shared}]
+        more = {"alternatives": others} if others else {}
+        return [{"id": name, **image, "conversations": first, **origin, **more}]
     if source.format == "ai_challenger":
         return [
-            {"id": f"{name}/{number}", "conversations": turns, **shared}
+            {"id": f"{name}/{number}", **image, "conversations": turns, **origin}
             for number, turns in enumerate(draft.conversations, start=1)
         ]
-    return [{"id": name, "conversations": draft.conversations[0], **shared}]
+    return [{"id": name, **image, "conversations": draft.conversations[0], **origin}]
 
 
 class _UniqueNames:
-    """Makes the ids of one source unique: the second "a" becomes "a#2". Remembers 8 bytes a name, not the name; two
-    names that share them would cost a needless "#2", nothing else."""
+    """Makes the ids of one source unique: the second "a" that is kept becomes "a#2". Remembers a hash of each name, not
+    the name; two names that share one would cost a needless "#2", nothing else."""
 
     def __init__(self):
-        self._uses: dict[bytes, int] = {}
+        self._uses: dict[int, int] = {}
 
-    def take(self, name: str) -> str:
-        key = self._key(name)
-        number = self._uses.get(key, 0) + 1
+    def propose(self, name: str) -> str:
+        number = self._uses.get(hash(name), 0) + 1
         unique = name
-        while number > 1 and self._key(unique := f"{name}#{number}") in self._uses:
+        while number > 1 and hash(unique := f"{name}#{number}") in self._uses:
             number += 1
-        self._uses[key] = number
-        if unique != name:
-            self._uses[self._key(unique)] = 1
         return unique
 
-    @staticmethod
-    def _key(name: str) -> bytes:
-        return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    def take(self, name: str, unique: str) -> None:
+        """Use what was proposed for `name`."""
+        for key in {hash(name), hash(unique)}:
+            self._uses[key] = self._uses.get(key, 0) + 1
 
 
 class _Aside:
@@ -254,7 +259,7 @@ def _finished(report_file: Path, fingerprint: str) -> dict | None:
         return None
     written = [report[side] for side in (TRAIN, VALIDATION) if side in report]
     whole = all(os.path.isfile(one["file"]) and os.path.getsize(one["file"]) == one["bytes"] for one in written)
-    unchanged = all(modified_ns(folder) == before for folder, before in report["missing_in"].items())
+    unchanged = all(modified_ns(folder) == before for folder, before in report["image_folders"].items())
     return report if whole and unchanged else None
 
 

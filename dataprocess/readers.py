@@ -7,11 +7,13 @@ formats have in common (roles in order, marks equal to pictures, no empty answer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dataset.record import IMAGE_MARK, RecordError
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # AI Challenger has captions but no questions: these two alternate ("Describe this image.", "What is in the image?").
 CAPTION_PROMPTS = ("描述一下这张图片。", "图片里有什么？")
 
@@ -30,25 +32,21 @@ class Draft:
 def read_llava(obj: dict, index: int) -> Draft:
     """LLaVA's instruction files (detail_23k, complex_reasoning_77k, conversation_58k, mix665k):
     {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; rows without an image are text alone."""
-    turns = [{"role": _llava_role(turn.get("from")), "content": turn.get("value")} for turn in _turns(obj)]
-    draft = Draft(_id(obj), _images(obj), [turns], obj.get("type") or "")
+    draft = Draft(_id(obj), _images(obj), [_turns(obj)], obj.get("type") or "")
     _add_missing_marks(draft)
     return draft
 
 
-def _llava_role(name: object) -> object:
-    return "user" if name == "human" else "assistant" if name == "gpt" else name
-
-
 def read_chat(obj: dict, index: int) -> Draft:
     """SVLM-Data and minimind-v: {"image", "conversations": [{"role", "content"}]}. Several images may be joined in one
-    string by commas ("0.jpg, 1.jpg"): split where there are more marks than paths."""
-    turns = [{"role": turn.get("role"), "content": turn.get("content")} for turn in _turns(obj)]
-    draft = Draft(_id(obj), _images(obj), [turns], obj.get("type") or "")
+    string by commas ("0.jpg, 1.jpg"): split where there are several marks, or none and every part is an image's name."""
+    draft = Draft(_id(obj), _images(obj), [_turns(obj)], obj.get("type") or "")
     joined = draft.images[0] if len(draft.images) == 1 else None
-    if isinstance(joined, str) and "," in joined and _mark_count(turns) > 1:
-        draft.images = [path.strip() for path in joined.split(",")]
-        draft.repairs.append("comma_joined_images_split")
+    if isinstance(joined, str) and "," in joined:
+        paths, marks = [path.strip() for path in joined.split(",")], _mark_count(draft.conversations[0])
+        if marks > 1 or (marks == 0 and all(path.lower().endswith(IMAGE_SUFFIXES) for path in paths)):
+            draft.images = paths
+            draft.repairs.append("comma_joined_images_split")
     _add_missing_marks(draft)
     return draft
 
@@ -83,10 +81,23 @@ FORMATS: dict[str, Callable[[dict, int], Draft]] = {
 
 
 def _turns(obj: dict) -> list[dict]:
+    """The turns by our names, from {"role", "content"} or {"from", "value"}; a table's column may hold them as JSON text."""
     turns = obj.get("conversations")
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise RecordError("wrong_type", f'"conversations" is text that is not JSON: {error}.') from None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RecordError("wrong_type", '"conversations" is missing or not a list of objects.')
-    return turns
+    return [
+        {"role": _role(turn.get("role", turn.get("from"))), "content": turn.get("content", turn.get("value"))}
+        for turn in turns
+    ]
+
+
+def _role(name: object) -> object:
+    return "user" if name == "human" else "assistant" if name == "gpt" else name
 
 
 def _id(obj: dict) -> str | None:
@@ -99,8 +110,20 @@ def _id(obj: dict) -> str | None:
 
 
 def _images(obj: dict) -> list:
-    images = obj.get("image") or []
-    return [images] if isinstance(images, str) else images if isinstance(images, list) else [images]
+    """The paths in "image", or else in "images". What other keys show is refused: without it the record would be another
+    one, about text alone."""
+    image = obj.get("image")
+    if image:
+        return image if isinstance(image, list) else [image]
+    images = obj.get("images")
+    if isinstance(images, list) and all(isinstance(path, str) for path in images):
+        return images
+    for key in ("images", "image_bytes", "video"):
+        if obj.get(key):
+            raise RecordError(
+                "wrong_type", f'"{key}" is not read; expected "image" with the path of a file, or a list of paths.'
+            )
+    return []
 
 
 def _mark_count(turns: list[dict]) -> int:

@@ -15,11 +15,14 @@ class Tally:
         self.by_source = {name: Counter(read=0, kept=0, refused=0) for name in names}
         self.by_reason: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
-        self.missing_in: dict[str, int | None] = {}
+        self.image_folders: dict[str, int | None] = {}
 
     def keep(self, source: str, repairs: set[str]) -> None:
-        self.by_source[source].update(("read", "kept"))
-        self.repairs.update(repairs)
+        counts = self.by_source[source]
+        counts["read"] += 1
+        counts["kept"] += 1
+        for repair in repairs:
+            self.repairs[repair] += 1
 
     def refuse(self, source: str, reason: str) -> None:
         self.by_source[source].update(("read", "refused"))
@@ -34,7 +37,7 @@ class Tally:
             "by_source": {name: dict(counts) for name, counts in self.by_source.items()},
             "by_reason": _largest_first(self.by_reason),
             "repairs": _largest_first(self.repairs),
-            "missing_in": self.missing_in,
+            "image_folders": self.image_folders,
         }
 
 

@@ -28,14 +28,15 @@ class Item(NamedTuple):
 
     index: int  # from 0
     line: int | None  # from 1; None in a list
-    offset: int  # of its first byte, or of its line's
+    offset: int  # of its first byte
     value: object  # NotJson where a line could not be decoded
 
 
 def stream_json(path: str | os.PathLike) -> Iterator[Item]:
     """The values of a UTF-8 file, JSON Lines or one JSON list, one at a time; blank lines and a BOM are skipped.
 
-    Raises InputError where nothing can be read any further: no such file, a list that is cut off or malformed.
+    Raises InputError where nothing can be read any further: no such file, a list that is cut off or malformed, one object
+    over several lines.
     """
     try:
         file = open(path, "rb")
@@ -55,13 +56,18 @@ def _line_items(file: BinaryIO, offset: int, path) -> Iterator[Item]:
     index = 0
     for line, data in enumerate(file, start=1):
         if not data.isspace():
+            text = data.lstrip(b" \t\r\n")
             try:
-                value = json.loads(data.decode())
+                value = json.loads(text.decode())
             except UnicodeDecodeError as error:
                 value = NotJson(f"not UTF-8 from byte {error.start} of the line on.")
             except (ValueError, RecursionError) as error:
+                if index == 0 and text.startswith(b"{") and text.rstrip().endswith((b"{", b"[", b",")):
+                    raise InputError(
+                        f"{path}: a JSON object over several lines; expected a list of objects, or one object a line."
+                    ) from None
                 value = NotJson(f"not a JSON value: {error}.")
-            yield Item(index, line, offset, value)
+            yield Item(index, line, offset + len(data) - len(text), value)
             index += 1
         offset += len(data)
 

@@ -1,7 +1,7 @@
 """The QA format: what a record is, and how a file of them is read without holding it in memory.
 
-Owner of the format: preprocessing writes through `to_json`, training and scoring read through `QAFile`. Knows nothing
-of tokenizers, images' contents or annotation formats.
+Owner of the format: preprocessing writes what `parse_record` accepts, training and scoring read through `QAFile`. Knows
+nothing of tokenizers, images' contents or annotation formats.
 
 A record is one JSON object:
 
@@ -31,7 +31,7 @@ from dataset.json_stream import NotJson, stream_json
 
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant")
-INDEX_VERSION = "1"  # raise it when the index, or what counts as a good record, changes
+INDEX_VERSION = "2"  # raise it when the index, or what counts as a good record, changes
 
 
 class RecordError(InputError):
@@ -39,8 +39,10 @@ class RecordError(InputError):
 
     def __init__(self, reason: str, detail: str, where: str = ""):
         super().__init__(f"{where}: {detail}" if where else detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail, self.where = reason, detail, where
+
+    def __reduce__(self):  # by default it would be rebuilt from its message alone, and loader workers pickle it
+        return type(self), (self.reason, self.detail, self.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,24 +182,6 @@ def _kind(value: object) -> str:
     return names.get(type(value), "missing")
 
 
-def to_json(record: Record) -> dict:
-    """The JSON object of a record, keys in a fixed order: `parse_record(to_json(r), "") == r`."""
-    obj: dict = {"id": record.id}
-    if record.images:
-        obj["image"] = record.images[0] if len(record.images) == 1 else list(record.images)
-    obj["conversations"] = [{"role": turn.role, "content": turn.content} for turn in record.conversations]
-    if record.source:
-        obj["source"] = record.source
-    if record.type:
-        obj["type"] = record.type
-    if record.alternatives:
-        obj["alternatives"] = [
-            [{"role": turn.role, "content": turn.content} for turn in conversation]
-            for conversation in record.alternatives
-        ]
-    return obj
-
-
 class QAFile:
     """A QA file as a sequence of records, read from disk one at a time: `len(qa)`, `qa[i]`.
 
@@ -205,7 +189,8 @@ class QAFile:
     memory if the folder cannot be written); later openings read only that, unless the file changed. May be shared
     with forked workers and pickled to spawned ones.
 
-    Raises RecordError for a record that cannot be used (file, line, id), InputError for a file that cannot be read.
+    Raises RecordError for a record that cannot be used (file, line, id), InputError for a file that cannot be read or in
+    which two records have the same id.
     """
 
     sources: list[str]  # the distinct "source" values, "" for none
@@ -254,16 +239,26 @@ class QAFile:
 
     def _build(self) -> None:
         offsets, source_of, sources = array("q"), array("i"), {}
+        places, hashes = array("q"), array("q")
         for item in stream_json(self.path):
-            where = f"{self.path} line {item.line}" if item.line else f"{self.path} item {item.index}"
+            word, place = ("line", item.line) if item.line else ("item", item.index)
+            where = f"{self.path} {word} {place}"
             if isinstance(item.value, NotJson):
                 raise RecordError("not_json", item.value, where)
             record = parse_record(item.value, where)
             offsets.append(item.offset)
             source_of.append(sources.setdefault(record.source, len(sources)))
+            places.append(place)
+            hashes.append(hash(record.id))
         offsets.append(int(self._stamp["size"]))
         self._offsets, self.source_of = np.array(offsets, np.int64), np.array(source_of, np.int32)
         self.sources = list(sources)
+        for first, second in _equal_pairs(np.array(hashes, np.int64)):
+            if self[first].id == self[second].id:
+                raise InputError(
+                    f'{self.path}: {word}s {places[first]} and {places[second]} have the same id "{self[first].id}"; '
+                    "give every record its own."
+                )
 
     def _save(self, index: Path) -> None:
         aside = index.with_name(f".{index.name}.{os.getpid()}")
@@ -291,3 +286,10 @@ class QAFile:
     def __del__(self):
         if getattr(self, "_descriptor", None) is not None:
             os.close(self._descriptor)
+
+
+def _equal_pairs(values: np.ndarray) -> list[tuple[int, int]]:
+    """Neighbours of equal value (i < j), smallest j first."""
+    order = np.argsort(values, kind="stable")
+    equal = np.flatnonzero(values[order[:-1]] == values[order[1:]])
+    return sorted(zip(order[equal].tolist(), order[equal + 1].tolist(), strict=True), key=lambda pair: pair[1])

@@ -151,15 +151,19 @@ def test_llava_marks_stay_where_they_stood_and_a_missing_one_is_added(shop):
 
 
 def test_coco_names_of_2014_and_2017_find_each_other(shop):
-    folder = shop.images("coco", "000000000001.jpg", "train2014/COCO_train2014_000000000002.jpg")
-    raw = [llava(name) for name in ("COCO_train2014_000000000001.jpg", "train2014/000000000002.jpg", "a.jpg")]
+    folder = shop.images(
+        "coco", "000000000001.jpg", "train2014/COCO_train2014_000000000002.jpg", "COCO_val2014_000000000003.jpg"
+    )
+    wanted = ("COCO_train2014_000000000001.jpg", "train2014/000000000002.jpg", "000000000003.jpg", "a.jpg")
+    raw = [llava(name) for name in wanted]
     shop.source("coco", "llava", raw, folder)
     report = shop.prepare()
     assert [one["image"].split("coco/")[1] for one in shop.read()] == [
         "000000000001.jpg",
         "train2014/COCO_train2014_000000000002.jpg",
+        "COCO_val2014_000000000003.jpg",
     ]
-    assert report["repairs"] == {"coco_2014_prefix_added": 1, "coco_2014_prefix_removed": 1}
+    assert report["repairs"] == {"coco_2014_prefix_added": 2, "coco_2014_prefix_removed": 1}
     assert report["by_reason"] == {"missing_image": 1}
 
 
@@ -186,6 +190,50 @@ def test_chat_lines_with_marks_at_the_end_and_joined_images(shop):
     assert (refusal["reason"], refusal["line"]) == ("marks_and_pictures_disagree", 4)
 
 
+def test_joined_images_without_marks_are_split_where_every_part_is_an_image(shop):
+    folder = shop.images("pictures", "0.jpg", "1.PNG", "a, b.jpg")
+    shop.source("svlm", "chat", [chat("0.jpg, 1.PNG", "Two?", "Yes."), chat("a, b.jpg", "One?", "Yes.")], folder)
+    report = shop.prepare()
+    split, whole = shop.read()
+    assert (split["image"], texts(split)[0]) == (["../pictures/0.jpg", "../pictures/1.PNG"], "<image>\n<image>\nTwo?")
+    assert (whole["image"], texts(whole)[0]) == ("../pictures/a, b.jpg", "<image>\nOne?")
+    assert report["repairs"] == {"image_mark_added": 2, "comma_joined_images_split": 1}
+
+
+def test_chat_reads_the_older_turns_and_turns_written_as_text(shop):
+    folder = shop.images("pictures", "a.jpg")
+    turns = chat("a.jpg", "<image>\nWhat?", "This.")["conversations"]
+    rows = [
+        {"image": "a.jpg", "conversations": turns},
+        {"image": "a.jpg", "conversations": json.dumps(turns)},
+        llava("a.jpg", "<image>\nWhat?", "This."),
+        {"image": "a.jpg", "conversations": "[{"},
+    ]
+    shop.source("svlm", "chat", rows, folder)
+    assert shop.prepare()["by_reason"] == {"wrong_type": 1}
+    assert [one["conversations"] for one in shop.read()] == [turns] * 3
+
+
+@pytest.mark.parametrize("format", ["llava", "chat"])
+def test_images_under_another_key_are_read_or_refused_never_left_out(shop, format):
+    folder = shop.images("pictures", "a.jpg", "b.jpg")
+    shown = [
+        {"images": ["a.jpg", "b.jpg"]},
+        {"images": []},
+        {"image": None, "images": [{"bytes": "iVBORw0KGgo="}]},
+        {"images": "a.jpg"},
+        {"image_bytes": "iVBORw0KGgo="},
+        {"video": "a.mp4"},
+    ]
+    shop.source("x", format, [llava(None, "What?", "This.") | keys for keys in shown], folder)
+    report = shop.prepare()
+    assert [one.get("image") for one in shop.read()] == [["../pictures/a.jpg", "../pictures/b.jpg"], None]
+    assert report["by_reason"] == {"wrong_type": 4}
+    named = [refusal["detail"].split()[0] for refusal in shop.refused()]
+    assert named == ['"images"', '"images"', '"image_bytes"', '"video"']
+    assert all('expected "image" with the path' in refusal["detail"] for refusal in shop.refused())
+
+
 def test_ids_are_unique_and_types_are_kept(shop):
     folder = shop.images("pictures", "a.jpg")
     ids = ["a", "a", 7, "a#2", "7", None, "a"]
@@ -196,6 +244,14 @@ def test_ids_are_unique_and_types_are_kept(shop):
     records = shop.read()
     assert [one["id"] for one in records] == ["x:a", "x:a#2", "x:7", "x:a#2#2", "x:7#2", "x:5", "x:a#3", "y:a"]
     assert {(one["type"], one["source"]) for one in records} == {("colour", "x"), ("colour", "y")}
+
+
+def test_a_refused_record_takes_no_id(shop):
+    folder = shop.images("pictures", "a.jpg")
+    raw = [llava("a.jpg", "<image>\nWhat?", answer, id="a") for answer in ("", "One.", "", "Two.")]
+    shop.source("x", "llava", raw, folder)
+    shop.prepare()
+    assert [one["id"] for one in shop.read()] == ["x:a", "x:a#2"]
 
 
 def test_text_is_carried_over_to_the_letter(shop):
@@ -272,6 +328,23 @@ def test_a_refused_record_is_counted_named_and_placed(shop, pictures, raw, reaso
     assert (refusal["index"], refusal["reason"]) == (1, reason)
     assert refusal["detail"]
     assert [one["id"] for one in shop.read()] == ["x:good", "x:good#2"]
+
+
+def test_a_link_out_of_the_folder_is_refused_with_a_way_out(shop, pictures):
+    shop.source("x", "llava", [llava("link.jpg"), llava("link/secret.jpg"), llava("a.jpg")], pictures)
+    shop.prepare()
+    for refusal, target in zip(shop.refused(), (shop.folder / "secret.jpg", shop.folder), strict=True):
+        assert f"leads by a link to {target}, outside {pictures}; point images of a source at" in refusal["detail"]
+
+
+def test_links_inside_the_folder_and_to_it_are_followed(shop):
+    folder = shop.images("pictures", "deep/a.jpg")
+    (folder / "b.jpg").symlink_to("deep/a.jpg")
+    (folder / "shallow").symlink_to("deep")
+    (shop.folder / "alias").symlink_to(folder)
+    shop.source("x", "llava", [llava(name) for name in ("deep/a.jpg", "b.jpg", "shallow/a.jpg")], shop.folder / "alias")
+    assert shop.prepare()["kept"] == 3
+    assert {shop.shown(one) for one in shop.read()} == {"pictures/deep/a.jpg"}
 
 
 def test_captions_of_another_shape_are_refused(shop, pictures):
@@ -382,6 +455,20 @@ def test_annotations_are_never_overwritten(shop, pictures):
     with pytest.raises(InputError, match="would be overwritten"):
         shop.prepare(validation="../x.json")
     assert shop.sources[0].annotations.read_bytes() == before
+    shop.images("out", "made")
+    for name in ("qa.jsonl", "held.jsonl", "qa.report.json", "qa.refused.jsonl"):
+        raw = shop.folder / "out" / name
+        raw.write_bytes(before)
+        shop.sources = [SourceConfig("x", "llava", raw, pictures)]
+        with pytest.raises(InputError, match="would be overwritten"):
+            shop.prepare()
+        assert raw.read_bytes() == before
+
+
+def test_raw_data_that_is_one_object_is_said_once(shop, pictures):
+    shop.source("x", "llava", json.dumps({"images": [llava("a.jpg")]}, indent=1), pictures)
+    with pytest.raises(InputError, match="a JSON object over several lines"):
+        shop.prepare()
 
 
 # --- the split
@@ -423,6 +510,43 @@ def test_the_split_depends_on_seed_and_image_not_on_order_or_place(shop, tmp_pat
     shuffled = held(tmp_path / "elsewhere" / "b", lambda raw: random.Random(0).sample(raw, len(raw)))
     assert shuffled == reference
     assert held(tmp_path / "c", seed=1) != reference
+
+
+def test_neither_folders_nor_the_order_of_sources_move_an_image(shop, tmp_path):
+    names = [f"COCO_{('train', 'val')[k % 2]}2014_{k:012}.jpg" for k in range(200)]
+
+    def held(folder: str, prefix: bool, images: str, backwards: bool) -> set[str]:
+        one = Workshop(tmp_path / folder)
+        here = [name if prefix else name[-16:] for name in names]
+        one.images(f"{images}/other", *here)
+        root = one.images(images, *here)
+        one.source("first", "llava", [llava(name) for name in here[:150]], root)
+        one.source("second", "llava", [llava(f"other/{name}") for name in here[50:]], root)
+        one.sources = one.sources[:: -1 if backwards else 1]
+        one.prepare(validation_fraction=0.25)
+        sides = [
+            {record["image"].split("/")[-1][-16:] for record in one.read(name)} for name in ("qa.jsonl", "held.jsonl")
+        ]
+        assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 200
+        return sides[1]
+
+    reference = held("a", prefix=False, images="pictures", backwards=False)
+    assert 25 < len(reference) < 75  # 50 are expected, with a standard deviation of 6
+    assert held("b", prefix=True, images="pictures", backwards=False) == reference
+    assert held("c", prefix=False, images="out/elsewhere/deep", backwards=False) == reference
+    assert held("d", prefix=False, images="pictures", backwards=True) == reference
+
+
+def test_an_image_of_coco_is_held_out_by_any_of_its_names_and_others_by_their_file(shop):
+    held = shop.images("held", "000000000009.jpg", "a.jpg")
+    other = shop.images("other", "COCO_train2014_000000000009.jpg", "a.jpg")
+    (shop.folder / "alias").symlink_to(held)
+    shop.source("exam", "llava", [llava("000000000009.jpg"), llava("a.jpg")], held, split="validation")
+    shop.source("learn", "llava", [llava("COCO_train2014_000000000009.jpg"), llava("a.jpg")], other, split="train")
+    shop.source("again", "llava", [llava("a.jpg")], shop.folder / "alias", split="train")
+    report = shop.prepare()
+    assert [one["image"] for one in shop.read()] == ["../other/a.jpg"]  # another picture that has the same name
+    assert report["by_reason"] == {"image_held_out": 2}
 
 
 def test_an_image_of_a_validation_source_is_not_trained_on(shop):
@@ -522,6 +646,8 @@ def test_a_second_run_does_nothing_until_something_changes(shop, monkeypatch):
     shop.images("pictures", "30.jpg")  # an image that was missing has arrived
     assert ran()
     assert len(shop.refused()) == 2
+    shop.images("out", "new.jpg")  # no image was ever looked for there
+    assert not ran()
     with open(shop.sources[0].annotations, "a") as file:
         file.write(" ")
     assert ran()
@@ -534,6 +660,29 @@ def test_a_second_run_does_nothing_until_something_changes(shop, monkeypatch):
     assert ran()
 
 
+def test_an_image_that_went_or_came_is_noticed(shop):
+    folder = shop.images("pictures", "a.jpg", "deep/b.jpg", "far/c.jpg")
+    (folder / "link.jpg").symlink_to("far/c.jpg")
+    shop.source("x", "llava", [llava("a.jpg"), llava("deep/b.jpg"), llava("link.jpg")], folder)
+    assert [shop.prepare()["kept"] for _ in range(2)] == [3, 3]
+    (folder / "deep" / "b.jpg").rename(folder / "deep" / "d.jpg")
+    assert shop.prepare()["by_reason"] == {"missing_image": 1}
+    (folder / "deep" / "d.jpg").rename(folder / "deep" / "b.jpg")
+    assert shop.prepare()["kept"] == 3
+    (folder / "far" / "c.jpg").unlink()
+    assert shop.prepare()["kept"] == 2
+    (folder / "a.jpg").unlink()
+    assert shop.prepare()["kept"] == 1
+
+
+def test_images_beside_the_qa_file_do_not_make_every_run_the_first(shop):
+    shop.source("x", "llava", [llava("a.jpg"), llava("b.jpg")], shop.images("out", "a.jpg"))
+    shop.prepare()
+    before = (shop.folder / "out" / "qa.jsonl").stat().st_ino
+    shop.prepare()
+    assert (shop.folder / "out" / "qa.jsonl").stat().st_ino == before
+
+
 def test_an_interrupted_run_leaves_what_was_there(shop, monkeypatch):
     mixed_shop(shop)
     shop.prepare()
@@ -542,7 +691,7 @@ def test_an_interrupted_run_leaves_what_was_there(shop, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(process_image, "to_json", interrupt)
+    monkeypatch.setattr(process_image, "parse_record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         shop.prepare(seed=1)
     assert outputs(shop) == before

@@ -15,7 +15,7 @@ import dataset.json_stream
 import dataset.record
 from config import InputError
 from dataset.json_stream import NotJson, stream_json
-from dataset.record import IMAGE_MARK, QAFile, Record, RecordError, Turn, parse_record, to_json
+from dataset.record import IMAGE_MARK, QAFile, Record, RecordError, Turn, parse_record
 
 QUESTION = {"role": "user", "content": "<image>\nWhat is this?"}
 ANSWER = {"role": "assistant", "content": "A cat."}
@@ -53,7 +53,12 @@ def records(draw) -> Record:
 
 @given(records())
 def test_a_record_survives_json(one):
-    assert parse_record(json.loads(json.dumps(to_json(one))), "") == one
+    def turns(conversation):
+        return [{"role": turn.role, "content": turn.content} for turn in conversation]
+
+    obj = {"id": one.id, "image": one.images, "conversations": turns(one.conversations)}
+    obj |= {"source": one.source, "type": one.type, "alternatives": [turns(other) for other in one.alternatives]}
+    assert parse_record(json.loads(json.dumps(obj)), "") == one
 
 
 @pytest.mark.parametrize(
@@ -99,6 +104,13 @@ def test_a_bad_record_is_refused_with_its_reason(changes, reason):
         parse_record(record(**changes), "qa.jsonl line 1")
     assert refusal.value.reason == reason
     assert str(refusal.value).startswith("qa.jsonl line 1")
+
+
+def test_a_refusal_survives_the_way_out_of_a_worker():
+    refusal = RecordError("no_answer", "the conversation has no turns.", "qa.jsonl line 3")
+    copy = pickle.loads(pickle.dumps(refusal))
+    assert type(copy) is RecordError and vars(copy) == vars(refusal)
+    assert str(copy) == str(refusal) == "qa.jsonl line 3: the conversation has no turns."
 
 
 def test_a_record_that_is_no_object_is_refused():
@@ -229,6 +241,22 @@ def test_lines_are_numbered_and_bad_ones_keep_their_place(tmp_path):
     assert "UTF-8" in items[2].value
 
 
+def test_one_object_over_several_lines_is_one_error(tmp_path):
+    path = tmp_path / "coco.json"
+    for text in (
+        json.dumps({"images": [{"id": 1}]}, indent=1),
+        '\ufeff\n {"images": [\n{"id": 1}]}',
+        '{"a": 1,\n"b": 2}',
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(
+            InputError, match=r"coco\.json: a JSON object over several lines; expected a list of objects"
+        ):
+            list(stream_json(path))
+    path.write_text('{"a": \n{"a": 2}\n')  # a broken line is no such thing
+    assert [type(item.value) for item in stream_json(path)] == [NotJson, dict]
+
+
 def test_an_empty_file_holds_nothing_and_a_missing_one_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
     assert list(stream_json(tmp_path / "empty.jsonl")) == []
@@ -255,7 +283,7 @@ def test_lines_and_a_list_hold_the_same_records(tmp_path, qa_path):
     listed = tmp_path / "qa.json"
     listed.write_text(json.dumps(objects, indent=2, ensure_ascii=False), encoding="utf-8-sig")
     spaced = tmp_path / "spaced.jsonl"
-    spaced.write_text("\ufeff\n" + "\n\n".join(json.dumps(obj) for obj in objects), encoding="utf-8")
+    spaced.write_text("\ufeff\n" + "\n\n".join(f" \t{json.dumps(obj)} " for obj in objects), encoding="utf-8")
     for path in (qa_path, listed, spaced):
         for _ in range(2):  # with a new index, then with the one on disk
             qa = QAFile(path)
@@ -311,6 +339,23 @@ def test_every_record_is_checked_when_the_file_is_first_opened(qa_path):
         QAFile(qa_path)
     with pytest.raises(InputError, match="Has the data been prepared"):
         QAFile(qa_path.with_name("none.jsonl"))
+
+
+def test_two_records_of_one_id_are_an_error_that_names_both(qa_path):
+    with open(qa_path, "a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(record(4)) + "\n" + json.dumps(record(1)) + "\n" + json.dumps(record(4)) + "\n")
+    with pytest.raises(InputError, match=r'qa\.jsonl: lines 5 and 9 have the same id "r4"; give every record its own'):
+        QAFile(qa_path)
+    listed = qa_path.with_name("qa.json")
+    listed.write_text(json.dumps([record(2), record(3), record(2)]))
+    with pytest.raises(InputError, match='items 0 and 2 have the same id "r2"'):
+        QAFile(listed)
+    assert not list(qa_path.parent.glob("*.safetensors"))
+
+
+def test_ids_that_only_look_equal_to_the_hash_are_fine(qa_path, monkeypatch):
+    monkeypatch.setattr(dataset.record, "hash", len, raising=False)  # every id has the same
+    assert len(QAFile(qa_path)) == 7
 
 
 def test_a_file_that_changes_in_use_is_an_error_not_other_records(qa_path):
