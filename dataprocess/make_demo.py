@@ -1,0 +1,186 @@
+"""Draw the demo's raw data: pictures, and annotation files in the two layouts that real data sets come in.
+
+    python -m dataprocess.make_demo [--folder data/demo] [--seed 0]
+
+`scenes_*.json` and `digits_*.json` are LLaVA lists, `captions_train.json` is an AI Challenger list; they are raw data
+like any other and take the same road through `process_image`. Validation records hold one question each and its "type",
+which is "unseen_pair" where the question is about an object that no training picture shows.
+This module decides how much of what is drawn, and where it is kept; what the world is like stands in `demo_world`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from config import InputError
+from dataprocess import demo_world as world
+
+SCENES = 3600  # training pictures
+CAPTIONED = 240  # of these, pictures with captions too
+TURNS = (4, 6)  # questions about a training picture, at least and at most
+HELD_OUT = 240  # validation questions of each type
+DESCRIBE = {"en": "Describe the picture.", "zh": "图片里有什么？"}  # asked first in some dialogs; not scored
+CHINESE_SHARE = 0.3  # of the training dialogs; a quarter of the validation questions
+MARKER = "demo.json"
+ENTRIES = ("images", "test_images", "scenes_train.json", "scenes_validation.json", "digits_train.json",
+           "digits_validation.json", "captions_train.json")  # fmt: skip
+
+
+def is_complete(folder: str | Path) -> bool:
+    """True when `folder` holds all of the demo data, drawn by this version of the world."""
+    folder = Path(folder)
+    try:
+        version = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("version")
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return False
+    return version == world.VERSION and all((folder / name).exists() for name in ENTRIES)
+
+
+def make_demo(folder: str | Path, seed: int = 0) -> dict[str, int]:
+    """Draw the demo data into `folder`, replacing demo data that is there; other files stay. Returns records by file.
+
+    The same seed gives the same bytes. Everything is drawn aside and moved at the end; the marker comes last.
+    Raises InputError where `folder` has a file or folder of the same name that this function did not make.
+    """
+    folder = Path(folder)
+    taken = [name for name in ENTRIES if (folder / name).exists()]
+    if taken and not (folder / MARKER).exists():
+        raise InputError(f"{folder}: {taken[0]} is there but no {MARKER}: not the demo's data; choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder))
+    try:
+        counts = _draw(aside, seed)
+        _mark(folder, {"version": None, "seed": seed})
+        for name in ENTRIES:
+            target = folder / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            (aside / name).replace(target)
+        _mark(folder, {"version": world.VERSION, "seed": seed, "records": counts})
+    finally:
+        shutil.rmtree(aside)
+    return counts
+
+
+def _mark(folder: Path, content: dict) -> None:
+    aside = folder / f"{MARKER}.new"
+    aside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    aside.replace(folder / MARKER)
+
+
+def _draw(folder: Path, seed: int) -> dict[str, int]:
+    """Everything in ENTRIES, inside `folder`."""
+    for name in ("images/scenes", "images/digits", "test_images/scenes", "test_images/digits"):
+        (folder / name).mkdir(parents=True)
+    digits, labels, held_out = world.load_digits()
+    # One generator a part: more of one part never changes another.
+    rngs = [np.random.default_rng([seed, part]) for part in range(6)]
+    scene_images, digit_images = folder / "images" / "scenes", folder / "images" / "digits"
+    train = digits[~held_out], labels[~held_out]
+    validation = digits[held_out][:HELD_OUT], labels[held_out][:HELD_OUT]
+    scenes, captions = _training_scenes(scene_images, rngs[0])
+    files = {
+        "scenes_train.json": scenes,
+        "captions_train.json": captions,
+        "scenes_validation.json": _validation_scenes(scene_images, rngs[1]),
+        "digits_train.json": _digits(digit_images, *train, "train", rngs[2]),
+        "digits_validation.json": _digits(digit_images, *validation, "validation", rngs[3]),
+    }
+    for name, records in files.items():
+        (folder / name).write_text(json.dumps(records, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    for i in range(8):  # the last two show an object that training never did
+        scene = world.held_out_scene(rngs[4], unseen=i >= 6)
+        world.draw_scene(scene, rngs[4]).save(folder / "test_images" / "scenes" / f"scene_{i}.png")
+    for i, digit in enumerate(digits[held_out][HELD_OUT : HELD_OUT + 4]):
+        world.draw_digit(digit, rngs[5]).save(folder / "test_images" / "digits" / f"digit_{i}.png")
+    return {name: len(records) for name, records in files.items()}
+
+
+def _llava(name: str, image: str, questions: list[world.Question], **extra: str) -> dict:
+    """One record in LLaVA's layout, `<image>` before the first question."""
+    turns = []
+    for k, question in enumerate(questions):
+        mark = "<image>\n" if k == 0 else ""
+        turns.append({"from": "human", "value": mark + question.question})
+        turns.append({"from": "gpt", "value": question.answer})
+    return {"id": name, "image": image, "conversations": turns, **extra}
+
+
+def _training_scenes(folder: Path, rng: np.random.Generator) -> tuple[list[dict], list[dict]]:
+    """Training dialogs about scenes, and the captions of the first CAPTIONED pictures."""
+    records, captions = [], []
+    for i in range(SCENES):
+        name = f"train_{i:05d}"
+        scene = world.training_scene(rng)
+        world.draw_scene(scene, rng).save(folder / f"{name}.png")
+        language = "zh" if rng.random() < CHINESE_SHARE else "en"
+        asked = world.scene_questions(scene, language, rng)
+        questions = world.choose_questions(asked, int(rng.integers(TURNS[0], TURNS[1] + 1)), rng)
+        if i < 2 * CAPTIONED and language == "en":
+            told = world.captions(scene, "en")
+            questions.insert(0, world.Question("caption", DESCRIBE["en"], told[i % len(told)]))
+        records.append(_llava(name, f"{name}.png", questions))
+        if i < CAPTIONED:
+            told = world.captions(scene, "zh")
+            captions.append({"url": f"demo://scenes/{name}.png", "image_id": f"{name}.png", "caption": told})
+    return records, captions
+
+
+def _validation_scenes(folder: Path, rng: np.random.Generator) -> list[dict]:
+    """HELD_OUT questions of every type, each about a held-out picture of its own, every fourth in Chinese."""
+    records = []
+    for type_ in (*world.SCENE_TYPES, "unseen_pair"):
+        for i in range(HELD_OUT):
+            asked: list[world.Question] = []
+            while not asked:  # not every scene answers every type
+                scene = world.held_out_scene(rng, unseen=type_ == "unseen_pair")
+                asked = world.scene_questions(scene, "zh" if i % 4 == 3 else "en", rng)
+                if type_ == "unseen_pair":  # what needs the pair: the colour of that shape, the shape of that colour
+                    asked = [q for q in asked if q.type in ("colour", "shape") and scene[q.about] in world.UNSEEN_PAIRS]
+                else:
+                    asked = [q for q in asked if q.type == type_]
+            name = f"validation_{type_}_{i:03d}"
+            world.draw_scene(scene, rng).save(folder / f"{name}.png")
+            records.append(_llava(name, f"{name}.png", [asked[rng.integers(len(asked))]], type=type_))
+    return records
+
+
+def _digits(folder: Path, digits: np.ndarray, labels: np.ndarray, part: str, rng: np.random.Generator) -> list[dict]:
+    """One question about each digit picture; in training, every third is first asked to be described: the same answer."""
+    records = []
+    for i, (digit, label) in enumerate(zip(digits, labels, strict=True)):
+        name = f"{part}_{i:05d}"
+        world.draw_digit(digit, rng).save(folder / f"{name}.png")
+        chinese = rng.random() < CHINESE_SHARE if part == "train" else i % 4 == 3
+        language = "zh" if chinese else "en"
+        question = world.digit_question(int(label), language)
+        asked = [question]
+        if part == "train" and i % 3 == 0:
+            asked.insert(0, question._replace(question=DESCRIBE[language]))
+        records.append(_llava(name, f"{name}.png", asked, **({} if part == "train" else {"type": "digit"})))
+    return records
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draw the demo's raw data.")
+    parser.add_argument("--folder", default="data/demo")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        counts = make_demo(arguments.folder, arguments.seed)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{arguments.folder}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The demo's own tiny backbones and how they were made."""
