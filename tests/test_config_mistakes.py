@@ -184,7 +184,8 @@ TOP = ["train.trainable.language_model=top:2", "train.lora_lr=null"]
         (["data.validation_file=null", "train.eval_steps=null"], "data.sources.1.split", ["data.validation_file"]),
     ],
 )
-def test_a_contradiction_is_reported_under_the_name_of_a_key(path, overrides, key, words):
+def test_a_contradiction_is_reported_under_the_name_of_a_key(path, overrides, key, words, monkeypatch):
+    monkeypatch.chdir(path.parent)  # what paths on the command line are relative to
     found = message(path, *overrides)
     assert found.startswith(f'"{key}"') and [word for word in words if word not in found] == [], found
 
