@@ -2,7 +2,8 @@
 
     python -m demo.pretrain_backbones [--only vision|language] [--out demo]
 
-Seeded, one thread: the same machine writes the same weights. The last numbers are of held-out pictures and scenes.
+Seeded, one thread; but the tokenizer's trainer numbers tokens of equal frequency in no fixed order, so the language model's
+weights differ from run to run. The last numbers are of held-out pictures and scenes.
 """
 
 from __future__ import annotations
