@@ -172,7 +172,8 @@ def write_unusable(config: Config, accelerator: Accelerator, path: Path, unusabl
     """Records that do not fit the config are not dropped silently: they are counted, and listed in a file of the run."""
     listing = config.output_dir / f"{path.stem}.unusable.jsonl"
     if not unusable:
-        listing.unlink(missing_ok=True)  # of an earlier start
+        if accelerator.is_main_process:
+            listing.unlink(missing_ok=True)  # of an earlier start
         return
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)

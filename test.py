@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     device = PartialState().device
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
-    built = build(dataclasses.replace(config, train=dataclasses.replace(config.train, activation_checkpointing=False)),
-                  precision, checkpoint)  # fmt: skip
+    built = build(config, precision, checkpoint)
     built.model.to(device).eval()
     ask = answerer(config, built, precision, device)
     if qa is not None:

@@ -56,9 +56,8 @@ class RunLog:
             "step": step,
             "epoch": round(epoch, 4),
             "loss": self.loss_sum / self.targets,
-            "grad_norm": grad_norm
-            if math.isfinite(grad_norm)
-            else None,  # fp16 overflows now and then; JSON has no inf
+            # fp16 overflows now and then, and JSON has no infinity
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             **rates,
             "targets": self.targets,
             "samples_per_s": round(self.samples * self.processes / seconds, 2),

@@ -286,6 +286,18 @@ def test_records_longer_than_max_length_are_counted_and_listed(project, tmp_path
     assert all(row["reason"] == "longer_than_max_length" and "42" in row["detail"] for row in listed)
 
 
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("model.image_size=30", "model.image_size: 30"),
+        ("model.vision_feature_layer=-9", "model.vision_feature_layer: -9"),
+    ],
+)
+def test_what_the_encoder_lacks_is_named_by_its_key(project, tmp_path, override, named):
+    with pytest.raises(InputError, match=named):
+        run_training(project, f"output_dir={tmp_path}", override, "--check")
+
+
 def test_trackers_write_into_the_run_folder(project, tmp_path, monkeypatch):
     """TensorBoard holds every logged loss; wandb (offline) writes nowhere but into the run's folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -247,7 +247,7 @@ def _depth(feature_layer: int, layers: int) -> int:
     depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if not 1 <= depth <= layers:
         raise InputError(
-            f"vision_feature_layer: {feature_layer}, but the encoder has {layers} layers; "
+            f"model.vision_feature_layer: {feature_layer}, but the encoder has {layers} layers; "
             f"give -1 (the last) to -{layers}, or 1 to {layers}."
         )
     return depth
@@ -257,14 +257,14 @@ def _checked_size(image_size: int, encoder: Encoder, config: PretrainedConfig, p
     if encoder.any_size:
         if image_size < patch_size or image_size % patch_size:
             raise InputError(
-                f"image_size: {image_size} is not a multiple of this encoder's patch size {patch_size}; "
+                f"model.image_size: {image_size} is not a multiple of this encoder's patch size {patch_size}; "
                 f"the nearest is {max(round(image_size / patch_size), 1) * patch_size}."
             )
         return image_size
     trained = _side(config.image_size, "image_size in the encoder's config.json")
     if image_size != trained:
         raise InputError(
-            f"image_size: {image_size}, but this {config.model_type} has learned positions for {trained} pixels; "
+            f"model.image_size: {image_size}, but this {config.model_type} has learned positions for {trained} pixels; "
             f"give {trained}, or leave it out beside the encoder's own preprocessor_config.json, which makes {trained}."
         )
     return image_size
