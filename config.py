@@ -18,6 +18,7 @@ import yaml
 from typed_yaml import FolderOrHub, InputError, Trainable, apply_override, bounds, build, kind_of, nearest, read_yaml
 
 DEFAULT_CONFIG = Path(__file__).parent / "config.yaml"  # the one that train.sh and test.sh take
+CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions a picture
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out: nothing is learned from that token
 
 
@@ -66,8 +67,8 @@ def run_script(main) -> None:
 @dataclass(frozen=True)
 class SourceConfig:
     name: str
-    format: str
     annotations: Path
+    format: str = "auto"
     images: Path | None = None
     limit: int | None = bounds(None, low=1)
     weight: float = bounds(1.0, low=0.0)
@@ -83,6 +84,7 @@ class DataConfig:
     validation_file: Path | None = None
     validation_fraction: float = bounds(0.01, low=0.0, high=0.9)
     max_refused: float = bounds(0.01, low=0.0, high=1.0)
+    verify_images: bool = True
     max_length: int = bounds(1024, low=8)
     system_prompt: str | None = "You are a helpful assistant."
 
@@ -298,9 +300,9 @@ def _refuse_source_contradictions(data: DataConfig) -> None:
         where = f"data.sources.{i}"
         if names.count(source.name) > 1:
             raise InputError(f'"{where}.name": "{source.name}" names two sources; names must differ.')
-        if source.captions == "one_per_epoch" and source.format != "ai_challenger":
+        if source.captions == "one_per_epoch" and source.format not in ("auto", *CAPTION_FORMATS):
             raise InputError(
-                f'"{where}.captions": one_per_epoch needs several captions an image; {source.format} has none.'
+                f'"{where}.captions": one_per_epoch needs several captions a picture; {source.format} has none.'
             )
         if source.split == "validation" and data.validation_file is None:
             raise InputError(f'"{where}.split" is validation, but "data.validation_file" is not set.')

@@ -24,15 +24,15 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from assemble import answerer, build
+from assemble import answerer, build, open_processors
 from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
 from dataset.conversation import question_parts
-from dataset.record import QAFile
+from dataset.qa_file import QAFile
 from evaluation.page import write_page
 from evaluation.score import Question, is_correct, questions_of, score, score_table
 from model.answer import Answerer, Request
 from model.build import resolve_precision
-from model.checkpoint import verify_folder
+from model.folder import verify_folder
 from visual.images import ImageError, list_images
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     device = PartialState().device
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
-    built = build(config, precision, checkpoint)
+    built = build(config, precision, open_processors(config, checkpoint), checkpoint)
     built.model.to(device).eval()
     ask = answerer(config, built, precision, device)
     if qa is not None:

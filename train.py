@@ -30,11 +30,14 @@ from assemble import Run, open_loader, open_run, rates, trainable_words
 from config import DEFAULT_CONFIG, IGNORE_INDEX, InputError, load_config, run_script, to_yaml
 from dataprocess.process_image import prepare_from_config
 from dataprocess.report import summary
+from dataset.check_report import refused_rows
+from dataset.findings import Findings
 from dataset.loader import make_loader
 from evaluation.runlog import RunLog
 from evaluation.score import Question, questions_of, score, score_table
 from model.answer import Request
 from model.build import autocast, resolve_precision
+from model.folder import verify_folder
 from model.trainable import param_groups, trainable_table
 from resume import find_checkpoint, is_finished, load_position, move_aside, save_checkpoint, write_final
 
@@ -58,12 +61,20 @@ def main(argv: list[str] | None = None) -> int:
             f"{accelerator.distributed_type} is not supported: launch with torchrun, without FSDP or DeepSpeed."
         )
     say = functools.partial(accelerator.print, flush=True)
-    with accelerator.main_process_first():
-        report = prepare_from_config(config)
-    if report is not None:
-        say(summary(report))
-    resume_from = find_checkpoint(config, arguments.resume, say)
-    run = open_run(config, accelerator, precision, resume_from, say)
+    try:
+        with accelerator.main_process_first():
+            report = prepare_from_config(config)
+        if report is not None:
+            say(summary(report))
+    finally:  # the list of refused records stands there whether they were too many or not
+        if arguments.check and config.data.sources:
+            say(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
+    findings, resume_from = Findings(config.output_dir / "findings.jsonl"), None
+    with findings.collect():
+        resume_from = find_checkpoint(config, arguments.resume, say)
+    if arguments.check:
+        check_folders(config.output_dir, findings, say)
+    run = open_run(config, accelerator, precision, resume_from, findings, arguments.check, say)
     say(trainable_table(run.built.model, trainable_words(config), rates(config)))
     say(
         f"{len(run.order.kept):,} records, {run.order.epoch_length:,} samples an epoch; {run.total_steps:,} steps of "
@@ -194,6 +205,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="open and check everything, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.lora_lr=2e-4")
     return parser.parse_intermixed_args(argv)
+
+
+def check_folders(output_dir: Path, findings: Findings, say) -> None:
+    """Compare every checkpoint of a run with its hashes."""
+    for folder in sorted([*output_dir.glob("checkpoint-*"), *output_dir.glob("final")]):
+        with findings.collect():
+            verify_folder(folder)
+            say(f"{folder}: whole")
 
 
 def check_trackers(names: Sequence[str]) -> None:

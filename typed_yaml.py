@@ -61,6 +61,12 @@ class _UniqueKeys(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):  # a few lines of aliases can stand for gigabytes
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias (*name); write the value out", mark)
+        return super().compose_node(parent, index)
+
 
 def read_yaml(text: str, where: str):
     """The value that a YAML text stands for. PyYAML reads its own tags with bare conversions (month 13 of a date is a

@@ -1,13 +1,15 @@
 """Raw annotations -> the QA file: `python -m dataprocess.process_image --config FILE [key=value ...]`.
 
 Every raw record is either kept or refused with a reason; what was read is kept + refused, always. Beside the QA file
-(`qa.jsonl`) stand `qa.report.json` with the counts and `qa.refused.jsonl` with one line per refused record. A second
-run with the same settings, annotation files and images does nothing. Opens no image and knows no model.
+(`qa.jsonl`) stand `qa.report.json` with the counts and `qa.refused.jsonl` with one line per refused record, and, where
+they are needed, `qa.images.sqlite` (which images were verified) and `qa.images/` (images that lay inside the records).
+A second run with the same settings, annotation files and images does nothing. Knows no model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,17 +17,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import DEFAULT_CONFIG, Config, InputError, SourceConfig, choose, load_config, run_script
-from dataprocess.images import ImageFolder, folder_from, modified_ns
-from dataprocess.readers import FORMATS, Draft
+from config import DEFAULT_CONFIG, Config, InputError, SourceConfig, load_config, run_script
+from dataprocess.containers import stamps
+from dataprocess.detect import check_format
+from dataprocess.images import PictureStore, modified_ns
+from dataprocess.outputs import AsideFile
 from dataprocess.report import Tally, summary
+from dataprocess.sorting import Sorter
 from dataprocess.split import TRAIN, VALIDATION, Split
-from dataset.json_stream import Item, NotJson, stream_json
-from dataset.record import RecordError, parse_record
+from dataprocess.verify import ImageVerifier
 
-FORMAT_VERSION = 2  # raise it when the same raw files would give another QA file
-
-_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+FORMAT_VERSION = 3  # raise it when the same raw files would give another QA file
+TOP_REASONS = 5  # that the message of too many refusals names
 
 
 def prepare(
@@ -36,12 +39,14 @@ def prepare(
     validation_fraction: float,
     seed: int,
     max_refused: float,
+    verify_images: bool,
 ) -> dict:
     """Write the QA file and the validation file from `sources`; return the report that stands beside `qa_file`.
 
     A source with split "auto" is divided by image: the share `validation_fraction` of all images (of all records, where
-    there is no image), chosen by a seeded hash of the file name, is held out with everything said about it. Without a
+    there is no image), chosen by a seeded hash (see `Split`), is held out with everything said about it. Without a
     `validation_file` nothing is held out. No training record shows a held-out image, whichever source it comes from.
+    With `verify_images` every image is decoded once, and again only when its file has changed.
 
     Report: "read", "kept", "refused" (raw records), "by_source" (the same three), "by_reason", "repairs" (rule -> kept
     records that needed it), "train" and "validation" ({"file", "records", "bytes"}), "image_folders" (folder ->
@@ -55,38 +60,43 @@ def prepare(
     report_file, refused_path = outputs[TRAIN].with_suffix(".report.json"), outputs[TRAIN].with_suffix(".refused.jsonl")
     for source in sources:
         _check_source(source, [*outputs.values(), report_file, refused_path])
-    fingerprint = _fingerprint(sources, outputs, validation_fraction, seed)
-    report = _finished(report_file, fingerprint)
-    if report and not _problem(report, max_refused, refused_path):
-        return report
+    fingerprint = _fingerprint(sources, outputs, validation_fraction, seed, verify_images)
+    os.makedirs(outputs[TRAIN].parent, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        verifier = None
+        if verify_images:
+            verifier = stack.enter_context(ImageVerifier(outputs[TRAIN].with_suffix(".images.sqlite")))
+        report = _finished(report_file, fingerprint)
+        if report and not _problem(report, max_refused, refused_path) and not (verifier and verifier.changed()):
+            return report
 
-    files = {side: _Aside(path) for side, path in outputs.items()}
-    refused_file, report_aside = _Aside(refused_path), _Aside(report_file)
-    try:
+        files = {side: stack.enter_context(AsideFile(path)) for side, path in outputs.items()}
+        refused_file, report_aside = (stack.enter_context(AsideFile(path)) for path in (refused_path, report_file))
         split = Split(seed, validation_fraction if validation_file else 0.0)
         tally = Tally(source.name for source in sources)
+        store = PictureStore(outputs[TRAIN].with_suffix(".images"))
+        sorter = Sorter(files, refused_file, split, tally, store, verifier)
         for source in sorted(sources, key=lambda source: (VALIDATION, "auto", TRAIN).index(source.split)):
-            _read_source(source, split, files, refused_file, tally)
-        report = tally.report()
+            sorter.read(source)
+        report = tally.report() | {"image_folders": sorter.image_folders}
         for side, file in files.items():
             report[side] = {"file": str(file.path), "records": file.lines, "bytes": file.bytes}
             report["image_folders"].pop(file.folder, None)
+        if store.is_used:
+            report["image_folders"][store.folder] = modified_ns(store.folder)
         problem = _problem(report, max_refused, refused_path)
         report["fingerprint"] = None if problem else fingerprint
-        report_aside.write(json.dumps(report, ensure_ascii=False, indent=2))
+        report_aside.write([json.dumps(report, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")])
         report_file.unlink(missing_ok=True)  # if this is cut short, nothing claims that the files belong together
         for file in [refused_file, report_aside] if problem else [*files.values(), refused_file, report_aside]:
             file.publish()
-    finally:
-        for file in [*files.values(), refused_file, report_aside]:
-            file.discard()
     if problem:
-        raise InputError(problem)
+        raise InputError("\n  ".join([problem, *tally.examples_by_reason(TOP_REASONS)]))
     return report
 
 
 def _check_source(source: SourceConfig, outputs: list[Path]) -> None:
-    choose(FORMATS, source.format, f'source "{source.name}": format')
+    check_format(source)
     if ":" in source.name:
         raise InputError(
             f'source "{source.name}": a name holds no ":"; it separates the name from the id in every record.'
@@ -97,126 +107,12 @@ def _check_source(source: SourceConfig, outputs: list[Path]) -> None:
         )
 
 
-def _read_source(source: SourceConfig, split: Split, files: dict[str, _Aside], refused_file: _Aside, tally: Tally):
-    folder = ImageFolder(source.images, source.name)
-    names = _UniqueNames()
-    for item in itertools.islice(stream_json(source.annotations), source.limit):
-        try:
-            draft = _read_item(item, source)
-            found = [folder.find(path) for path in draft.images]
-            wanted = draft.id or str(item.index)
-            unique = names.propose(wanted)
-            name = f"{source.name}:{unique}"
-            side = split.side(source.split, found, name)
-            paths = [folder_from(files[side].folder, image.folder, image.real_folder) + image.name for image in found]
-            objects = _objects(draft, source, name, paths)
-            for obj in objects:
-                parse_record(obj, source.name)
-        except RecordError as error:
-            refused_file.write(_encode(_refusal(item, source, error)))
-            tally.refuse(source.name, error.reason)
-            continue
-        for obj in objects:
-            files[side].write(_encode(obj))
-        names.take(wanted, unique)
-        split.remember(side, found)
-        tally.keep(source.name, {*draft.repairs, *(image.repair for image in found if image.repair)})
-    if not tally.by_source[source.name]["read"]:
-        raise InputError(f'source "{source.name}": {source.annotations} holds no record; give a file that does.')
-    tally.image_folders = folder.modified | tally.image_folders
-
-
-def _refusal(item: Item, source: SourceConfig, error: RecordError) -> dict:
-    value = item.value if isinstance(item.value, dict) else {}
-    return {
-        "source": source.name,
-        "file": str(source.annotations),
-        **({"line": item.line} if item.line else {"index": item.index}),
-        "id": value.get("id", value.get("image_id")),
-        "reason": error.reason,
-        "detail": error.detail,
-    }
-
-
-def _read_item(item: Item, source: SourceConfig) -> Draft:
-    if isinstance(item.value, NotJson):
-        raise RecordError("not_json", item.value)
-    if not isinstance(item.value, dict):
-        raise RecordError("wrong_type", f"a raw record is a JSON object, not {type(item.value).__name__}.")
-    return FORMATS[source.format](item.value, item.index)
-
-
-def _objects(draft: Draft, source: SourceConfig, name: str, paths: list[str]) -> list[dict]:
-    """The QA records of a draft, as JSON objects."""
-    image = {"image": paths if len(paths) > 1 else paths[0]} if paths else {}
-    origin = {"source": source.name} | ({"type": draft.type} if draft.type else {})
-    if source.captions == "one_per_epoch":
-        first, *others = draft.conversations
-        more = {"alternatives": others} if others else {}
-        return [{"id": name, **image, "conversations": first, **origin, **more}]
-    if source.format == "ai_challenger":
-        return [
-            {"id": f"{name}/{number}", **image, "conversations": turns, **origin}
-            for number, turns in enumerate(draft.conversations, start=1)
-        ]
-    return [{"id": name, **image, "conversations": draft.conversations[0], **origin}]
-
-
-class _UniqueNames:
-    """Makes the ids of one source unique: the second "a" that is kept becomes "a#2". Remembers a hash of each name, not
-    the name; two names that share one would cost a needless "#2", nothing else."""
-
-    def __init__(self):
-        self._uses: dict[int, int] = {}
-
-    def propose(self, name: str) -> str:
-        number = self._uses.get(hash(name), 0) + 1
-        unique = name
-        while number > 1 and hash(unique := f"{name}#{number}") in self._uses:
-            number += 1
-        return unique
-
-    def take(self, name: str, unique: str) -> None:
-        """Use what was proposed for `name`."""
-        for key in {hash(name), hash(unique)}:
-            self._uses[key] = self._uses.get(key, 0) + 1
-
-
-class _Aside:
-    """A text file that takes its name only when it is whole: written beside it, then renamed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.folder = os.path.abspath(path.parent)
-        self.lines = 0
-        self.bytes = 0
-        os.makedirs(self.folder, exist_ok=True)
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}")
-        self._file = open(self._aside, "wb")
-
-    def write(self, line: str) -> None:
-        # Half a surrogate pair has no UTF-8; the escape that takes its place is what JSON writes for it.
-        data = line.encode("utf-8", "backslashreplace") + b"\n"
-        self._file.write(data)
-        self.lines += 1
-        self.bytes += len(data)
-
-    def publish(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._aside, self.path)
-
-    def discard(self) -> None:
-        """Remove what was not published."""
-        self._file.close()
-        self._aside.unlink(missing_ok=True)
-
-
 def _problem(report: dict, max_refused: float, refused_file: Path) -> str | None:
     """Why these records may not become a QA file."""
     if report["refused"] > max_refused * report["read"]:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in itertools.islice(report["by_reason"].items(), 5))
+        reasons = ", ".join(
+            f"{reason} {count}" for reason, count in itertools.islice(report["by_reason"].items(), TOP_REASONS)
+        )
         return (
             f"{report['refused']} of {report['read']} raw records were refused ({reasons}), but data.max_refused is "
             f"{max_refused:g}. Each stands with its reason in {refused_file}; mend the annotations or the paths, or "
@@ -227,30 +123,21 @@ def _problem(report: dict, max_refused: float, refused_file: Path) -> str | None
     return None
 
 
-def _fingerprint(sources: Sequence[SourceConfig], outputs: dict[str, Path], fraction: float, seed: int) -> str:
-    """Of all that decides what is written, except which images exist."""
+def _fingerprint(
+    sources: Sequence[SourceConfig], outputs: dict[str, Path], fraction: float, seed: int, verify_images: bool
+) -> str:
+    """Of all that decides what is written, except which images exist and what is in them."""
     fields = ("name", "format", "annotations", "images", "limit", "captions", "split")
     described = [[str(getattr(source, field)) for field in fields] for source in sources]
-    stamps = []
-    for source in sources:
-        state = _stat(source)
-        stamps.append([state.st_size, state.st_mtime_ns])
     files = [str(path) for path in outputs.values()]
-    text = json.dumps([FORMAT_VERSION, described, stamps, files, fraction, seed])
+    holders = [stamps(source.annotations, source.images) for source in sources]
+    text = json.dumps([FORMAT_VERSION, described, holders, files, fraction, seed, verify_images])
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _stat(source: SourceConfig) -> os.stat_result:
-    try:
-        return os.stat(source.annotations)
-    except OSError as error:
-        raise InputError(
-            f'source "{source.name}": annotations {source.annotations}: {error.strerror}; download them first.'
-        ) from None
-
-
 def _finished(report_file: Path, fingerprint: str) -> dict | None:
-    """The report of an earlier run that would be repeated exactly, if its files are still what it wrote."""
+    """The report of an earlier run that would be repeated exactly, if its files are still what it wrote and no folder of
+    images has changed."""
     try:
         report = json.loads(report_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -282,6 +169,7 @@ def prepare_from_config(config: Config) -> dict | None:
         validation_fraction=data.validation_fraction,
         seed=config.seed,
         max_refused=data.max_refused,
+        verify_images=data.verify_images,
     )
 
 

@@ -1,103 +1,270 @@
-"""The raw annotation formats: one function each, from one raw JSON object to a draft of QA records.
+"""The raw annotation formats: one function each, from one raw record to a draft of QA records.
 
-A reader looks at nothing but the object: no disk, no other record, no settings. It changes text only by the repairs that it
-names in the draft, and raises `RecordError` with a reason where the object makes no sense in its format. What the
-formats have in common (roles in order, marks equal to pictures, no empty answer) is left to `dataset.record.parse_record`.
+A reader looks at nothing but the record: no disk, no other record, no settings. It changes text only by the repairs that
+it names in the draft, and raises `RecordError` with a reason where the record makes no sense in its format. What the
+formats have in common (roles in order, marks equal to pictures, no empty answer) is left to `dataset.record.check_record`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
+from dataprocess.marks import Piece, content_of, literal, mark_count
 from dataset.record import IMAGE_MARK, RecordError
+from visual.images import IMAGE_SUFFIXES, ImageError, read_image
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# AI Challenger has captions but no questions: these two alternate ("Describe this image.", "What is in the image?").
+# Captions come without questions. Two prompts alternate, in the caption's language ("描述一下这张图片。" is "Describe this
+# image.", "图片里有什么？" "What is in the image?").
 CAPTION_PROMPTS = ("描述一下这张图片。", "图片里有什么？")
+ENGLISH_CAPTION_PROMPTS = ("Describe this image.", "What is in this image?")
+
+# What a CSV's columns may be called, the first that is there.
+IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "path", "image_id")
+CAPTION_COLUMNS = ("caption", "text")
+
+_ROLES = {"human": "user", "gpt": "assistant"} | {name: name for name in ("system", "user", "assistant")}
+_is_chinese = re.compile("[\u3400-\u9fff]").search
 
 
-@dataclass(slots=True)
-class Draft:
-    """A raw record in our words. Paths are still relative to the source's image folder."""
+class Draft(NamedTuple):
+    """A raw record in our words. Of several conversations the reader sees to it that each has an answer in UTF-8."""
 
     id: str | None  # None where the format has no ids: its number in the file will do
-    images: list
+    images: list  # paths, still relative to the source's image folder, or the bytes of pictures
     conversations: list  # of lists of {"role", "content"}; more than one only where the format gives several answers
     type: str = ""
-    repairs: list[str] = field(default_factory=list)
+    repairs: Sequence[str] = ()
+
+
+_draft = partial(tuple.__new__, Draft)  # from a tuple of the five, at half the price
 
 
 def read_llava(obj: dict, index: int) -> Draft:
     """LLaVA's instruction files (detail_23k, complex_reasoning_77k, conversation_58k, mix665k):
     {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; rows without an image are text alone."""
-    draft = Draft(_id(obj), _images(obj), [_turns(obj)], obj.get("type") or "")
-    _add_missing_marks(draft)
-    return draft
+    name, image = obj.get("id"), obj.get("image")
+    return _draft(
+        (
+            name if name.__class__ is str and name else _id(obj),
+            [image] if image.__class__ is str and image else _images(obj),
+            [_turns(obj.get("conversations"))],
+            _type(obj) if "type" in obj else "",
+            (),
+        )
+    )
 
 
 def read_chat(obj: dict, index: int) -> Draft:
     """SVLM-Data and minimind-v: {"image", "conversations": [{"role", "content"}]}. Several images may be joined in one
-    string by commas ("0.jpg, 1.jpg"): split where there are several marks, or none and every part is an image's name."""
-    draft = Draft(_id(obj), _images(obj), [_turns(obj)], obj.get("type") or "")
-    joined = draft.images[0] if len(draft.images) == 1 else None
-    if isinstance(joined, str) and "," in joined:
-        paths, marks = [path.strip() for path in joined.split(",")], _mark_count(draft.conversations[0])
-        if marks > 1 or (marks == 0 and all(path.lower().endswith(IMAGE_SUFFIXES) for path in paths)):
-            draft.images = paths
-            draft.repairs.append("comma_joined_images_split")
-    _add_missing_marks(draft)
-    return draft
+    string by commas ("0.jpg, 1.jpg"): split where there are several marks, or none and every part is an image's name.
+    The parquet files have conversations as JSON text, pictures in "image_bytes" and a black 8 x 8 one beside text alone."""
+    turns, images = _turns(obj.get("conversations")), _images(obj)
+    repairs = ()
+    if len(images) == 1:
+        image = images[0]
+        if isinstance(image, str) and "," in image:
+            paths, marks = [path.strip() for path in image.split(",")], mark_count(turns)
+            names = [path.lower().endswith(tuple(IMAGE_SUFFIXES)) for path in paths]
+            if marks > 1 or (marks == 0 and all(names)):
+                images, repairs = paths, ["comma_joined_images_split"]
+        elif isinstance(image, bytes) and mark_count(turns) == 0 and _is_black_placeholder(image):
+            images, repairs = [], ["black_placeholder_dropped"]
+    return Draft(_id(obj), images, [turns], _type(obj), repairs)
+
+
+def read_messages(obj: dict, index: int) -> Draft:
+    """messages / ShareGPT (LLaMA-Factory, TRL, ms-swift): {"messages" | "conversations": [{"role", "content"}], "images":
+    [...]}, perhaps with a "system" prompt beside them. A content is a string with marks in a user's turns, or a list of
+    parts; a part may name its own picture, the others take the next of "images"."""
+    raw = obj.get("conversations") if obj.get("messages") is None else obj["messages"]
+    turns, wanted = [], []
+    for turn in _turns(raw):
+        content = turn["content"]
+        if isinstance(content, list):
+            pieces, pictures = _pieces(content)
+            content = content_of(pieces)
+            wanted += pictures
+        elif isinstance(content, str) and turn["role"] == "user":
+            wanted += [None] * content.count(IMAGE_MARK)
+        turns.append({"role": turn["role"], "content": content})
+    if obj.get("system") and turns and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": obj["system"]})
+    listed = iter(_images(obj))
+    images = [next(listed, None) if picture is None else picture for picture in wanted]
+    images = [image for image in images if image is not None] + list(listed)
+    return Draft(_id(obj), images, [turns], _type(obj))
+
+
+def read_cauldron(obj: dict, index: int) -> Draft:
+    """the_cauldron and FineVision: {"images": [...], "texts": [{"user", "assistant", ...}]}. There are no marks: all
+    pictures come before the first question."""
+    texts, images = obj.get("texts"), _images(obj)
+    if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
+        raise RecordError("wrong_type", '"texts" is missing or not a list of objects.')
+    turns = []
+    for number, text in enumerate(texts):
+        turns += _question(text.get("user"), text.get("assistant"), 0 if number else len(images))
+    return Draft(_id(obj), images, [turns])
 
 
 def read_ai_challenger(obj: dict, index: int) -> Draft:
-    """AI Challenger's image captions: {"image_id": "a.jpg", "caption": [five sentences]}. Each caption answers one of
-    `CAPTION_PROMPTS`, which alternate over captions and records; empty captions are left out."""
-    captions = obj.get("caption")
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise RecordError("wrong_type", f'"caption" is {type(captions).__name__}; expected a list of texts.')
-    if not isinstance(obj.get("image_id"), str):
+    """AI Challenger's image captions: {"image_id": "a.jpg", "caption": [five sentences]}. Each caption answers a prompt;
+    the prompts alternate over captions and records, and empty captions are left out."""
+    name = obj.get("image_id")
+    if not isinstance(name, str):
         raise RecordError("wrong_type", '"image_id" is missing; expected the image\'s file name.')
-    conversations = [
-        [
-            {"role": "user", "content": f"{IMAGE_MARK}\n{CAPTION_PROMPTS[(index + number) % len(CAPTION_PROMPTS)]}"},
-            {"role": "assistant", "content": caption},
-        ]
-        for number, caption in enumerate(captions)
-        if caption.strip()
-    ]
-    if not conversations:
-        raise RecordError("empty_answer", "no caption has any text.")
-    repairs = ["empty_captions_left_out"] if len(conversations) < len(captions) else []
-    return Draft(obj["image_id"], [obj["image_id"]], conversations, repairs=repairs)
+    return _captioned(name, name, obj.get("caption"), index)
+
+
+def read_coco_captions(obj: dict, index: int) -> Draft:
+    """COCO's captions, an image with all that is said about it: {"image": {"id", "file_name"}, "captions": [...]}."""
+    if "annotation" in obj:
+        annotation = obj["annotation"]
+        name = annotation.get("image_id") if isinstance(annotation, dict) else None
+        raise RecordError("missing_image", f'an annotation about image_id {name!r:.40}, which "images" does not list.')
+    image = obj.get("image")
+    if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+        raise RecordError(
+            "wrong_type", 'expected COCO\'s object {"images": [{"id", "file_name"}], "annotations": [...]}.'
+        )
+    if not obj.get("captions"):
+        raise RecordError("no_answer", f"{image['file_name']}: no annotation says anything about this image.")
+    return _captioned(_id(image), image["file_name"], obj["captions"], index)
+
+
+def read_csv(obj: dict, index: int) -> Draft:
+    """A row of a table: a picture's path, and a question with its answer or a caption. No text has marks. A row without
+    a path is about text alone."""
+    path = next((obj[name] for name in IMAGE_COLUMNS if name in obj), None)
+    images = [] if path is None or path == "" else [path]
+    if "question" in obj and "answer" in obj:
+        return Draft(_id(obj), images, [_question(obj["question"], obj["answer"], len(images))], _type(obj))
+    caption = next((obj[name] for name in CAPTION_COLUMNS if name in obj), None)
+    if not isinstance(caption, str):
+        raise RecordError("wrong_type", "neither a question with its answer nor a caption.")
+    if not images:
+        raise RecordError("missing_image", "a caption without the path of its picture.")
+    return Draft(_id(obj), images, [_caption(caption, index)], _type(obj))
+
+
+def read_folder(obj: dict, index: int) -> Draft:
+    """A picture with the text of the .txt file beside it."""
+    picture, text = obj.get("picture"), obj.get("text")
+    if not isinstance(picture, str):
+        raise RecordError("missing_image", f"{obj.get('text_file')}: no picture of that name lies beside it.")
+    if not isinstance(text, str):
+        raise RecordError("no_answer", f"{picture}: no .txt file of that name lies beside it.")
+    return Draft(picture, [picture], [_caption(text.strip(), index)])
 
 
 FORMATS: dict[str, Callable[[dict, int], Draft]] = {
     "llava": read_llava,
-    "ai_challenger": read_ai_challenger,
     "chat": read_chat,
+    "messages": read_messages,
+    "cauldron": read_cauldron,
+    "ai_challenger": read_ai_challenger,
+    "coco_captions": read_coco_captions,
+    "csv": read_csv,
+    "folder": read_folder,
 }
 
 
-def _turns(obj: dict) -> list[dict]:
-    """The turns by our names, from {"role", "content"} or {"from", "value"}; a table's column may hold them as JSON text."""
-    turns = obj.get("conversations")
+def _turns(turns: object) -> list[dict]:
+    """Turns by our names, from {"role", "content"} or {"from", "value"}; a table's column may hold them as JSON text."""
+    if type(turns) is list:
+        try:  # nearly always
+            if turns and "from" in turns[0]:
+                return [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+            return [{"role": _ROLES[turn["role"]], "content": turn["content"]} for turn in turns]
+        except (KeyError, TypeError):
+            pass
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)
         except (ValueError, RecursionError) as error:
             raise RecordError("wrong_type", f'"conversations" is text that is not JSON: {error}.') from None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise RecordError("wrong_type", '"conversations" is missing or not a list of objects.')
+        raise RecordError("wrong_type", "the conversation is missing or not a list of objects.")
     return [
-        {"role": _role(turn.get("role", turn.get("from"))), "content": turn.get("content", turn.get("value"))}
+        {"role": _role(turn.get("from", turn.get("role"))), "content": turn.get("value", turn.get("content"))}
         for turn in turns
     ]
 
 
 def _role(name: object) -> object:
-    return "user" if name == "human" else "assistant" if name == "gpt" else name
+    return _ROLES.get(name, name) if isinstance(name, str) else name
+
+
+def _pieces(parts: list) -> tuple[list[Piece], list]:
+    """The pieces of a content, and for each picture among them what it names as its own, or None."""
+    pieces: list[Piece] = []
+    pictures = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        elif kind in ("image", "image_url"):
+            named = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None)
+            if kind == "image_url" and isinstance(named, dict):
+                named = named.get("url")
+            pieces.append(None)
+            pictures.append(None if named is None else _picture(named, kind))
+        else:
+            raise RecordError("wrong_type", f'a part {part!r:.60}; expected {{"type": "text" or "image", ...}}.')
+    return pieces, pictures
+
+
+def _question(question: object, answer: object, images: int) -> list[dict]:
+    """A turn each; the pictures come first, and "<image>" in the texts is nothing but text."""
+    return [
+        {"role": "user", "content": literal(question, images)},
+        {"role": "assistant", "content": literal(answer)},
+    ]
+
+
+# One object for each prompt, and not one for each caption.
+_PROMPT_TURNS, _ENGLISH_PROMPT_TURNS = (
+    [{"role": "user", "content": f"{IMAGE_MARK}\n{prompt}"} for prompt in prompts]
+    for prompts in (CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS)
+)
+
+
+def _caption(caption: str, number: int) -> list[dict]:
+    """A caption as the answer to a prompt in its language; the two prompts alternate with `number`."""
+    prompts = _PROMPT_TURNS if _is_chinese(caption) else _ENGLISH_PROMPT_TURNS
+    return [prompts[number % 2], {"role": "assistant", "content": literal(caption)}]
+
+
+def _captioned(name: str | None, image: str, captions: object, index: int) -> Draft:
+    """One conversation for each caption that has any text."""
+    if not isinstance(captions, list):
+        raise RecordError("wrong_type", f'"caption" is {type(captions).__name__}; expected a list of texts.')
+    try:
+        text = "\n".join(captions)
+        is_ascii = text.isascii() or not text.encode()
+    except TypeError:
+        raise RecordError("wrong_type", f'"caption" holds {captions!r:.40}; expected a list of texts.') from None
+    except UnicodeEncodeError:
+        raise RecordError("bad_unicode", "a caption holds half a surrogate pair, which is no character.") from None
+    conversations = [
+        [
+            (_ENGLISH_PROMPT_TURNS if is_ascii or not _is_chinese(caption) else _PROMPT_TURNS)[number % 2],
+            {"role": "assistant", "content": caption},
+        ]
+        for number, caption in enumerate(captions, start=index)
+        if caption and not caption.isspace()
+    ]
+    if IMAGE_MARK in text:  # nearly never
+        for _, answer in conversations:
+            answer["content"] = literal(answer["content"])
+    if not conversations:
+        raise RecordError("empty_answer", "no caption has any text.")
+    repairs = ["empty_captions_left_out"] if len(conversations) < len(captions) else ()
+    return _draft((name, [image], conversations, "", repairs))
 
 
 def _id(obj: dict) -> str | None:
@@ -109,31 +276,54 @@ def _id(obj: dict) -> str | None:
     raise RecordError("wrong_type", f'"id" is {type(name).__name__}; expected text or a whole number.')
 
 
+def _type(obj: dict) -> str:
+    kind = obj.get("type") or ""
+    if isinstance(kind, str):
+        return kind
+    raise RecordError("wrong_type", f'"type" is {type(kind).__name__}; expected text.')
+
+
 def _images(obj: dict) -> list:
-    """The paths in "image", or else in "images". What other keys show is refused: without it the record would be another
-    one, about text alone."""
+    """The pictures in "image", "images" or "image_bytes". What other keys show is refused: without it the record would
+    be another one, about text alone."""
     image = obj.get("image")
     if image:
-        return image if isinstance(image, list) else [image]
-    images = obj.get("images")
-    if isinstance(images, list) and all(isinstance(path, str) for path in images):
-        return images
-    for key in ("images", "image_bytes", "video"):
-        if obj.get(key):
-            raise RecordError(
-                "wrong_type", f'"{key}" is not read; expected "image" with the path of a file, or a list of paths.'
-            )
+        return [image] if type(image) is str else _pictures(image if isinstance(image, list) else [image], "image")
+    for key in ("images", "image_bytes"):
+        if images := obj.get(key):
+            return _pictures([images] if isinstance(images, (bytes, dict)) else images, key)
+    if obj.get("video"):
+        raise _not_read("video")
     return []
 
 
-def _mark_count(turns: list[dict]) -> int:
-    return sum(turn["content"].count(IMAGE_MARK) for turn in turns if isinstance(turn["content"], str))
+def _pictures(images: object, key: str) -> list:
+    if not isinstance(images, list):
+        raise _not_read(key)
+    return [_picture(image, key) for image in images]
 
 
-def _add_missing_marks(draft: Draft) -> None:
-    """A row with images and no mark at all shows them at the start of its first question."""
-    turns = draft.conversations[0]
-    first = next((turn for turn in turns if turn["role"] == "user" and isinstance(turn["content"], str)), None)
-    if draft.images and first is not None and _mark_count(turns) == 0:
-        first["content"] = f"{IMAGE_MARK}\n" * len(draft.images) + first["content"]
-        draft.repairs.append("image_mark_added")
+def _picture(image: object, key: str) -> str | bytes:
+    """A path or bytes, by itself or in the {"bytes", "path"} of tables."""
+    if isinstance(image, dict):
+        data = image.get("bytes")
+        image = image.get("path") if data is None else data if isinstance(data, bytes) else None
+    if isinstance(image, bytes) or (isinstance(image, str) and key != "image_bytes"):
+        return image
+    raise _not_read(key)
+
+
+def _not_read(key: str) -> RecordError:
+    return RecordError(
+        "wrong_type", f'"{key}" is not read; expected "image" with the path of a file, or a list of paths.'
+    )
+
+
+def _is_black_placeholder(data: bytes) -> bool:
+    if len(data) > 4096:
+        return False
+    try:
+        image = read_image(data)
+    except ImageError:
+        return False
+    return image.size == (8, 8) and max(high for _, high in image.getextrema()) < 8  # JPEG's black is not quite black

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from dataprocess.split import TRAIN, VALIDATION
+
+EXAMPLES = 3  # of a reason, in the message of too many refusals
+
+
+class Refusal(NamedTuple):
+    """Why a raw record was refused, and where it stands."""
+
+    source: str
+    file: str
+    line: int | None  # from 1; None where a file has no lines
+    index: int  # from 0, within the file
+    id: str | int | None
+    reason: str
+    detail: str
+
+    def to_line(self) -> bytes:
+        """A line of JSON."""
+        fields = self._asdict()
+        fields.pop("index" if self.line else "line")
+        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")  # half a surrogate pair
+
+    def __str__(self) -> str:
+        place = f"line {self.line}" if self.line else f"item {self.index}"
+        name = "" if self.id is None else f' ("{self.id}")'
+        return f"{os.path.basename(self.file)} {place}{name}: {self.detail}"
 
 
 class Tally:
@@ -15,18 +44,23 @@ class Tally:
         self.by_source = {name: Counter(read=0, kept=0, refused=0) for name in names}
         self.by_reason: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
-        self.image_folders: dict[str, int | None] = {}
+        self.examples: dict[str, list[Refusal]] = {}
 
-    def keep(self, source: str, repairs: set[str]) -> None:
-        counts = self.by_source[source]
-        counts["read"] += 1
-        counts["kept"] += 1
-        for repair in repairs:
-            self.repairs[repair] += 1
+    def keep(self, source: str, number: int) -> None:
+        self.by_source[source].update(read=number, kept=number)
 
-    def refuse(self, source: str, reason: str) -> None:
-        self.by_source[source].update(("read", "refused"))
-        self.by_reason[reason] += 1
+    def refuse(self, refusals: list[Refusal]) -> None:
+        for refusal in refusals:
+            self.by_source[refusal.source].update(("read", "refused"))
+            self.by_reason[refusal.reason] += 1
+            examples = self.examples.setdefault(refusal.reason, [])
+            if len(examples) < EXAMPLES:
+                examples.append(refusal)
+
+    def examples_by_reason(self, reasons: int) -> list[str]:
+        """A line for each of the first refusals of the most frequent reasons."""
+        most = itertools.islice(_largest_first(self.by_reason), reasons)
+        return [f"{reason}: {refusal}" for reason in most for refusal in self.examples[reason]]
 
     def report(self) -> dict:
         total = sum(self.by_source.values(), Counter())
@@ -37,7 +71,6 @@ class Tally:
             "by_source": {name: dict(counts) for name, counts in self.by_source.items()},
             "by_reason": _largest_first(self.by_reason),
             "repairs": _largest_first(self.repairs),
-            "image_folders": self.image_folders,
         }
 
 
@@ -47,17 +80,24 @@ def _largest_first(counts: Counter[str]) -> dict[str, int]:
 
 def summary(report: dict) -> str:
     """The report as a table for a person."""
-    rows = [("source", "read", "kept", "refused")]
-    rows += [(name, *(str(count) for count in counts.values())) for name, counts in report["by_source"].items()]
-    if len(rows) > 2:
-        rows.append(("all", *(str(report[key]) for key in rows[0][1:])))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:<{width}}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
-    for title, counts in (("refused", report["by_reason"]), ("repaired", report["repairs"])):
-        lines += [f"{title}: {name} {count}" for name, count in counts.items()]
-    lines += [
-        f"{side}: {report[side]['records']} records in {report[side]['file']}"
-        for side in (TRAIN, VALIDATION)
-        if side in report
-    ]
-    return "\n".join(lines)
+    sources = [(name, *counts.values()) for name, counts in report["by_source"].items()]
+    if len(sources) > 1:
+        sources.append(("all", *(report[key] for key in ("read", "kept", "refused"))))
+    blocks = [(("source", "read", "kept", "refused"), sources)]
+    for title, key in (("refused for", "by_reason"), ("repaired by", "repairs")):
+        if report[key]:
+            blocks.append(((title, "records"), list(report[key].items())))
+    width = max(len(row[0]) for head, rows in blocks for row in [head, *rows])
+    lines = []
+    for head, rows in blocks:
+        lines += ["", *(_row(row, width) for row in [head, *rows])]
+    lines.append("")
+    for side in (TRAIN, VALIDATION):
+        if side in report:
+            lines.append(f"{side + ':':<{width}}{report[side]['records']:>12,} records in {report[side]['file']}")
+    return "\n".join(lines[1:])
+
+
+def _row(cells: tuple, width: int) -> str:
+    name, *numbers = cells
+    return f"{name:<{width}}" + "".join(f"{cell if isinstance(cell, str) else f'{cell:,}':>12}" for cell in numbers)

@@ -17,18 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from config import IGNORE_INDEX, InputError
-from dataset.record import IMAGE_MARK, Turn
-
-
-class Image:
-    """Stands for one image among the parts of a turn's content."""
-
-    def __repr__(self):
-        return "IMAGE"
-
-
-IMAGE = Image()
-Part = str | Image
+from dataset.record import IMAGE, Image, Part, Turn, parts_of
 
 
 @dataclass(frozen=True)
@@ -46,18 +35,15 @@ class Encoded:
 
 
 class TooLong(InputError):
-    """A conversation that `max_length` would leave without an image or without anything supervised."""
+    """A conversation in which `max_length` would cut off an image."""
 
     reason = "longer_than_max_length"
 
 
-def parts_of(content: str) -> list[Part]:
-    """The content of a QA record's turn, cut at its `<image>` marks: "<image>\\nWho?" -> [IMAGE, "\\nWho?"]."""
-    first, *rest = content.split(IMAGE_MARK)
-    parts: list[Part] = [first]
-    for text in rest:
-        parts += [IMAGE, text]
-    return [part for part in parts if part != ""]
+class NothingSupervised(TooLong):
+    """A conversation of which `max_length` would leave no answer after the last image, or none at all."""
+
+    reason = "nothing_supervised"
 
 
 def question_parts(question: str, num_images: int) -> list[Part]:
@@ -106,7 +92,7 @@ class ChatFormat:
         for turn in self._with_system(turns):
             is_answer = turn.role == "assistant"
             put(self.head[turn.role])
-            for part in parts_of(turn.content) if turn.role == "user" else [turn.content]:
+            for part in parts_of(turn):
                 if isinstance(part, Image):
                     put(self.image_tokens)
                     num_images, last_image_end = num_images + 1, len(ids)
@@ -124,11 +110,15 @@ class ChatFormat:
         text, of which the tokenizer's normalisation (NFC) makes at most three out of one. False means: encode it and see."""
         if max_length is None:
             return True
-        texts = [turn.content for turn in self._with_system(turns)]
-        text_bytes = sum(len(text) if text.isascii() else 3 * len(text.encode()) for text in texts)
-        images = sum(text.count(IMAGE_MARK) for text in texts)
-        around = sum(len(self.head[turn.role]) + 1 + len(self.newline) for turn in self._with_system(turns))
-        return text_bytes + images * len(self.image_tokens) + around <= max_length
+        length = 0
+        for turn in self._with_system(turns):
+            length += len(self.head[turn.role]) + 1 + len(self.newline)
+            for part in parts_of(turn):
+                if isinstance(part, Image):
+                    length += len(self.image_tokens)
+                else:
+                    length += len(part) if part.isascii() else 3 * len(part.encode())
+        return length <= max_length
 
     def encode_prompt(self, turns: Sequence[tuple[str, Sequence[Part]]]) -> list[int]:
         """The ids after which the model's answer begins. `turns`: (role, parts) pairs that end with a user's turn."""
@@ -160,7 +150,7 @@ class ChatFormat:
         while length and labels[length - 1] == IGNORE_INDEX:  # a question without its answer teaches nothing
             length -= 1
         if length <= last_image_end:
-            raise TooLong(
+            raise NothingSupervised(
                 f"{len(labels)} tokens; max_length {max_length} leaves no answer after the last image, or none at all"
             )
         return length

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from config import IGNORE_INDEX, InputError
-from dataset.conversation import ChatFormat, TooLong
-from dataset.record import QAFile
+from dataset.conversation import ChatFormat
+from dataset.qa_file import QAFile
 
 
 class QADataset(Dataset):
@@ -109,20 +109,3 @@ class _Batches(Dataset):
             return collate([self.dataset[key] for key in keys], self.pad_token_id)
         except InputError as error:
             return error
-
-
-def find_unusable(dataset: QADataset, progress: Callable[[Iterable], Iterable]) -> list[tuple[int, str, str]]:
-    """(record, id, what is wrong) of every record that cannot be encoded within max_length: found before the first step,
-    not in the middle of a run. Reads text only. progress: wraps the records' numbers, for example tqdm."""
-    unusable = []
-    for index in progress(range(len(dataset.qa))):
-        record = dataset.qa[index]
-        for turns in (record.conversations, *record.alternatives):
-            if dataset.chat.certainly_fits(turns, dataset.max_length):
-                continue  # most do; tokenising a million records takes minutes
-            try:
-                dataset.chat.encode(turns, dataset.max_length)
-            except TooLong as error:
-                unusable.append((index, record.id, str(error)))
-                break
-    return unusable

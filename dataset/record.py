@@ -1,7 +1,5 @@
-"""The QA format: what a record is, and how a file of them is read without holding it in memory.
-
-Owner of the format: preprocessing writes what `parse_record` accepts, training and scoring read through `QAFile`. Knows
-nothing of tokenizers, images' contents or annotation formats.
+"""The QA format: what a record is. Preprocessing writes what `check_record` accepts, training and scoring read what
+`parse_record` makes of it. Knows nothing of files, tokenizers, images' contents or annotation formats.
 
 A record is one JSON object:
 
@@ -11,27 +9,23 @@ A record is one JSON object:
 "image" is a path, a list of paths, or absent; a relative path is relative to the file's own folder. "source", "type" and
 "alternatives" may be absent. "alternatives" is a list of further conversations about the same images: an epoch takes
 one of them or "conversations". Other keys are not read.
+
+A "content" is a text, in which every `<image>` of a user's turn is a mark for one picture, or a list of parts, in which
+text is nothing but text: [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}].
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from array import array
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from itertools import groupby
 
 from config import InputError
-from dataset.json_stream import NotJson, stream_json
 
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant")
-INDEX_VERSION = "2"  # raise it when the index, or what counts as a good record, changes
+FORMAT_VERSION = "3"  # raise it when what counts as a good record changes
 
 
 class RecordError(InputError):
@@ -46,17 +40,46 @@ class RecordError(InputError):
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """Stands for one picture among the parts of a turn's content."""
+
+    def __repr__(self):
+        return "IMAGE"
+
+
+IMAGE = Image()
+Part = str | Image
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
+    """What one side says. content: text, with marks if it is a user's; of a user alone also a tuple of parts, in which no
+    text is empty or follows another. `parts_of` reads both."""
+
     role: str
-    content: str
+    content: str | tuple[Part, ...]
 
 
 Conversation = tuple[Turn, ...]
 
 
+def parts_of(turn: Turn) -> list[Part]:
+    """The pictures and texts of a turn, in order. Here alone marks are cut: of a user "<image>\nWho?" -> [IMAGE, "\nWho?"],
+    while a mark in a text part, or in anybody else's text, stays seven characters."""
+    if not isinstance(turn.content, str):
+        return list(turn.content)
+    if turn.role != "user":
+        return [turn.content]
+    first, *rest = turn.content.split(IMAGE_MARK)
+    parts: list[Part] = [first]
+    for text in rest:
+        parts += [IMAGE, text]
+    return [part for part in parts if part != ""]
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample. Every conversation in it carries one `<image>` per path in `images`, in the paths' order."""
+    """One sample. Every conversation in it has one picture per path in `images`, in the paths' order."""
 
     id: str
     images: tuple[str, ...]
@@ -89,8 +112,73 @@ def parse_record(obj: object, where: str) -> Record:
     try:
         return _parse(obj)
     except RecordError as error:
-        name = obj.get("id") if isinstance(obj, dict) else None
-        raise RecordError(error.reason, error.detail, f'{where} ("{name}")' if name else where) from None
+        raise located(error, obj, where) from None
+
+
+def check_record(obj: object) -> None:
+    """Raise the RecordError that `parse_record` would, but build nothing: several times faster where a record is good."""
+    try:
+        if _surely_good(obj):
+            return
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+        pass  # not what it is in nearly every record; what is wrong, if anything, is for _parse to say
+    try:
+        _parse(obj)
+    except RecordError as error:
+        raise located(error, obj, "") from None
+
+
+def located(error: RecordError, obj: object, where: str) -> RecordError:
+    """`error` of a decoded JSON object, with the place where it stands and its id in front."""
+    name = obj.get("id") if isinstance(obj, dict) and isinstance(obj.get("id"), str | int) else None
+    return RecordError(error.reason, error.detail, f'{where} ("{name}")' if name else where)
+
+
+def _surely_good(obj: dict) -> bool:
+    """Whether a decoded JSON object is a record of the common kinds without a fault. False, or one of the errors that
+    check_record expects, says nothing about it."""
+    name, image = obj["id"], obj.get("image")
+    if not name or obj.__class__ is not dict:
+        return False
+    if not name.isascii():
+        name.encode()  # raises UnicodeEncodeError for half a surrogate pair, as everywhere here
+    paths = image if image.__class__ is list else () if image is None else (image,)
+    for path in paths:
+        if not path:
+            return False
+        if not path.isascii():
+            path.encode()
+    source, kind = obj.get("source"), obj.get("type")
+    if source and not source.isascii():
+        source.encode()
+    if kind and not kind.isascii():
+        kind.encode()
+    pictures = len(paths)
+    if not _surely_good_talk(obj["conversations"], pictures):
+        return False
+    alternatives = obj.get("alternatives")
+    return not alternatives or all(_surely_good_talk(turns, pictures) for turns in alternatives)
+
+
+def _surely_good_talk(turns: list, pictures: int) -> bool:
+    """Of strings alone, a question and an answer in turn, none of them blank."""
+    if turns.__class__ is not list:
+        return False
+    marks, role = 0, "user"
+    for turn in turns:
+        content = turn["content"]
+        if turn["role"] != role or not content or content.isspace():
+            return False
+        if not content.isascii():
+            content.encode()
+        if role == "user":
+            marks += content.count(IMAGE_MARK)
+            role = "assistant"
+        elif IMAGE_MARK in content:
+            return False
+        else:
+            role = "user"
+    return marks == pictures and role == "user" and bool(turns)
 
 
 def _parse(obj: object) -> Record:
@@ -129,16 +217,22 @@ def _conversation(turns: object, image_count: int) -> Conversation:
     for turn in turns:
         if not isinstance(turn, dict):
             raise _at(conversation, "wrong_type", f'is {_kind(turn)}; expected {{"role", "content"}}')
-        role, content = turn.get("role"), _text(turn.get("content"), '"content" of a turn')
+        role, content = turn.get("role"), turn.get("content")
+        if isinstance(content, list):
+            content = _parts(content, conversation)
+            pictures, what = content.count(IMAGE), "an image part"
+            words = "".join(part for part in content if part is not IMAGE)
+        else:
+            words = content = _text(content, '"content" of a turn')
+            pictures, what = content.count(IMAGE_MARK), f'"{IMAGE_MARK}"'
         if role not in _NEXT[previous]:
             raise _wrong_order(role, previous, conversation)
-        if IMAGE_MARK in content:
-            if role != "user":
-                raise _at(conversation, "mark_outside_question", f'({role}) holds "{IMAGE_MARK}"; only a user turn may')
-            marks += content.count(IMAGE_MARK)
-        if (not content or content.isspace()) and role != "system":
+        if pictures and role != "user":
+            raise _at(conversation, "mark_outside_question", f"({role}) holds {what}; only a user turn may")
+        if (not words or words.isspace()) and not pictures and role != "system":
             raise _at(conversation, "empty_answer" if role == "assistant" else "empty_question", f"({role}) is empty")
-        conversation.append(Turn(role, content))
+        conversation.append(Turn(role, content if role == "user" else words))
+        marks += pictures
         previous = role
     if previous != "assistant":
         end = f"ends with a {previous} turn" if previous else "has no turns"
@@ -152,13 +246,38 @@ def _conversation(turns: object, image_count: int) -> Conversation:
     return tuple(conversation)
 
 
+_PARTS = '{"type": "image"} or {"type": "text", "text": "..."}'
+
+
+def _parts(parts: list, before: list[Turn]) -> tuple[Part, ...]:
+    """The parts of a content, neighbouring texts as one: it is tokenised part by part."""
+    read = []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise _at(before, "wrong_type", f"holds {_kind(part)} for a part; expected {_PARTS}")
+        kind = part.get("type")
+        if kind == "image" and len(part) == 1:
+            read.append(IMAGE)
+        elif kind == "text" and len(part) == 2 and "text" in part:
+            read.append(_text(part["text"], '"text" of a part'))
+        else:  # an unknown kind, or keys that mean something elsewhere, for example a picture of its own
+            known = kind in ("image", "text")
+            found = f"with {', '.join(map(_shown, list(part)[:4]))}" if known else f"of type {_shown(kind)}"
+            raise _at(before, "wrong_type", f"holds a part {found}; expected {_PARTS}")
+    joined = []
+    for is_image, group in groupby(read, key=lambda part: part is IMAGE):
+        run = list(group)
+        joined += run if is_image else ["".join(run)]
+    return tuple(part for part in joined if part != "")
+
+
 def _at(before: list[Turn], reason: str, what: str) -> RecordError:
     return RecordError(reason, f"turn {len(before) + 1} {what}.")
 
 
 def _wrong_order(role: object, previous: str | None, before: list[Turn]) -> RecordError:
     if role not in ROLES:
-        return _at(before, "unknown_role", f"has role {json.dumps(role)}; expected {', '.join(ROLES)}")
+        return _at(before, "unknown_role", f"has role {_shown(role)}; expected {', '.join(ROLES)}")
     if role == "system":
         return _at(before, "system_not_first", "is a system turn; only the first may be one")
     if role == "assistant" and previous != "assistant":
@@ -177,119 +296,11 @@ def _text(value: object, what: str) -> str:
     return value
 
 
+def _shown(value: object) -> str:
+    """A value in a message: never long, and never so deep that it cannot be written."""
+    return json.dumps(value[:40]) if isinstance(value, str) else _kind(value)
+
+
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "missing")
-
-
-class QAFile:
-    """A QA file as a sequence of records, read from disk one at a time: `len(qa)`, `qa[i]`.
-
-    The first opening checks every record and keeps where each begins beside the file (`<name>.index.safetensors`; in
-    memory if the folder cannot be written); later openings read only that, unless the file changed. May be shared
-    with forked workers and pickled to spawned ones.
-
-    Raises RecordError for a record that cannot be used (file, line, id), InputError for a file that cannot be read or in
-    which two records have the same id.
-    """
-
-    sources: list[str]  # the distinct "source" values, "" for none
-    source_of: np.ndarray  # int32 [n], each record's place in `sources`
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.folder = self.path.parent
-        self._descriptor: int | None = None
-        try:
-            state = self.path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; expected a QA file. Has the data been prepared?") from None
-        self._stamp = {"version": INDEX_VERSION, "size": str(state.st_size), "mtime_ns": str(state.st_mtime_ns)}
-        index = self.path.with_name(self.path.name + ".index.safetensors")
-        if not self._load(index):
-            self._build()
-            self._save(index)
-
-    def __len__(self) -> int:
-        return len(self.source_of)
-
-    def __getitem__(self, index: int) -> Record:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        begin, end = map(int, self._offsets[index % len(self) :][:2])
-        text = os.pread(self._open(), end - begin, begin).decode()
-        # The bytes run on to the next record, so in a list a comma follows the value.
-        return parse_record(json.JSONDecoder().raw_decode(text)[0], self.path.name)
-
-    def image_paths(self, record: Record) -> list[Path]:
-        """Where the record's images lie, in order."""
-        return [self.folder / path for path in record.images]
-
-    def _load(self, index: Path) -> bool:
-        try:
-            with safe_open(index, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if any(metadata.get(key) != value for key, value in self._stamp.items()):
-                    return False
-                self.sources = json.loads(metadata["sources"])
-                self._offsets, self.source_of = file.get_tensor("offsets"), file.get_tensor("source_of")
-        except (OSError, SafetensorError):
-            return False
-        return True
-
-    def _build(self) -> None:
-        offsets, source_of, sources = array("q"), array("i"), {}
-        places, hashes = array("q"), array("q")
-        for item in stream_json(self.path):
-            word, place = ("line", item.line) if item.line else ("item", item.index)
-            where = f"{self.path} {word} {place}"
-            if isinstance(item.value, NotJson):
-                raise RecordError("not_json", item.value, where)
-            record = parse_record(item.value, where)
-            offsets.append(item.offset)
-            source_of.append(sources.setdefault(record.source, len(sources)))
-            places.append(place)
-            hashes.append(hash(record.id))
-        offsets.append(int(self._stamp["size"]))
-        self._offsets, self.source_of = np.array(offsets, np.int64), np.array(source_of, np.int32)
-        self.sources = list(sources)
-        for first, second in _equal_pairs(np.array(hashes, np.int64)):
-            if self[first].id == self[second].id:
-                raise InputError(
-                    f'{self.path}: {word}s {places[first]} and {places[second]} have the same id "{self[first].id}"; '
-                    "give every record its own."
-                )
-
-    def _save(self, index: Path) -> None:
-        aside = index.with_name(f".{index.name}.{os.getpid()}")
-        try:
-            save_file(
-                {"offsets": self._offsets, "source_of": self.source_of},
-                aside,
-                metadata={**self._stamp, "sources": json.dumps(self.sources)},
-            )
-            os.replace(aside, index)
-        except (OSError, SafetensorError):
-            aside.unlink(missing_ok=True)  # a folder that cannot be written: this process has the index in memory
-
-    def _open(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            state = os.fstat(self._descriptor)
-            if (str(state.st_size), str(state.st_mtime_ns)) != (self._stamp["size"], self._stamp["mtime_ns"]):
-                raise InputError(f"{self.path}: changed while it was in use; start again.")
-        return self._descriptor
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self):
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)
-
-
-def _equal_pairs(values: np.ndarray) -> list[tuple[int, int]]:
-    """Neighbours of equal value (i < j), smallest j first."""
-    order = np.argsort(values, kind="stable")
-    equal = np.flatnonzero(values[order[:-1]] == values[order[1:]])
-    return sorted(zip(order[equal].tolist(), order[equal + 1].tolist(), strict=True), key=lambda pair: pair[1])

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from dataset.conversation import parts_of
-from dataset.record import QAFile
+from dataset.qa_file import QAFile
+from dataset.record import Image, parts_of
 
 # Han characters, kana and CJK punctuation: enough to tell a Chinese question from an English one
 _CHINESE = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
@@ -53,8 +53,8 @@ def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
                 questions.append(Question(record.id, tuple(turns), tuple(images[:seen]), turn.content, record.type))
                 turns.append((turn.role, [turn.content]))
             else:
-                parts = parts_of(turn.content) if turn.role == "user" else [turn.content]
-                seen += sum(not isinstance(part, str) for part in parts)
+                parts = parts_of(turn)
+                seen += sum(isinstance(part, Image) for part in parts)
                 turns.append((turn.role, parts))
     return questions
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 import qwen
 from config import InputError
-from model.checkpoint import has_adapter, load_adapter, load_trained, verify_folder
+from model.checkpoint import has_adapter, load_adapter, load_trained
 from model.model import VisionLanguageModel
 from model.projector import build_projector
 from model.trainable import add_lora, set_trainable
-from visual.encoders import load_vision_tower
+from visual.encoders import count_image_tokens, load_vision_tower
 from visual.images import read_image
 from visual.processor import ImageProcessor, load_image_processor
 
@@ -27,12 +27,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 @dataclass(frozen=True)
-class Built:
-    """A model with what reads its pictures and its text."""
+class Processors:
+    """What reads pictures and text for a model; no weights among it."""
 
-    model: VisionLanguageModel
     tokenizer: PreTrainedTokenizerBase
     image_processor: ImageProcessor
+    num_image_tokens: int  # that one image takes
 
     def chat_values(self) -> dict:
         """The values that `dataset.conversation.ChatFormat` takes, but for the system prompt."""
@@ -41,11 +41,37 @@ class Built:
             "im_start_id": self.tokenizer.convert_tokens_to_ids("<|im_start|>"),
             "im_end_id": self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
             "image_token_id": qwen.image_token_id(self.tokenizer),
-            "num_image_tokens": self.model.vision_tower.num_image_tokens,
+            "num_image_tokens": self.num_image_tokens,
         }
 
 
+@dataclass(frozen=True)
+class Built(Processors):
+    """A model with what reads its pictures and its text."""
+
+    model: VisionLanguageModel
+
+
+def load_processors(
+    vision_tower: str, image_size: int | None, language_model: str, checkpoint: Path | None = None
+) -> Processors:
+    """Tokenizer and image processor of the encoder and the language model (folders or hub names), in seconds, whatever
+    the size of the two. checkpoint: its own are used instead of those beside the weights. Raises InputError."""
+    tokenizer = qwen.load_tokenizer(str(checkpoint / "tokenizer") if checkpoint else language_model)
+    image_processor = load_image_processor(vision_tower, image_size=image_size)
+    if checkpoint:
+        own, size = load_image_processor(checkpoint / "image_processor"), image_processor.image_size
+        if own.image_size != size:
+            raise InputError(
+                f"{checkpoint / 'image_processor'}: makes images of {own.image_size} pixels, but {vision_tower} takes "
+                f"{size}; the checkpoint was trained with another encoder, or is damaged."
+            )
+        image_processor = own
+    return Processors(tokenizer, image_processor, count_image_tokens(vision_tower, image_size))
+
+
 def build_model(
+    processors: Processors,
     vision_tower: str,
     vision_feature_layer: int,
     image_size: int | None,
@@ -57,29 +83,24 @@ def build_model(
     dtype: torch.dtype,
     seed: int,
     checkpoint: Path | None = None,
-    processors: Path | None = None,
     activation_checkpointing: bool = False,
 ) -> Built:
     """Load encoder and language model (folders or hub names) in `dtype`, make the projector, add LoRA, fill in what
-    `checkpoint` trained, and let train what `trainable` (part -> word) says; what trains is float32.
+    `checkpoint`, which the caller has verified, trained, and let train what `trainable` (part -> word) says, in float32.
 
-    lora: r, alpha, dropout, target_modules. processors: a checkpoint whose own tokenizer and image processor are used
-    instead of those beside the weights. Raises InputError for whatever is missing or does not fit.
+    processors: as `load_processors` returns them. lora: r, alpha, dropout, target_modules. Raises InputError for whatever
+    is missing or does not fit.
     """
     transformers.utils.logging.disable_progress_bar()  # one bar a part of the model says nothing
-    tokenizer = qwen.load_tokenizer(str(processors / "tokenizer") if processors else language_model)
-    processor_source = str(processors / "image_processor") if processors else vision_tower
-    image_processor = load_image_processor(processor_source, image_size=image_size)
     tower = load_vision_tower(vision_tower, feature_layer=vision_feature_layer, image_size=image_size, dtype=dtype)
     lm = qwen.load_language_model(language_model, dtype=dtype)
-    qwen.attach_tokenizer(lm, tokenizer)
+    qwen.attach_tokenizer(lm, processors.tokenizer)
 
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)  # the projector's and LoRA's first weights depend on the seed and on nothing before
     width = lm.config.hidden_size
     model = VisionLanguageModel(tower, build_projector(projector, tower.hidden_size, projector_hidden_size, width), lm)
     if checkpoint is not None:
-        verify_folder(checkpoint)
         load_trained(model, checkpoint)
     if trainable["language_model"] == "lora":
         names = qwen.lora_target_modules(lm, lora["target_modules"])
@@ -98,7 +119,7 @@ def build_model(
         with warnings.catch_warnings():  # the newer name of this method is not in every version 5
             warnings.simplefilter("ignore", FutureWarning)
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return Built(model.train(), tokenizer, image_processor)
+    return Built(**vars(processors), model=model.train())
 
 
 def read_pixels(image_processor: ImageProcessor, path: Path) -> torch.Tensor:
@@ -126,7 +147,7 @@ def autocast(precision: str, device: torch.device) -> Callable[[], contextlib.Ab
     return lambda: torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def save_processors(built: Built, folder: Path) -> None:
+def save_processors(processors: Processors, folder: Path) -> None:
     """Put tokenizer and image processor into a checkpoint, so that it answers as it was trained."""
-    built.tokenizer.save_pretrained(folder / "tokenizer")
-    built.image_processor.save(folder / "image_processor")
+    processors.tokenizer.save_pretrained(folder / "tokenizer")
+    processors.image_processor.save(folder / "image_processor")

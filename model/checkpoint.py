@@ -1,8 +1,8 @@
-"""Checkpoints: folders that know themselves. Written aside, flushed to disk, renamed, so that a folder with its final name
-is whole; listed in a manifest with sizes and hashes, so that a damaged file is noticed and named. Only safetensors and
-text: nothing in a checkpoint is ever unpickled.
+"""What a checkpoint holds: the weights that were trained and where training stands. Only safetensors and text: nothing in
+a checkpoint is ever unpickled. How its folder is written and verified is `model.folder`'s matter.
 
     config.yaml                   the whole config, paths made absolute
+    run.json                      how it came about: every start of the run, with command, versions and machine
     projector.safetensors         always
     adapter_model.safetensors     LoRA, with adapter_config.json: a folder that PEFT loads
     language_model.safetensors    what else of the language model was trained (full, top:N, embeddings)
@@ -14,11 +14,7 @@ text: nothing in a checkpoint is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,108 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import InputError
+from model.folder import read_json
 from model.model import VisionLanguageModel
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make `folder` with what `write(partial folder)` puts there, and its manifest: all of it or nothing. An existing
-    folder of that name is replaced at the very end."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    files = {
-        path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
-    (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
-    for path in [*partial.rglob("*"), partial]:
-        if path.is_file():
-            path.chmod(0o644)  # safetensors makes files that only their owner can read
-        _flush(path)
-    if folder.exists():
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(folder)
-    _flush(folder.parent)
-
-
-def verify_folder(folder: Path) -> None:
-    """InputError if `folder` is no whole checkpoint: no manifest, a file missing, of another size or of other content."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such checkpoint folder; name one that train.sh wrote, such as runs/demo/final.")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder}: not a checkpoint, it has no {MANIFEST}; name checkpoint-<step> or final of a run's folder."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / MANIFEST}: damaged, it is no list of files; use another checkpoint.") from None
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{folder / MANIFEST}: format {manifest.get('format')}, this version reads format {FORMAT}.")
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
-            raise InputError(f'{folder / MANIFEST}: lists "{name}", which is not a plain file inside the folder.')
-        if not path.is_file():
-            raise InputError(f"{path}: listed in {MANIFEST} but missing; use another checkpoint.")
-        if path.stat().st_size != size or _sha256(path) != digest:
-            raise InputError(f"{path}: not the file that was saved (size or sha256 differs); use another checkpoint.")
-
-
-def latest_checkpoint(output_dir: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest whole `checkpoint-<step>` in a run's folder; damaged ones are passed over and reported."""
-    for folder in sorted(_checkpoints(output_dir), key=_step, reverse=True):
-        try:
-            verify_folder(folder)
-            return folder
-        except InputError as error:
-            report(f"passing over a damaged checkpoint: {error}")
-    return None
-
-
-def prune_checkpoints(output_dir: Path, save_total_limit: int | None) -> None:
-    """Remove the oldest checkpoints until `save_total_limit` are left (None: all), and what a kill left half written."""
-    for folder in output_dir.glob(".*.partial"):
-        shutil.rmtree(folder)
-    if save_total_limit is not None:
-        for folder in sorted(_checkpoints(output_dir), key=_step)[:-save_total_limit]:
-            shutil.rmtree(folder)
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,39 +38,40 @@ def _flush(path: Path) -> None:
 def save_trained(model: VisionLanguageModel, folder: Path) -> None:
     """Write every weight that differs from the released ones: the projector always, of the rest what trains and what an
     earlier run trained (`model.trained_before`), frozen now or not."""
-    save_file(_on_cpu(model.projector.state_dict()), folder / "projector.safetensors")
+    for name, tensors in _own_files(model).items():
+        save_file(_on_cpu(tensors), folder / name)
     if model.has_lora:
         # save_embedding_layers would ask the hub for the base model's config
         model.language_model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card: an empty form
-    for name, part in _parts(model).items():
-        known = _own_names(part)
-        trained = {n: p for n, p in known.items() if p.requires_grad or n in model.trained_before[name]}
-        if trained:
-            save_file(_on_cpu(trained), folder / f"{name}.safetensors")
+
+
+def trained_bytes(model: VisionLanguageModel) -> int:
+    """What the tensors of `save_trained` take on the disk."""
+    files = list(_own_files(model).values()) + ([_adapter(model)] if model.has_lora else [])
+    return sum(tensor.nbytes for tensors in files for tensor in tensors.values())
 
 
 def load_trained(model: VisionLanguageModel, folder: Path) -> None:
     """The reverse of `save_trained`, for everything but LoRA; before LoRA is added, so that names are the model's own.
-    Every tensor of every file must find its place and its shape."""
-    _load_into(model.projector.state_dict(), folder / "projector.safetensors", every_key=True)
+    Every tensor of every file must find its place and its shape, and hold numbers."""
+    path = folder / "projector.safetensors"
+    _fill(model.projector.state_dict(), _read(path), path, every_key=True)
     for name, part in _parts(model).items():
         path = folder / f"{name}.safetensors"
         if path.exists():
-            parameters = _own_names(part)
-            keys = _read(path).keys()
-            for key in keys & parameters.keys():  # what was trained was float32, and stays it
+            parameters, tensors = _own_names(part), _read(path)
+            for key in tensors.keys() & parameters.keys():  # what was trained was float32, and stays it
                 parameters[key].data = parameters[key].data.float()
-            _load_into(parameters, path, every_key=False)
-            model.trained_before[name] = set(keys)
+            _fill(parameters, tensors, path, every_key=False)
+            model.trained_before[name] = set(tensors)
 
 
 def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
     """LoRA's weights from a checkpoint into a model that has the same LoRA."""
     path = folder / "adapter_model.safetensors"
-    expected = get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
     tensors = _read(path)
-    _compare(tensors, expected, path, every_key=True)
+    _compare(tensors, _adapter(model), path, every_key=True)
     set_peft_model_state_dict(model.language_model, tensors)
 
 
@@ -188,8 +88,22 @@ def _own_names(part: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(".base_layer.", "."): p for name, p in part.named_parameters() if "lora_" not in name}
 
 
-def _load_into(targets: dict[str, Tensor], path: Path, every_key: bool) -> None:
-    tensors = _read(path)
+def _own_files(model: VisionLanguageModel) -> dict[str, dict[str, Tensor]]:
+    """File -> tensors, of all that is saved but LoRA."""
+    files: dict[str, dict[str, Tensor]] = {"projector.safetensors": model.projector.state_dict()}
+    for name, part in _parts(model).items():
+        before = model.trained_before[name]
+        trained = {n: p for n, p in _own_names(part).items() if p.requires_grad or n in before}
+        if trained:
+            files[f"{name}.safetensors"] = trained
+    return files
+
+
+def _adapter(model: VisionLanguageModel) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
+
+
+def _fill(targets: dict[str, Tensor], tensors: dict[str, Tensor], path: Path, every_key: bool) -> None:
     _compare(tensors, targets, path, every_key)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -214,14 +128,23 @@ def _compare(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path, 
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: finite real numbers. InputError names one that is not."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; the checkpoint does not hold what the config says was trained."
         ) from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); use another checkpoint.") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise InputError(f"{path}: {name!r} is {tensor.dtype}, expected float32; use another checkpoint.")
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"{path}: {name!r} holds values that are no numbers (NaN or infinite); use another checkpoint."
+            )
+    return tensors
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,18 +157,22 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """The optimizer's tensors by parameter name, and `state` (plain JSON values: the step, the loss scaler)."""
-    tensors = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    save_file(tensors, folder / "state.safetensors")
+    save_file(_on_cpu(_state_tensors(model, optimizer)), folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(state) + "\n")
 
 
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """What the tensors of `save_state` take on the disk."""
+    return sum(tensor.nbytes for tensor in _state_tensors(model, optimizer).values())
+
+
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """The reverse of `save_state`: fills the optimizer, returns `state`. InputError where the names differ."""
+    """The reverse of `save_state`: fills the optimizer, returns `state`. InputError where the names or shapes differ, or the
+    step is no count."""
     path = folder / "state.safetensors"
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise InputError(f'{folder / "state.json"}: "step" is no number of steps; use another checkpoint.')
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for full, tensor in _read(path).items():
         name, _, key = full.rpartition("/")
@@ -256,7 +183,18 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             f"{path}: its optimizer state is of other parameters than the config trains; use --resume none."
         )
     for name, tensors in by_parameter.items():
+        shapes = {key: torch.Size() if key == "step" else trained[name].shape for key in ADAMW_STATE}
+        if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
+            raise InputError(f"{path}: {name!r} has not the optimizer state that AdamW keeps; use another checkpoint.")
         optimizer.state[trained[name]] = {
             key: tensor if key == "step" else tensor.to(trained[name].device) for key, tensor in tensors.items()
         }
-    return json.loads((folder / "state.json").read_text())
+    return state
+
+
+def _state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }

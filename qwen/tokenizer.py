@@ -39,9 +39,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"tokenizer {path}: cannot be read. {reason}") from error
+        except Exception as error:  # on damaged files transformers and tokenizers raise nearly anything
+            reason = (str(error).splitlines() or [""])[0]
+            raise InputError(f"tokenizer {path}: cannot be read ({type(error).__name__}: {reason:.200}).") from error
     missing = [token for token in CHAT_TOKENS if not _knows(tokenizer, token)]
     if missing:
         raise InputError(f"tokenizer {path}: {', '.join(missing)} not in the vocabulary; give a Qwen model's folder.")

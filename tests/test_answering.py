@@ -292,7 +292,8 @@ def test_a_checkpoint_that_is_damaged_is_refused_by_the_files_name(run, final, i
         (damaged / name).write_bytes(data)
         assert str(damaged / name) in exit_message(capsys, "--checkpoint", damaged, "--images", images)
         (damaged / name).unlink()
-        assert str(damaged / name) in exit_message(capsys, "--checkpoint", damaged, "--images", images)
+        missing = exit_message(capsys, "--checkpoint", damaged, "--images", images)
+        assert f"{damaged}/manifest.json: lists '{name}'" in missing
     assert "no such checkpoint" in exit_message(capsys, "--checkpoint", tmp_path / "none", "--images", images)
     assert "not a checkpoint" in exit_message(capsys, "--checkpoint", images, "--images", images)
     config = final.parent.parent / "config.yaml"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import assemble
 import qwen
 from config import InputError, load_config
-from model.checkpoint import latest_checkpoint, prune_checkpoints, verify_folder, write_folder
+from model.folder import latest_checkpoint, verify_folder, write_folder
 from tests.toy_project import run_training, write_project
 
 
@@ -89,15 +89,6 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
         verify_folder(tmp_path / "absent")
     with pytest.raises(InputError, match="manifest.json"):
         verify_folder(tmp_path)
-
-
-def test_pruning_keeps_the_newest(tmp_path):
-    for step in (5, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-x").mkdir()
-    prune_checkpoints(tmp_path, None)
-    prune_checkpoints(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-x"]
 
 
 def test_peft_loads_the_adapter_of_a_checkpoint(trained, run):
@@ -203,6 +194,6 @@ def test_what_an_earlier_run_trained_stays_though_it_is_frozen_now(trained, tmp_
 
     config = load_config(tmp_path / "b" / "final" / "config.yaml")
     for folder in ("final", "checkpoint-1"):  # as test.py and a resumed run build it
-        model = assemble.build(config, "fp32", tmp_path / "b" / folder).model
+        model = assemble.build(config, "fp32", assemble.open_processors(config), tmp_path / "b" / folder).model
         rebuilt = {name.replace(".base_layer", ""): p for name, p in model.causal_lm.named_parameters()}
         assert all(torch.equal(rebuilt[key], first[key]) for key in first)

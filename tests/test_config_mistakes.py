@@ -74,8 +74,8 @@ def test_a_missing_key_is_named(tmp_path):
         del (values[section[0]] if section else values)[word]
         assert message(write(tmp_path, values)).startswith(f'"{key}" is missing')
     values = copy.deepcopy(VALUES)
-    del values["data"]["sources"][1]["format"]
-    assert message(write(tmp_path, values)).startswith('"data.sources.1.format" is missing')
+    del values["data"]["sources"][1]["annotations"]
+    assert message(write(tmp_path, values)).startswith('"data.sources.1.annotations" is missing')
 
 
 # --- wrong values

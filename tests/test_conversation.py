@@ -5,6 +5,7 @@ python -m pytest tests/test_conversation.py
 
 import base64
 import functools
+import json
 import unicodedata
 
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 import qwen
 from config import IGNORE_INDEX
-from dataset.conversation import IMAGE, ChatFormat, TooLong, parts_of, question_parts
-from dataset.record import IMAGE_MARK, Turn
+from dataset.conversation import ChatFormat, TooLong, question_parts
+from dataset.qa_file import QAFile
+from dataset.record import IMAGE, IMAGE_MARK, Turn, parse_record, parts_of
+from evaluation.score import questions_of
 from qwen.tokenizer import QWEN1_SPECIAL_TOKENS
 from tests.test_tokenizer import PATTERN
 from tests.toy_language import WRITERS
@@ -62,7 +65,7 @@ def turns(*contents: str, system: str | None = None) -> list[Turn]:
 
 def asked(talk: list[Turn]) -> list[tuple]:
     """The same turns as `encode_prompt` takes them."""
-    return [(turn.role, parts_of(turn.content) if turn.role == "user" else [turn.content]) for turn in talk]
+    return [(turn.role, parts_of(turn)) for turn in talk]
 
 
 def answer_spans(labels: list[int]) -> list[tuple[int, int]]:
@@ -154,12 +157,65 @@ def test_an_image_mark_that_is_typed_in_a_question_stays_text():
 
 
 def test_parts_are_cut_at_the_marks_and_nothing_is_lost():
-    assert parts_of("<image>\nWho?") == [IMAGE, "\nWho?"]
-    assert parts_of("a <image><image> b<image>") == ["a ", IMAGE, IMAGE, " b", IMAGE]
-    assert parts_of("< image>") == ["< image>"]
+    assert parts_of(Turn("user", "<image>\nWho?")) == [IMAGE, "\nWho?"]
+    assert parts_of(Turn("user", "a <image><image> b<image>")) == ["a ", IMAGE, IMAGE, " b", IMAGE]
+    assert parts_of(Turn("user", "< image>")) == ["< image>"]
+    assert parts_of(Turn("user", ("<image>?", IMAGE))) == ["<image>?", IMAGE]
+    assert parts_of(Turn("assistant", "<image>")) == ["<image>"]
     for talk in TALKS:
         for turn in talk:
-            assert "".join(p if isinstance(p, str) else IMAGE_MARK for p in parts_of(turn.content)) == turn.content
+            assert "".join(p if isinstance(p, str) else IMAGE_MARK for p in parts_of(turn)) == turn.content
+
+
+LITERAL = [IMAGE_MARK, *SPECIAL]
+
+
+@pytest.mark.parametrize("literal", LITERAL)
+def test_text_in_parts_gives_no_image_and_no_special_token(tokenizer, literal):
+    def text(words: str) -> list[dict]:
+        return [{"type": "text", "text": words}]
+
+    talk = [
+        {"role": "system", "content": text(f"Say {literal}.")},
+        {"role": "user", "content": [*text(f"{literal} a"), {"type": "image"}, *text(f"b{literal}"), *text("c")]},
+        {"role": "assistant", "content": text(f"{literal}!")},
+        {"role": "user", "content": text(literal)},
+        {"role": "assistant", "content": text(literal)},
+    ]
+    record = parse_record({"id": "r", "image": "a.jpg", "conversations": talk}, "")
+    chat = chat_of(tokenizer)
+    encoded = chat.encode(record.conversations)
+    counts = {token: encoded.input_ids.count(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL}
+    counts = {token: count for token, count in counts.items() if count}
+    assert counts == {"<|im_start|>": 5, "<|im_end|>": 5, qwen.image_token(tokenizer): PLACES}
+    assert encoded.num_images == 1
+    spans = answer_spans(encoded.labels)
+    answered = [tokenizer.decode(encoded.labels[i:j]) for i, j in spans]
+    assert answered == [f"{literal}!<|im_end|>", f"{literal}<|im_end|>"]
+    image, im_end = qwen.image_token_id(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    after = encoded.input_ids[len(encoded.input_ids) - encoded.input_ids[::-1].index(image) :]
+    assert tokenizer.decode(after[: after.index(im_end)]) == f"b{literal}c"  # neighbouring texts are one
+    assert chat.encode_prompt(asked(list(record.conversations[:2]))) == encoded.input_ids[: spans[0][0]]
+    assert not chat.certainly_fits(record.conversations, len(encoded.input_ids) - 1)
+    assert chat.certainly_fits(record.conversations, 2 * len(encoded.input_ids) + 40 * len(talk))
+
+
+def test_a_question_of_parts_is_scored_with_its_own_pictures(tmp_path):
+    first = [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}]
+    second = [{"type": "text", "text": "And "}, {"type": "image"}, {"type": "text", "text": "this?"}]
+    talk = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": [{"type": "text", "text": "<image>!"}]},
+    ]
+    talk += [{"role": "user", "content": second}, {"role": "assistant", "content": "B."}]
+    record = {"id": "r", "image": ["a.png", "b.png"], "conversations": talk}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(record))
+    one, two = questions_of(QAFile(tmp_path / "qa.jsonl"), [0])
+    said = [("user", [IMAGE, "What does <image> mean?"])]
+    assert list(one.turns) == said and one.text == "What does <image> mean?"
+    assert one.reference == "<image>!" and one.images == (tmp_path / "a.png",)
+    assert list(two.turns) == [*said, ("assistant", ["<image>!"]), ("user", ["And ", IMAGE, "this?"])]
+    assert two.images == (tmp_path / "a.png", tmp_path / "b.png")
 
 
 # --- labels

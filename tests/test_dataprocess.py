@@ -3,19 +3,25 @@
 import json
 import os
 import random
+import shutil
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from config import InputError, SourceConfig
-from dataprocess import process_image
+from dataprocess import process_image, sorting, verify
 from dataprocess.process_image import prepare, summary
 from dataprocess.readers import CAPTION_PROMPTS
-from dataset.record import QAFile
+from dataset.qa_file import QAFile
+from visual.images import verify_image
+
+SIDES = ("qa.jsonl", "held.jsonl")
 
 
 class Workshop:
@@ -38,9 +44,11 @@ class Workshop:
             raw = json.dumps(raw, ensure_ascii=False).encode("utf-8", "backslashreplace")
         path.write_bytes(raw.encode() if isinstance(raw, str) else raw)
         self.sources = [one for one in self.sources if one.name != name]
-        self.sources.append(SourceConfig(name, format, path, images, **settings))
+        self.sources.append(SourceConfig(name, path, format, images, **settings))
 
-    def prepare(self, validation_fraction=0.0, seed=0, max_refused=1.0, validation="held.jsonl") -> dict:
+    def prepare(
+        self, validation_fraction=0.0, seed=0, max_refused=1.0, validation="held.jsonl", verify_images=False
+    ) -> dict:
         return prepare(
             sources=self.sources,
             qa_file=self.folder / "out" / "qa.jsonl",
@@ -48,6 +56,7 @@ class Workshop:
             validation_fraction=validation_fraction,
             seed=seed,
             max_refused=max_refused,
+            verify_images=verify_images,
         )
 
     def read(self, name: str = "qa.jsonl") -> list[dict]:
@@ -281,7 +290,7 @@ REFUSALS = [
     (llava("a.jpg", "<image>\nWhat?", ""), "empty_answer"),
     (llava("a.jpg", "<image>\nWhat?"), "no_answer"),
     (llava("a.jpg", "<image>\nWhat?", "See <image>."), "mark_outside_question"),
-    (llava("a.jpg", "<image>\n<image>\nWhat?", "This."), "marks_and_pictures_disagree"),
+    (llava(None, "<image>?<image>?<image>?", "This.") | {"image": ["a.jpg", "a.jpg"]}, "marks_and_pictures_disagree"),
     (llava(None, "<image>\nWhat?", "This."), "marks_and_pictures_disagree"),
     ({"image": "a.jpg", "conversations": [{"from": "gpt", "value": "This."}]}, "assistant_first"),
     ({"image": "a.jpg", "conversations": [{"from": ["human"], "value": "<image>"}]}, "unknown_role"),
@@ -459,7 +468,7 @@ def test_annotations_are_never_overwritten(shop, pictures):
     for name in ("qa.jsonl", "held.jsonl", "qa.report.json", "qa.refused.jsonl"):
         raw = shop.folder / "out" / name
         raw.write_bytes(before)
-        shop.sources = [SourceConfig("x", "llava", raw, pictures)]
+        shop.sources = [SourceConfig("x", raw, "llava", pictures)]
         with pytest.raises(InputError, match="would be overwritten"):
             shop.prepare()
         assert raw.read_bytes() == before
@@ -656,7 +665,7 @@ def test_a_second_run_does_nothing_until_something_changes(shop, monkeypatch):
         patch.setattr(process_image, "FORMAT_VERSION", -1)
         assert ran()
         assert not ran()
-    shop.sources[0] = SourceConfig("one", "llava", shop.sources[0].annotations, shop.sources[0].images, limit=5)
+    shop.sources[0] = SourceConfig("one", shop.sources[0].annotations, "llava", shop.sources[0].images, limit=5)
     assert ran()
 
 
@@ -691,13 +700,129 @@ def test_an_interrupted_run_leaves_what_was_there(shop, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(process_image, "parse_record", interrupt)
+    monkeypatch.setattr(sorting, "check_record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         shop.prepare(seed=1)
     assert outputs(shop) == before
 
 
+# --- verified images
+
+
+def draw(folder: Path, name: str, color: object, size=(24, 18)) -> bytes:
+    """A real picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(folder / name)
+    return (folder / name).read_bytes()
+
+
+def verified_shop(shop: Workshop) -> Path:
+    folder = shop.folder / "pictures"
+    for k in range(40):
+        draw(folder, f"{k}.png", (k, 6 * k, 100))
+    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
+    (folder / "8.png").write_bytes(b"")
+    draw(folder, "9.png", "red", (1, 500))
+    shop.source("x", "llava", [llava(f"{k}.png", id=k) for k in range(41)], folder)
+    return folder
+
+
+def test_an_image_that_cannot_be_decoded_refuses_its_record(shop):
+    verified_shop(shop)
+    report = shop.prepare(verify_images=True)
+    assert report["by_reason"] == {"unreadable_image": 2, "extreme_shape": 1, "missing_image": 1}
+    assert [(one["id"], one["reason"]) for one in shop.refused()] == [
+        (7, "unreadable_image"),
+        (8, "unreadable_image"),
+        (9, "extreme_shape"),
+        (40, "missing_image"),
+    ]
+    assert "pictures/7.png: " in shop.refused()[0]["detail"]
+    assert [one["id"] for one in shop.read()] == [f"x:{k}" for k in range(40) if k not in (7, 8, 9)]
+    assert shop.prepare(verify_images=False)["by_reason"] == {"missing_image": 1}
+
+
+def test_workers_and_batches_change_nothing(shop, monkeypatch):
+    verified_shop(shop)
+    results = set()
+    for workers, batch in ((1, 512), (4, 512), (4, 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(process_image, "ImageVerifier", partial(verify.ImageVerifier, workers=workers))
+            patch.setattr(sorting, "BATCH", batch)
+            shop.prepare(verify_images=True, validation_fraction=0.3, max_refused=0.9 + batch / 10000)
+        results.add(tuple(outputs(shop)[name] for name in ("qa.jsonl", "held.jsonl", "qa.refused.jsonl")))
+        shutil.rmtree(shop.folder / "out")
+    assert len(results) == 1
+
+
+def test_an_image_is_decoded_once_and_again_when_it_changed(shop, monkeypatch):
+    folder, decoded = verified_shop(shop), []
+    monkeypatch.setattr(verify, "verify_image", lambda data: decoded.append(data) or verify_image(data))
+    shop.prepare(verify_images=True)
+    assert len(decoded) == 40
+    before = (shop.folder / "out" / "qa.jsonl").stat().st_ino
+    shop.prepare(verify_images=True)
+    assert (shop.folder / "out" / "qa.jsonl").stat().st_ino == before
+    shop.prepare(verify_images=True, seed=1)  # everything else anew
+    assert len(decoded) == 40
+    whole = draw(shop.folder / "elsewhere", "7.png", "green")
+    (folder / "7.png").write_bytes(whole)  # the folder's time stays
+    assert shop.prepare(verify_images=True, seed=1)["by_reason"]["unreadable_image"] == 1
+    assert decoded[40:] == [whole]
+
+
+def test_only_images_of_records_that_are_good_otherwise_are_decoded(shop, monkeypatch):
+    folder, decoded = verified_shop(shop), []
+    monkeypatch.setattr(verify, "verify_image", decoded.append)
+    shop.source("x", "llava", [llava("1.png"), llava("2.png", "<image>\nWhat?", ""), llava("3.png", "None?")], folder)
+    shop.prepare(verify_images=True)
+    assert len(decoded) == 1
+
+
+def test_equal_pictures_are_one_picture_to_the_split_when_verified(shop):
+    folder = shop.folder / "pictures"
+    for k in range(60):
+        draw(folder / "a", f"{k}.png", (k, k, 9))
+        draw(folder / "b", f"copy-{59 - k}.png", (k, k, 9))
+    raw = [llava(f"a/{k}.png") for k in range(60)] + [llava(f"b/copy-{k}.png") for k in range(60)]
+    shop.source("x", "llava", raw, folder)
+    sides = []
+    for verified in (True, False):
+        shop.prepare(validation_fraction=0.4, verify_images=verified)
+        read = [{(shop.folder / "out" / one["image"]).read_bytes() for one in shop.read(n)} for n in SIDES]
+        sides.append(read)
+    assert not sides[0][0] & sides[0][1] and len(sides[0][1]) > 9
+    assert sides[1][0] & sides[1][1]  # told by their names alone they are different pictures
+
+
+def test_a_copy_of_a_held_out_picture_is_not_trained_on(shop):
+    draw(shop.folder / "exam", "a.png", "red")
+    draw(shop.folder / "learn", "b.png", "red")
+    draw(shop.folder / "learn", "c.png", "blue")
+    shop.source("exam", "llava", [llava("a.png")], shop.folder / "exam", split="validation")
+    shop.source("learn", "llava", [llava("b.png"), llava("c.png")], shop.folder / "learn", split="train")
+    assert shop.prepare(verify_images=True)["by_reason"] == {"image_held_out": 1}
+    assert [one["image"] for one in shop.read()] == ["../learn/c.png"]
+
+
 # --- for a person
+
+
+def test_too_many_refusals_show_some_of_every_reason(shop, pictures):
+    raw = [llava("b.jpg", id=f"lost{k}") for k in range(5)] + [
+        llava("a.jpg", "<image>\nWhat?", "", id=5),
+        llava("a.jpg"),
+    ]
+    shop.source("x", "llava", "\n".join(map(json.dumps, raw)), pictures)
+    with pytest.raises(InputError) as error:
+        shop.prepare(max_refused=0.1)
+    first, *examples = str(error.value).split("\n")
+    assert "(missing_image 5, empty_answer 1)" in first
+    missing = f"{pictures}/b.jpg: no such file."
+    assert examples == [
+        *(f'  missing_image: x.json line {k + 1} ("lost{k}"): {missing}' for k in range(3)),
+        '  empty_answer: x.json line 6 ("5"): turn 2 (assistant) is empty.',
+    ]
 
 
 def test_the_summary_adds_up(shop):
@@ -709,7 +834,7 @@ def test_the_summary_adds_up(shop):
         ["two", "1", "1", "0"],
         ["all", "34", "31", "3"],
     ]
-    assert "refused: missing_image 3" in lines
+    assert ["missing_image", "3"] in [line.split() for line in lines]
     assert sum(int(line.split()[1]) for line in lines[-2:]) == 32
 
 
@@ -721,6 +846,7 @@ data:
   qa_file: out/qa.jsonl
   validation_file: out/held.jsonl
   demo_folder: demo
+  verify_images: false
   sources: [{name: x, format: llava, annotations: demo/raw.json, images: demo}]
 """
 
@@ -739,7 +865,7 @@ def test_the_command_draws_the_demo_prepares_it_and_exits_with_2_on_bad_input(sh
     monkeypatch.setattr(sys, "argv", command)
     process_image.main()
     assert [one["image"] for one in shop.read()] == ["../demo/a.jpg"]
-    assert f"train: 1 records in {shop.folder / 'out' / 'qa.jsonl'}" in capsys.readouterr().out
+    assert f"1 records in {shop.folder / 'out' / 'qa.jsonl'}" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", [*command, "data.sources.0.format=lava"])
     with pytest.raises(SystemExit) as stop:

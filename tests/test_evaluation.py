@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.conversation import IMAGE
-from dataset.record import QAFile
+from dataset.qa_file import QAFile
 from evaluation.page import write_page
 from evaluation.runlog import RunLog, read_rows
 from evaluation.score import Question, is_correct, questions_of, score, score_table, swap_images

@@ -1,15 +1,21 @@
 """Image files are read as a viewer shows them, or refused by name. Run: pytest tests/test_images.py"""
 
+import faulthandler
 import io
+import os
+import pickle
+import random
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from config import InputError
-from visual.images import MAX_ASPECT_RATIO, ImageError, list_images, read_image
+from visual.images import MAX_ASPECT_RATIO, ImageError, image_suffix, list_images, read_image, verify_image
 
 WHITE = (255, 255, 255)
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -70,7 +76,6 @@ def test_every_exif_orientation_comes_out_upright(tmp_path, suffix, orientation)
     assert np.abs(read.astype(int) - upright).max() <= 3  # JPEG rounds
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the EXIF
 def test_unreadable_exif_does_not_lose_a_photo(tmp_path):
     path = save(Image.fromarray(PICTURE), tmp_path / "a.jpg", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\0")
     assert pixels(read_image(path)).shape == PICTURE.shape
@@ -185,22 +190,6 @@ def test_truncated_files(tmp_path, suffix):
         read_image(path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tif"])
-def test_damage_anywhere_raises_nothing_but_image_errors(tmp_path, suffix):
-    path = save(Image.fromarray(PICTURE), tmp_path / f"a.{suffix}")
-    content = path.read_bytes()
-    generator = np.random.default_rng(1)
-    for _ in range(100):
-        damaged = bytearray(content)
-        for position in generator.integers(0, min(len(content), 400), 3):
-            damaged[position] = generator.integers(0, 256)
-        try:
-            assert read_image(io.BytesIO(bytes(damaged))).mode == "RGB"
-        except ImageError:
-            pass
-
-
 @pytest.mark.parametrize(("kind", "data"), [(b"tRNS", b""), (b"eXIf", b"?"), (b"iCCP", b"")])
 def test_damage_that_pillow_reports_as_something_else(tmp_path, kind, data):
     """Sound checksums around bad chunks: ValueError, SyntaxError and IndexError in Pillow."""
@@ -226,6 +215,259 @@ def test_strips_are_refused_before_a_resize_makes_them_huge(tmp_path):
 
 def test_an_image_error_is_an_input_error():
     assert issubclass(ImageError, InputError)
+
+
+def test_reasons_and_pickling(tmp_path):
+    (tmp_path / "text.jpg").write_bytes(b"text")
+    for path, reason in {"no.jpg": "missing_image", "a\0b": "missing_image", "text.jpg": "unreadable_image"}.items():
+        for read in (read_image, verify_image):
+            with pytest.raises(ImageError) as caught:
+                read(tmp_path / path)
+            error = pickle.loads(pickle.dumps(caught.value))
+            assert (error.reason, error.detail, str(error)) == (reason, caught.value.detail, str(caught.value))
+            assert str(error) == f"{tmp_path / path}: {error.detail}"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match="not a plain file"):
+        verify_image(tmp_path / "a.jpg")
+
+
+# Files from strangers: whatever the bytes, reading ends soon, silently, in a picture or an ImageError, and verifying
+# agrees with reading
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def one_of_each() -> dict[str, bytes]:
+    picture, other = Image.fromarray(PICTURE), Image.fromarray(PICTURE[::-1].copy())
+    palette, rgba = picture.quantize(16), picture.convert("RGBA")
+    deep = Image.fromarray(PICTURE[..., 0].astype(np.uint16) * 257)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "baseline.jpg": encode(picture, "JPEG", exif=turned),
+        "progressive.jpg": encode(picture, "JPEG", progressive=True),
+        "restarts.jpg": encode(picture, "JPEG", subsampling=0, restart_marker_blocks=2),
+        "cmyk.jpg": encode(picture.convert("CMYK"), "JPEG"),
+        "grey.jpg": encode(picture.convert("L"), "JPEG"),
+        "two.jpg": encode(picture, "MPO", save_all=True, append_images=[other]),
+        "rgb.png": encode(picture, "PNG"),
+        "palette.png": encode(palette, "PNG", transparency=3),
+        "sixteen.png": encode(deep, "PNG"),
+        "alpha.png": encode(rgba, "PNG", exif=turned),
+        "animated.png": encode(picture, "PNG", save_all=True, append_images=[other]),
+        "interlaced.png": interlaced(),
+        "lossy.webp": encode(picture, "WEBP"),
+        "lossless.webp": encode(rgba, "WEBP", lossless=True, exif=turned),
+        "animated.webp": encode(picture, "WEBP", save_all=True, append_images=[other]),
+        "palette.gif": encode(palette, "GIF", transparency=2),
+        "animated.gif": encode(picture, "GIF", save_all=True, append_images=[other], comment=b"?"),
+        "rgb.bmp": encode(picture, "BMP"),
+        "palette.bmp": encode(palette, "BMP"),
+        "sixteen.tif": encode(deep, "TIFF", exif=turned),
+        "bilevel.tif": encode(picture.convert("1"), "TIFF"),
+    }
+    return files | {f"{kind}.tif": encode(picture, "TIFF", compression=kind) for kind in ("raw", "packbits")}
+
+
+def interlaced() -> bytes:
+    """8 x 8 grey PNG in the seven passes of Adam7."""
+    rows = ((1, 1), (1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8))  # height, width of each pass
+    passes = b"".join((b"\0" + bytes(range(width))) * height for height, width in rows)
+    return png(8, 8, chunk(b"IDAT", zlib.compress(passes)), colour=0, interlace=1)
+
+
+def png(width: int, height: int, *chunks: bytes, colour: int = 2, interlace: int = 0) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, interlace))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def watchdog():
+    """A hang would be silent; this ends the tests and tells where."""
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def outcome(data: bytes) -> Image.Image | ImageError:
+    """What reading gives, once it is known that verifying gives the same and that nothing is warned of."""
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for function in (read_image, verify_image, image_suffix):
+            try:
+                results.append(function(data))
+            except ImageError as error:
+                results.append(error)
+    read, verified, suffix = results
+    if isinstance(read, ImageError):
+        assert isinstance(verified, ImageError) and str(verified) == str(read) and verified.reason == read.reason
+    else:
+        assert verified is None and isinstance(suffix, str) and read.mode == "RGB"
+    return read
+
+
+def test_every_kind_is_read_and_named_by_its_content(watchdog):
+    for name, data in one_of_each().items():
+        assert isinstance(outcome(data), Image.Image), name
+        assert image_suffix(data) == name[name.index(".") :]
+
+
+def test_a_file_cut_off_anywhere_is_refused_or_lacks_no_pixel(watchdog):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    for name, data in one_of_each().items():
+        whole = outcome(data)
+        for end in range(0, len(data), 1 + len(data) // 60):
+            read = outcome(data[:end])
+            if not isinstance(read, ImageError):
+                assert read.tobytes() == whole.tobytes(), (name, end)
+        assert isinstance(outcome(data[: len(data) // 4]), ImageError), name
+
+
+def test_damage_of_every_kind(watchdog):
+    generator = random.Random(0)
+    files = list(one_of_each().values())
+    refused = 0
+    for number in range(1500):
+        data = bytearray(files[number % len(files)])
+        for _ in range(generator.choice((1, 1, 2, 4))):
+            where = generator.randrange(len(data)) if number % 2 else generator.randrange(min(len(data), 200))
+            length = generator.randrange(1, 40)
+            change = generator.randrange(5)
+            if change == 0:
+                data[where] ^= 1 << generator.randrange(8)
+            elif change == 1:
+                data[where : where + 4] = generator.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff"))
+            elif change == 2:
+                data[where:where] = data[where : where + length] * 3
+            elif change == 3 and len(data) > 50:
+                del data[where : where + length]
+            else:
+                other = generator.choice(files)
+                start = generator.randrange(len(other))
+                data[where:where] = other[start : start + length]
+        refused += isinstance(outcome(bytes(data)), ImageError)
+    assert 300 < refused < 1400
+
+
+def huge() -> dict[str, bytes]:
+    """Headers of 30,000 x 30,000 pixels with next to nothing behind them."""
+    files, side = one_of_each(), 30_000
+    jpeg, bmp, tiff = (bytearray(files[name]) for name in ("grey.jpg", "rgb.bmp", "raw.tif"))
+    start = jpeg.index(b"\xff\xc0")
+    jpeg[start + 5 : start + 9] = struct.pack(">HH", side, side)
+    bmp[18:26] = struct.pack("<ii", side, side)
+    for tag in (256, 257):
+        start = (
+            tiff.index(struct.pack("<HH", tag, 4))
+            if struct.pack("<HH", tag, 4) in tiff
+            else tiff.index(struct.pack("<HH", tag, 3))
+        )
+        tiff[start : start + 12] = struct.pack("<HHII", tag, 4, 1, side)
+    three = struct.pack("<I", side - 1)[:3] * 2
+    return {
+        "png": png(side, side, chunk(b"IDAT", zlib.compress(bytes(100)))),
+        "jpg": bytes(jpeg),
+        "gif": files["palette.gif"][:6] + struct.pack("<HH", side, side) + files["palette.gif"][10:],
+        "bmp": bytes(bmp),
+        "webp": b"RIFF"
+        + struct.pack("<I", 100)
+        + b"WEBPVP8X"
+        + struct.pack("<II", 10, 16)
+        + three
+        + b"VP8 "
+        + bytes(78),
+        "tif": bytes(tiff),
+    }
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "webp", "tif"])
+def test_a_size_is_refused_before_pixels_are_made(watchdog, monkeypatch, kind):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were made"))
+    assert outcome(huge()[kind]).reason == "decompression_bomb"
+    if kind != "webp":  # whose plugin allocates when it opens
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another library's doing
+        assert outcome(huge()[kind]).reason == "decompression_bomb"
+
+
+def scans(size: int, count: int) -> bytes:
+    data = one_of_each()["progressive.jpg"]
+    frame, scan = data.index(b"\xff\xc2"), data.rindex(b"\xff\xda")
+    header = data[scan : scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")]
+    return data[: frame + 5] + struct.pack(">HH", size, size) + data[frame + 9 : scan] + header * count + b"\xff\xd9"
+
+
+def tiff(*tags: tuple[int, int], data: bytes) -> bytes:
+    """A grey TIFF of one directory; the values are 32-bit numbers."""
+    entries = b"".join(struct.pack("<HHII", tag, 4, *value) for tag, *value in sorted(tags))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+def run_length(size: int) -> bytes:
+    data = bytearray(one_of_each()["palette.bmp"])
+    data[18:26], data[30:34] = struct.pack("<ii", size, size), struct.pack("<I", 1)
+    return bytes(data[: struct.unpack("<I", data[10:14])[0]]) + b"\1\5\0\0" * size + b"\0\1"
+
+
+GREY = [(256, 1, 64), (257, 1, 64), (258, 1, 8), (262, 1, 1)]
+
+
+def work_without_end() -> dict[str, bytes]:
+    jpeg = one_of_each()["grey.jpg"]
+    tile = [(322, 1, 65_024), (323, 1, 32_000), (324, 1, 200), (325, 1, 20)]
+    painted = [(259, 1, 1), (273, 20_000, 5000), (278, 1, 32), (279, 1, 9)]
+    return {
+        "scans": scans(12_000, 5_000),
+        "exif": jpeg[:2] + b"\xff\xe1\0\x0aExif\0\0ab" * 200_000 + jpeg[2:],
+        "tile": tiff(*GREY, (259, 1, 8), *tile, data=bytes(500)),
+        "painted": tiff(*GREY, *painted, data=bytes(5000) + struct.pack("<I", 200) * 20_000),
+        "run length": run_length(12_000),
+    }
+
+
+@pytest.mark.parametrize("name", ["scans", "exif", "tile", "painted", "run length"])
+def test_small_files_that_would_take_minutes_or_gigabytes(watchdog, name):
+    assert outcome(work_without_end()[name]).reason == "decompression_bomb"
+
+
+def test_long_metadata_and_many_frames_cost_little(watchdog):
+    """None of these may be believed, expanded or counted; each takes far below a second."""
+    pixels, bomb = chunk(b"IDAT", zlib.compress(bytes(4 * 13))), zlib.compress(bytes(50_000_000))
+    for kind, start in {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}.items():
+        assert outcome(png(4, 4, chunk(kind, start + bomb), pixels)).reason == "unreadable_image"
+    assert outcome(png(4, 4, chunk(b"IDAT", zlib.compress(bytes(100_000_000))))).size == (4, 4)
+    assert outcome(png(4, 4, chunk(b"acTL", struct.pack(">II", 2**31, 0)), pixels)).size == (4, 4)
+    gif, jpeg = one_of_each()["palette.gif"], one_of_each()["grey.jpg"]
+    assert outcome(gif[:-1] + gif[gif.index(b",") : -1] * 20_000 + b";").size == (32, 24)
+    assert outcome(jpeg[:2] + b"\xff\xfe\xff\xff" + bytes(65_533) + jpeg[2:]).size == (32, 24)
+    profile = b"".join(b"\xff\xe2\xff\xffICC_PROFILE\0" + bytes([n, 255]) + bytes(65_519) for n in range(1, 256))
+    assert outcome(jpeg[:2] + profile + jpeg[2:]).size == (32, 24)
+
+
+def test_formats_that_are_not_named_are_not_tried(tmp_path):
+    for kind in ("EPS", "PPM", "TGA", "ICO", "PCX"):
+        with pytest.raises(ImageError, match="not an image that can be read"):
+            read_image(encode(Image.fromarray(PICTURE), kind))
+
+
+def test_a_large_picture_below_the_limit_is_quiet(watchdog, monkeypatch):
+    """Pillow warns from half its limit on; threads must neither show that nor leave the filters changed."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    data = encode(Image.fromarray(PICTURE), "PNG")
+    with warnings.catch_warnings(record=True) as seen, ThreadPoolExecutor(4) as threads:
+        warnings.simplefilter("always")
+        assert all(image.size == (32, 24) for image in threads.map(read_image, [data] * 200))
+        before = list(warnings.filters)
+        list(threads.map(verify_image, [data] * 200))
+        assert warnings.filters == before
+    assert seen == []
 
 
 # Folders

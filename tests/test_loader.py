@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from config import IGNORE_INDEX, InputError
 from dataset.conversation import ChatFormat
-from dataset.loader import QADataset, collate, find_unusable, make_loader
+from dataset.loader import QADataset, collate, make_loader
 from dataset.order import SampleOrder, micro_batches
-from dataset.record import QAFile
+from dataset.qa_file import QAFile
 from visual.images import ImageError
 
 PAD = 999
@@ -208,22 +208,8 @@ def test_the_epoch_chooses_among_alternatives(tmp_path):
     assert sorted(spoken[:3]) == sorted(spoken[3:]) == ["a", "b", "c"]
 
 
-def test_records_that_do_not_fit_are_found_with_their_ids_before_training(tmp_path):
-    long = [{"role": "user", "content": "Q" * 60}, {"role": "assistant", "content": "yes"}]
-    qa = write_qa(
-        tmp_path,
-        [
-            record("fits", [1]),
-            record("image too far", [1] * 40),
-            record("one way", [], alternatives=[long]),
-            record("b", []),
-        ],
-    )
-    seen = []
-    found = find_unusable(dataset_of(qa, max_length=50), lambda numbers: seen.extend(numbers) or numbers)
-    assert [(index, name) for index, name, _ in found] == [(1, "image too far"), (2, "one way")]
-    assert all("max_length 50" in problem for *_, problem in found) and seen == [0, 1, 2, 3]
-    assert find_unusable(dataset_of(qa), iter) == []
-    assert len(dataset_of(qa, 50)[0, 0]["input_ids"]) <= 50
+def test_a_record_that_does_not_fit_is_an_error_with_its_id(tmp_path):
+    dataset = dataset_of(write_qa(tmp_path, [record("fits", [1]), record("image too far", [1] * 40)]), 50)
+    assert len(dataset[0, 0]["input_ids"]) <= 50
     with pytest.raises(InputError, match='"image too far"'):
-        dataset_of(qa, 50)[0, 1]
+        dataset[0, 1]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from config import IGNORE_INDEX, InputError
-from model.build import build_model
+from model.build import build_model, load_processors
 from model.trainable import param_groups, trainable_parameters, trainable_table
 from tests.toy_project import LANGUAGE_MODELS, TOWERS
 
@@ -35,6 +35,7 @@ def build(folders, tower="clip", lm="qwen2", **words):
     trainable = FROZEN | {"language_model": "lora"} | words
     values = {"vision_feature_layer": -2, "image_size": None, "projector": "mlp", "projector_hidden_size": None}
     return build_model(
+        load_processors(str(folders / tower), None, str(folders / lm)),
         str(folders / tower), language_model=str(folders / lm), trainable=trainable, lora=LORA,
         dtype=torch.float32, seed=0, **values,
     )  # fmt: skip
@@ -160,6 +161,7 @@ def test_more_layers_than_there_are_is_refused(folders):
 def test_trainables_are_float32_and_the_rest_keeps_its_precision(folders):
     values = {"vision_feature_layer": -2, "image_size": None, "projector": "mlp", "projector_hidden_size": 24}
     built = build_model(
+        load_processors(str(folders / "clip"), None, str(folders / "qwen2")),
         str(folders / "clip"), language_model=str(folders / "qwen2"), trainable=FROZEN | {"language_model": "lora"},
         lora=LORA, dtype=torch.bfloat16, seed=0, **values,
     )  # fmt: skip
@@ -188,6 +190,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(folders):
     plain = build(folders)
     values = {"vision_feature_layer": -2, "image_size": None, "projector": "mlp", "projector_hidden_size": None}
     saving = build_model(
+        load_processors(str(folders / "clip"), None, str(folders / "qwen2")),
         str(folders / "clip"), language_model=str(folders / "qwen2"), trainable=FROZEN | {"language_model": "lora"},
         lora=LORA, dtype=torch.float32, seed=0, activation_checkpointing=True, **values,
     )  # fmt: skip
@@ -203,6 +206,7 @@ def test_qwen_v1_names_of_lora_modules_mean_the_modules_they_became(folders):
     lora = LORA | {"target_modules": ["c_attn", "w1", "w2"]}
     values = {"vision_feature_layer": -2, "image_size": None, "projector": "mlp", "projector_hidden_size": None}
     built = build_model(
+        load_processors(str(folders / "clip"), None, str(folders / "qwen1")),
         str(folders / "clip"), language_model=str(folders / "qwen1"), trainable=FROZEN | {"language_model": "lora"},
         lora=lora, dtype=torch.float32, seed=0, **values,
     )  # fmt: skip

@@ -11,14 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dataset.json_stream
+import dataset.qa_file
 import dataset.record
 from config import InputError
-from dataset.json_stream import NotJson, stream_json
-from dataset.record import IMAGE_MARK, QAFile, Record, RecordError, Turn, parse_record
+from dataset import json_stream
+from dataset.qa_file import QAFile
+from dataset.record import IMAGE, IMAGE_MARK, Record, RecordError, Turn, check_record, parse_record
 
 QUESTION = {"role": "user", "content": "<image>\nWhat is this?"}
 ANSWER = {"role": "assistant", "content": "A cat."}
+
+
+PICTURE = {"type": "image"}
+
+
+def words(text: object) -> dict:
+    return {"type": "text", "text": text}
 
 
 def record(number: int = 0, **changes) -> dict:
@@ -33,32 +41,43 @@ def write_lines(path, objects) -> None:
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"])).map(lambda text: text.replace(IMAGE_MARK, ""))
-words = texts.filter(str.strip)
+filled = texts.filter(str.strip)
 
 
 @st.composite
 def records(draw) -> Record:
-    images = tuple(draw(st.lists(words, max_size=3)))
+    images = tuple(draw(st.lists(filled, max_size=3)))
 
     def conversation() -> tuple[Turn, ...]:
         turns = [Turn("system", draw(texts))] if draw(st.booleans()) else []
         for number in range(draw(st.integers(1, 3))):
             marks = IMAGE_MARK * len(images) if number == 0 else ""
-            turns += [Turn("user", marks + draw(words)), Turn("assistant", draw(words))]
+            turns += [Turn("user", marks + draw(filled)), Turn("assistant", draw(filled))]
         return tuple(turns)
 
     alternatives = tuple(conversation() for _ in range(draw(st.integers(0, 2))))
-    return Record(draw(words), images, conversation(), draw(texts), draw(texts), alternatives)
+    return Record(draw(filled), images, conversation(), draw(texts), draw(texts), alternatives)
+
+
+def json_of(one: Record) -> dict:
+    def turns(conversation):
+        return [{"role": turn.role, "content": turn.content} for turn in conversation]
+
+    obj = {"id": one.id, "image": list(one.images), "conversations": turns(one.conversations)}
+    return obj | {"source": one.source, "type": one.type, "alternatives": [turns(other) for other in one.alternatives]}
 
 
 @given(records())
 def test_a_record_survives_json(one):
-    def turns(conversation):
-        return [{"role": turn.role, "content": turn.content} for turn in conversation]
+    assert parse_record(json.loads(json.dumps(json_of(one))), "") == one
 
-    obj = {"id": one.id, "image": one.images, "conversations": turns(one.conversations)}
-    obj |= {"source": one.source, "type": one.type, "alternatives": [turns(other) for other in one.alternatives]}
-    assert parse_record(json.loads(json.dumps(obj)), "") == one
+
+def asked(*parts: object) -> dict:
+    return {"conversations": [{"role": "user", "content": list(parts)}, ANSWER]}
+
+
+def answered(*parts: object) -> dict:
+    return {"conversations": [QUESTION, {"role": "assistant", "content": list(parts)}]}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +98,9 @@ def test_a_record_survives_json(one):
         ({"alternatives": "none"}, "wrong_type"),
         ({"alternatives": [{"role": "user"}]}, "wrong_type"),
         ({"id": "half \ud83d"}, "bad_unicode"),
+        ({"image": "half \ud83d"}, "bad_unicode"),
+        ({"source": "half \ud83d"}, "bad_unicode"),
+        ({"type": "half \ud83d"}, "bad_unicode"),
         ({"conversations": [QUESTION, {"role": "assistant", "content": "half \ude00"}]}, "bad_unicode"),
         ({"conversations": [QUESTION, {"role": "gpt", "content": "A cat."}]}, "unknown_role"),
         ({"conversations": [QUESTION, {"role": ["user"], "content": "A cat."}]}, "unknown_role"),
@@ -96,6 +118,26 @@ def test_a_record_survives_json(one):
         ({"image": None}, "marks_and_pictures_disagree"),
         ({"image": ["a.jpg", "b.jpg"]}, "marks_and_pictures_disagree"),
         ({"alternatives": [[{"role": "user", "content": "No mark"}, ANSWER]]}, "marks_and_pictures_disagree"),
+        (asked(PICTURE, None), "wrong_type"),
+        (asked(PICTURE, ["What?"]), "wrong_type"),
+        (asked(PICTURE, {}), "wrong_type"),
+        (asked(PICTURE, {"type": ["text"], "text": "What?"}), "wrong_type"),
+        (asked(PICTURE, {"type": "video"}), "wrong_type"),
+        (asked({"type": "image", "image": "b.jpg"}), "wrong_type"),
+        (asked(PICTURE, {"type": "text"}), "wrong_type"),
+        (asked(PICTURE, {"type": "text", "content": "What?"}), "wrong_type"),
+        (asked(PICTURE, {"type": "text", "text": None}), "wrong_type"),
+        (asked(PICTURE, words("half \ud83d")), "bad_unicode"),
+        (asked(words("<image> What?")), "marks_and_pictures_disagree"),
+        (asked(PICTURE, PICTURE), "marks_and_pictures_disagree"),
+        (asked(PICTURE) | {"image": None}, "marks_and_pictures_disagree"),
+        (asked() | {"image": None}, "empty_question"),
+        (asked(words(" "), words("\n")) | {"image": None}, "empty_question"),
+        (answered(), "empty_answer"),
+        (answered(words(""), words(" \n")), "empty_answer"),
+        (answered(PICTURE), "mark_outside_question"),
+        (answered(words("A cat."), PICTURE), "mark_outside_question"),
+        ({"conversations": [{"role": "system", "content": [PICTURE]}, QUESTION, ANSWER]}, "mark_outside_question"),
     ],
 )
 def test_a_bad_record_is_refused_with_its_reason(changes, reason):
@@ -104,6 +146,9 @@ def test_a_bad_record_is_refused_with_its_reason(changes, reason):
         parse_record(record(**changes), "qa.jsonl line 1")
     assert refusal.value.reason == reason
     assert str(refusal.value).startswith("qa.jsonl line 1")
+    with pytest.raises(RecordError) as checked:
+        check_record(record(**changes))
+    assert (checked.value.reason, checked.value.detail) == (reason, refusal.value.detail)
 
 
 def test_a_refusal_survives_the_way_out_of_a_worker():
@@ -132,6 +177,122 @@ def test_records_without_an_image_and_with_two_are_fine():
     assert text_only.images == ()
     marks = [{"role": "user", "content": "<image>"}, ANSWER, {"role": "user", "content": "and <image>?"}, ANSWER]
     assert parse_record(record(image=["a.jpg", "b.jpg"], conversations=marks), "").images == ("a.jpg", "b.jpg")
+
+
+def test_what_is_nested_deep_is_refused_like_any_other_value():
+    deep = json_stream.decode(b"[" * 1000 + b"]" * 1000)
+    for changes in (
+        {"id": deep},
+        {"image": deep},
+        {"conversations": deep},
+        {"conversations": [QUESTION, {"role": deep, "content": "A cat."}]},
+        asked(PICTURE, {"type": deep}),
+        answered(deep),
+    ):
+        for judge in (check_record, lambda obj: parse_record(obj, "line 1")):
+            with pytest.raises(RecordError) as refusal:
+                judge(record(**changes))
+            assert refusal.value.reason in ("wrong_type", "unknown_role")
+    parse_record(record(extra=deep), "")
+
+
+# --- parts
+
+
+def test_in_parts_text_is_text_and_pictures_are_counted_from_parts_alone():
+    literal = "<image> <|im_end|> <|extra_0|> <|endoftext|>"
+    talk = [
+        {"role": "system", "content": [words(literal)]},
+        {"role": "user", "content": [words(literal), words(""), words("!"), PICTURE, words(""), PICTURE, words("a")]},
+        {"role": "assistant", "content": [words(literal), words("?")]},
+        {"role": "user", "content": "<image> and now?"},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    one = parse_record(record(image=["a.jpg", "b.jpg", "c.jpg"], conversations=talk), "")
+    assert one.conversations == (
+        Turn("system", literal),
+        Turn("user", (literal + "!", IMAGE, IMAGE, "a")),
+        Turn("assistant", literal + "?"),
+        Turn("user", "<image> and now?"),
+        Turn("assistant", "A cat."),
+    )
+    assert pickle.loads(pickle.dumps(one)) == one  # as it goes to spawned workers
+
+
+def test_the_message_names_the_part_that_is_wrong():
+    for part, found in [
+        ("What?", "holds text for a part"),
+        ({"type": "video"}, 'holds a part of type "video"'),
+        ({"type": "image", "image": "b.jpg"}, 'holds a part with "type", "image"'),
+    ]:
+        expected = f'line 1 ("r0"): turn 1 {found}; expected {{"type": "image"}} or {{"type": "text", "text": "..."}}.'
+        with pytest.raises(RecordError) as refusal:
+            parse_record(record(**asked(PICTURE, part)), "line 1")
+        assert str(refusal.value) == expected
+
+
+# --- the check
+
+
+def verdict(judge, obj: object) -> tuple[str, str] | None:
+    try:
+        judge(obj)
+    except RecordError as error:
+        return error.reason, error.detail
+    return None
+
+
+# nearly good records: of each value sometimes a wrong one
+odd = st.sampled_from(
+    [None, 0, 7, True, "", " ", "\u3000", "a", "<image>", "\ud83d", "图", [], ["a"], [""], [7], {}, {"a": "b"}]
+)
+part = st.sampled_from(
+    [PICTURE, words("a"), words("<image>"), words("\ud83d"), words(""), words(None), None, {"type": 1}]
+)
+content = st.sampled_from(["a", "<image>", "<image>\n图", "图", "\ud83d"]) | odd | st.lists(part, max_size=3)
+turn = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "gpt"]) | odd, "content": content}
+)
+talk = st.builds(
+    lambda first, contents: (
+        first + [{"role": ("user", "assistant")[k % 2], "content": c} for k, c in enumerate(contents)]
+    ),
+    st.just([]) | st.just([{"role": "system", "content": "s"}]),
+    st.lists(st.sampled_from(["a", "a", "<image>", "图"]) | content, max_size=4),
+)
+talks = talk | st.lists(turn | odd, max_size=3) | odd
+nearly_records = st.fixed_dictionaries(
+    {"id": st.just("r") | odd, "conversations": talks},
+    optional={
+        "image": st.sampled_from(["a.jpg", ["a.jpg"], ["a.jpg", "图.jpg"], None]) | odd,
+        "source": st.just("coco") | odd,
+        "type": st.just("colour") | odd,
+        "alternatives": st.lists(talks, max_size=2) | odd,
+    },
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(nearly_records | odd)
+def test_the_check_judges_exactly_as_the_parser(obj):
+    expected = verdict(lambda obj: parse_record(obj, ""), obj)
+    assert verdict(check_record, obj) == expected
+    assert expected is None or expected[0] and expected[1]
+
+
+@given(records())
+def test_the_check_refuses_no_good_record(one):
+    check_record(json_of(one))
+
+
+def test_the_common_record_is_not_parsed_to_be_checked(monkeypatch):
+    def parse(_):
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(dataset.record, "_parse", parse)
+    check_record(record(source="coco", type="图", alternatives=[[QUESTION, ANSWER]]))
+    check_record(record(image=["图.jpg", "b.jpg"], conversations=[QUESTION, ANSWER] * 2))
+    check_record({"id": "t", "conversations": [{"role": "user", "content": "你好"}, ANSWER]})
 
 
 # --- alternatives
@@ -164,106 +325,6 @@ def test_without_alternatives_every_epoch_is_the_same():
     assert {one.at_epoch(0, epoch) for epoch in range(4)} == {one.conversations}
 
 
-# --- streams of JSON
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    values=st.lists(json_values, max_size=6),
-    chunk=st.integers(1, 40),
-    pretty=st.booleans(),
-    ascii_only=st.booleans(),
-    bom=st.booleans(),
-)
-def test_a_list_is_read_exactly_whatever_the_chunks(tmp_path_factory, values, chunk, pretty, ascii_only, bom):
-    text = json.dumps(values, indent=1 if pretty else None, ensure_ascii=ascii_only) + "\n" * pretty
-    data = (b"\xef\xbb\xbf" if bom else b"") + text.encode("utf-8", "backslashreplace")
-    path = tmp_path_factory.mktemp("list") / "list.json"
-    path.write_bytes(data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset.json_stream, "CHUNK_BYTES", chunk)
-        items = list(stream_json(path))
-    assert [item.value for item in items] == values == json.loads(data.decode("utf-8-sig"))
-    for item in items:  # an offset leads to its value
-        assert json.JSONDecoder().raw_decode(data[item.offset :].decode())[0] == item.value
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[",
-        "[1",
-        "[1,",
-        "[1,]",
-        "[,1]",
-        "[1 2]",
-        "[1]]",
-        "[1]x",
-        "[nul",
-        '["a',
-        "[{]",
-        '["\\u12"]',
-        "[1}",
-        "[ 1 , ",
-        "[1" + " " * 99,
-        "[{} {}" + " " * 99,
-    ],
-)
-@pytest.mark.parametrize("chunk", [1, 1 << 20])
-def test_a_malformed_list_is_an_error_never_a_shorter_list(tmp_path, monkeypatch, text, chunk):
-    monkeypatch.setattr(dataset.json_stream, "CHUNK_BYTES", chunk)
-    (tmp_path / "list.json").write_text(text)
-    with pytest.raises(InputError, match=r"list\.json: .* near byte"):
-        list(stream_json(tmp_path / "list.json"))
-
-
-def test_a_list_that_is_not_utf8_is_an_error(tmp_path):
-    (tmp_path / "list.json").write_bytes('["你好"]'.encode("gbk"))
-    with pytest.raises(InputError, match="not UTF-8"):
-        list(stream_json(tmp_path / "list.json"))
-
-
-def test_lines_are_numbered_and_bad_ones_keep_their_place(tmp_path):
-    data = '\ufeff{"a": 1}\r\n\n{"a": \n'.encode() + b"\xff\n" + '{"a": "图"}'.encode()
-    (tmp_path / "lines.jsonl").write_bytes(data)
-    items = list(stream_json(tmp_path / "lines.jsonl"))
-    assert [item.line for item in items] == [1, 3, 4, 5]
-    assert [item.index for item in items] == [0, 1, 2, 3]
-    assert [type(item.value) for item in items] == [dict, NotJson, NotJson, dict]
-    assert json.loads(data[items[3].offset :]) == items[3].value == {"a": "图"}
-    assert "UTF-8" in items[2].value
-
-
-def test_one_object_over_several_lines_is_one_error(tmp_path):
-    path = tmp_path / "coco.json"
-    for text in (
-        json.dumps({"images": [{"id": 1}]}, indent=1),
-        '\ufeff\n {"images": [\n{"id": 1}]}',
-        '{"a": 1,\n"b": 2}',
-    ):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(
-            InputError, match=r"coco\.json: a JSON object over several lines; expected a list of objects"
-        ):
-            list(stream_json(path))
-    path.write_text('{"a": \n{"a": 2}\n')  # a broken line is no such thing
-    assert [type(item.value) for item in stream_json(path)] == [NotJson, dict]
-
-
-def test_an_empty_file_holds_nothing_and_a_missing_one_is_an_error(tmp_path):
-    (tmp_path / "empty.jsonl").write_bytes(b"\n")
-    assert list(stream_json(tmp_path / "empty.jsonl")) == []
-    with pytest.raises(InputError, match="No such file"):
-        list(stream_json(tmp_path / "none.jsonl"))
-
-
 # --- QA files
 
 
@@ -294,20 +355,30 @@ def test_lines_and_a_list_hold_the_same_records(tmp_path, qa_path):
         QAFile(qa_path)[7]
 
 
+def test_what_only_the_standard_library_reads_is_read_back(tmp_path):
+    """Numbers and blanks in keys that are not read: the index is built and the record found again."""
+    text = json.dumps(record(1, extra=10**30, score=float("nan")), indent=1) + " \n"
+    listed, lines = tmp_path / "qa.json", tmp_path / "qa.jsonl"
+    listed.write_text(f"[{text} , {text.replace('r1', 'r2')}]\n\n")
+    lines.write_text("\n" + "\n \n".join(json.dumps(json.loads(text) | {"id": name}) for name in ("r1", "r2")) + "\n\n")
+    for path in (listed, lines):
+        assert [one.id for one in read_all(QAFile(path))] == ["r1", "r2"]
+
+
 def test_image_paths_are_relative_to_the_file(tmp_path, qa_path):
     qa = QAFile(qa_path)
     assert qa.image_paths(qa[3]) == [tmp_path / "3.jpg"]
     assert qa.image_paths(Record("x", ("/photos/a.jpg",), ())) == [type(tmp_path)("/photos/a.jpg")]
 
 
-def refuse_to_scan(*_):
+def refuse_to_scan(*_, **__):
     raise AssertionError("the file was scanned again")
 
 
 def test_the_index_is_used_and_a_stale_one_is_not(qa_path, monkeypatch):
     QAFile(qa_path)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.record, "stream_json", refuse_to_scan)
+        patch.setattr(dataset.qa_file, "stream_json", refuse_to_scan)
         assert len(QAFile(qa_path)) == 7
     write_lines(qa_path, [record(k + 100) for k in range(7)])
     assert QAFile(qa_path)[6].id == "r106"
@@ -315,8 +386,8 @@ def test_the_index_is_used_and_a_stale_one_is_not(qa_path, monkeypatch):
     index.write_bytes(index.read_bytes()[:50])
     assert QAFile(qa_path)[6].id == "r106"
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.record, "INDEX_VERSION", "another")
-        patch.setattr(dataset.record, "stream_json", refuse_to_scan)
+        patch.setattr(dataset.qa_file, "FORMAT_VERSION", "another")
+        patch.setattr(dataset.qa_file, "stream_json", refuse_to_scan)
         with pytest.raises(AssertionError, match="scanned again"):
             QAFile(qa_path)
 
@@ -354,7 +425,7 @@ def test_two_records_of_one_id_are_an_error_that_names_both(qa_path):
 
 
 def test_ids_that_only_look_equal_to_the_hash_are_fine(qa_path, monkeypatch):
-    monkeypatch.setattr(dataset.record, "hash", len, raising=False)  # every id has the same
+    monkeypatch.setattr(dataset.qa_file, "hash", len, raising=False)  # every id has the same
     assert len(QAFile(qa_path)) == 7
 
 

@@ -281,9 +281,9 @@ def test_records_longer_than_max_length_are_counted_and_listed(project, tmp_path
     run_training(
         project, f"output_dir={tmp_path}", "data.max_length=42", "data.max_refused=0.8", *QUICK, "train.max_steps=1"
     )
-    listed = [json.loads(line) for line in (tmp_path / "qa.unusable.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "qa.refused.jsonl").read_text().splitlines()]
     assert [row["id"] for row in listed] == [f"train:r{i}" for i in (0, 2, 4, 6, 8)]
-    assert all(row["reason"] == "longer_than_max_length" and "42" in row["detail"] for row in listed)
+    assert all(row["reason"] == "nothing_supervised" and "42" in row["detail"] for row in listed)
 
 
 @pytest.mark.parametrize(

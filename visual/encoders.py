@@ -216,6 +216,15 @@ def load_vision_tower(
     return VisionTower(model, encoder, feature_layer, image_size)
 
 
+def count_image_tokens(path: str | Path, image_size: int | None = None) -> int:
+    """`num_image_tokens` of the tower that `load_vision_tower` would load, without reading its weights."""
+    encoder = _encoder_of(path)
+    config = encoder.model.config_class.from_pretrained(path)
+    patch_size = _side(config.patch_size, "patch_size in the encoder's config.json")
+    image_size = _checked_size(image_size or load_image_processor(path).image_size, encoder, config, patch_size)
+    return (image_size // patch_size) ** 2
+
+
 def _encoder_of(path: str | Path) -> Encoder:
     try:
         values, _ = PretrainedConfig.get_config_dict(path)

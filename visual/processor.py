@@ -84,6 +84,18 @@ def load_image_processor(path: str | Path, image_size: int | None = None) -> Ima
             f"{path}: no preprocessor_config.json that can be read ({error}); "
             "copy it from where the encoder's weights come from."
         ) from error
+    try:
+        return _processor_from(found, path, image_size)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file's values do to transformers' classes
+        raise InputError(
+            f"{path}/preprocessor_config.json: cannot be used ({type(error).__name__}: {str(error):.200}); "
+            "copy it from where the encoder's weights come from."
+        ) from error
+
+
+def _processor_from(found: dict, path: str | Path, image_size: int | None) -> ImageProcessor:
     name = found.get("image_processor_type") or found.get("feature_extractor_type")
     if not name:
         raise InputError(
@@ -101,6 +113,11 @@ def load_image_processor(path: str | Path, image_size: int | None = None) -> Ima
         else:
             changed = {"size": square}
         processor = kind.from_dict(processor.to_dict() | changed)
+    if not all(processor.image_std) or len(processor.image_std) != 3 or len(processor.image_mean) != 3:
+        raise InputError(
+            f"{path}/preprocessor_config.json: image_mean {processor.image_mean}, image_std {processor.image_std}; "
+            "expected three numbers each, none of image_std 0."
+        )
     return ImageProcessor(processor)
 
 

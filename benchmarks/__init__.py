@@ -1,0 +1,1 @@
+"""Measurements that the README and the documents cite; each runs by itself."""

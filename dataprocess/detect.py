@@ -1,0 +1,99 @@
+"""Which format raw records are in, by the keys of the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from config import CAPTION_FORMATS, InputError, SourceConfig, choose
+from dataprocess.readers import CAPTION_COLUMNS, FORMATS, IMAGE_COLUMNS, Draft
+from dataset.json_stream import Item
+
+
+def reader_for(source: SourceConfig, file: Path, items: list[Item]) -> Callable[[dict, int], Draft]:
+    """The reader of a source's format; of "auto", what the first records `items` of `file` say.
+
+    Raises InputError where they say nothing or several things, and where a table lacks the columns that are needed.
+    """
+    name = detect(source, file, items) if source.format == "auto" else source.format
+    if source.captions == "one_per_epoch" and name not in CAPTION_FORMATS:
+        raise InputError(
+            f'source "{source.name}": captions: one_per_epoch needs several captions a picture; {file} is of format {name}, '
+            "which has none."
+        )
+    if name == "csv":
+        _check_columns(source, file, items)
+    return FORMATS[name]
+
+
+def check_format(source: SourceConfig) -> None:
+    """Raises InputError for a format that there is not."""
+    choose(FORMATS | {"auto": None}, source.format, f'source "{source.name}": format')
+
+
+def detect(source: SourceConfig, file: Path, items: list[Item]) -> str:
+    objects = [item.value for item in items if isinstance(item.value, dict)]
+    found = set().union(*map(_by_keys, objects))
+    if not found:  # rows of text alone, which several formats have in the same form
+        found = {format for format in map(_of_text, objects) if format}
+    if len(found) == 1:
+        return found.pop()
+    keys = sorted({str(key) for obj in objects for key in obj})
+    says = f"could be {' or '.join(sorted(found))}" if found else "is none that is known"
+    raise InputError(
+        f'source "{source.name}": the format of {file} {says}: its records have the keys {", ".join(keys) or "(none)"}. '
+        f"Name it in data.sources, for example format: {min(found, default='llava')}. Known: {', '.join(FORMATS)}."
+    )
+
+
+def _by_keys(obj: dict) -> set[str]:
+    """The formats whose marks an object bears; usually one, none for text alone."""
+    found = set()
+    turn_keys = _turn_keys(obj)
+    if turn_keys and obj.get("image") is not None:
+        found.add("llava" if "from" in turn_keys else "chat")
+    if turn_keys and "image" not in obj and isinstance(obj.get("images"), list):
+        found.add("messages")
+    if obj.get("conversations") and ("image_bytes" in obj or isinstance(obj["conversations"], str)):
+        found.add("chat")
+    if isinstance(obj.get("messages"), list):
+        found.add("messages")
+    texts = obj.get("texts")
+    if isinstance(texts, list) and texts and isinstance(texts[0], dict) and {"user", "assistant"} <= texts[0].keys():
+        found.add("cauldron")
+    if isinstance(obj.get("image_id"), str) and isinstance(obj.get("caption"), list):
+        found.add("ai_challenger")
+    if "captions" in obj and isinstance(obj.get("image"), dict) or obj.keys() == {"annotation"}:
+        found.add("coco_captions")
+    if obj.keys() in ({"picture", "text"}, {"picture"}, {"text_file"}):
+        found.add("folder")
+    if _is_row(obj):
+        found.add("csv")
+    return found
+
+
+def _turn_keys(obj: dict) -> set[str]:
+    turns = obj.get("conversations")
+    return set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
+
+
+def _of_text(obj: dict) -> str | None:
+    keys = _turn_keys(obj)
+    return ("llava" if "from" in keys else "chat") if keys else None
+
+
+def _is_row(obj: dict) -> bool:
+    named = any(isinstance(obj.get(name), str) for name in IMAGE_COLUMNS)
+    asked = {"question", "answer"} <= obj.keys()
+    return named and (asked or any(isinstance(obj.get(name), str) for name in CAPTION_COLUMNS))
+
+
+def _check_columns(source: SourceConfig, file: Path, items: list[Item]) -> None:
+    columns = next((item.value.keys() for item in items if isinstance(item.value, dict)), ())
+    says = {"question", "answer"} <= set(columns) or any(name in columns for name in CAPTION_COLUMNS)
+    if says and any(name in columns for name in IMAGE_COLUMNS):
+        return
+    raise InputError(
+        f'source "{source.name}": {file} has the columns {", ".join(columns) or "(none)"}; expected one of '
+        f"{', '.join(IMAGE_COLUMNS)}, and question with answer, or one of {', '.join(CAPTION_COLUMNS)}."
+    )

@@ -1,0 +1,137 @@
+"""What `dataset.check` found out about a QA file, as text for a person."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dataset.check import LANGUAGES, Checked, Lengths
+from dataset.findings import SHOWN, printable
+from dataset.json_stream import stream_json
+
+BAR_WIDTH = 36
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def describe(checked: Checked, lengths: Lengths | None, pictures: int, max_length: int) -> str:
+    """Counts by source and language, types, and of the sample: token lengths and supervised shares as histograms."""
+    sampled = "all" if len(checked.sample) == checked.read else f"{len(checked.sample):,} of {checked.read:,}"
+    lines = [f"{checked.path}: {checked.read:,} records", *_source_table(checked), *_types(checked)]
+    lines += [f"  {pictures:,} pictures decoded to the last pixel ({sampled} records)"] if pictures else []
+    if lengths is not None and len(lengths.tokens):
+        lines += [
+            "",
+            f"  tokens a conversation ({sampled} records), max_length {max_length:,}: {_spread(lengths.tokens)}",
+        ]
+        lines += histogram(lengths.tokens, _edges(lengths.tokens), lambda edge: f"{edge:,.0f}", mark=max_length)
+        cut = float(np.mean(lengths.tokens > max_length))
+        if cut:
+            lines.append(
+                f"  {cut:.1%} are longer: what is past max_length, the end of their answers, is not trained on"
+            )
+        lines += ["", f"  supervised share of the tokens: {_spread(100 * lengths.supervised, ' %')}"]
+        lines += histogram(lengths.supervised, np.linspace(0, 1, 11), lambda edge: f"{edge:.0%}")
+    return "\n".join(lines)
+
+
+def _source_table(checked: Checked) -> list[str]:
+    rows = [("source", "records", "turns", "pictures", "text only", *LANGUAGES)]
+    for name, count in sorted(checked.sources.items(), key=lambda pair: (-pair[1].records, pair[0])):
+        numbers = (
+            count.records,
+            count.turns,
+            count.pictures,
+            count.text_only,
+            *(count.languages[x] for x in LANGUAGES),
+        )
+        rows.append((printable(name) or "(none)", *(f"{number:,}" for number in numbers)))
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        f"  {name:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in rows
+    ]
+
+
+def _types(checked: Checked) -> list[str]:
+    named = [(name, count) for name, count in checked.types.most_common() if name]
+    if not named:
+        return []
+    more = f", and {len(named) - 12} more" if len(named) > 12 else ""
+    return ["  types: " + ", ".join(f"{printable(name)} {count:,}" for name, count in named[:12]) + more]
+
+
+def _spread(values: np.ndarray, unit: str = "") -> str:
+    median, most, nearly_all = np.percentile(values, (50, 95, 99))
+    named = {"median": median, "95 %": most, "99 %": nearly_all, "most": values.max()}
+    return ", ".join(f"{name} {value:,.0f}{unit}" for name, value in named.items())
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """About ten buckets over the values, of a round width."""
+    width = max(1.0, float(np.ptp(values)) / 10)
+    size = 10 ** np.floor(np.log10(width))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= width)
+    return np.arange(values.min() // step * step, values.max() + step + 1, step)
+
+
+def histogram(
+    values: np.ndarray, edges: np.ndarray, label: Callable[[float], str], mark: float | None = None
+) -> list[str]:
+    """A line with a bar for each bucket [edge, next edge), the last one with its end; empty ones at both ends are left
+    out. `mark`: a line is drawn after the bucket in which it lies."""
+    counts, _ = np.histogram(values, edges)
+    used = np.flatnonzero(counts)
+    names = [f"{label(low)} - {label(high)}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    shown = range(used[0], used[-1] + 1)
+    width = max(len(names[i]) for i in shown)
+    lines = []
+    for i in shown:
+        whole, part = divmod(round(8 * BAR_WIDTH * counts[i] / counts.max()), 8)
+        bar = "█" * whole + (EIGHTHS[part] if part else "") or ("▏" if counts[i] else "")
+        lines.append(f"  {names[i]:>{width}}  {bar:<{BAR_WIDTH}} {counts[i]:>7,}".rstrip())
+        if mark is not None and edges[i] <= mark < edges[i + 1]:
+            lines.append(f"  {'':>{width}}  {'╌' * BAR_WIDTH} max_length {mark:,}")
+    return lines
+
+
+def notes(checked: Checked, max_refused: float, thorough: bool) -> list[str]:
+    """What is worth knowing and stops nothing. Equal records are always said where they are more than `max_refused`."""
+    found, count = [], len(checked.duplicates)
+    if count and (thorough or count > max_refused * checked.read):
+        word = "lines" if checked.sample and checked.sample[0][0].line else "items"
+        first = "; ".join(f"{word} {a} and {b}" for a, b in checked.duplicates[:3].tolist())
+        found.append(
+            f"{checked.path.name}: {count:,} of {checked.read:,} records repeat another one, picture and turns ({first}"
+            f"{'; ...' if count > 3 else ''}); each is trained on as often as it is listed."
+        )
+    if checked.held_out_texts:
+        found.append(
+            f"{checked.path.name}: {checked.held_out_texts:,} records without a picture are also held out, word for word."
+        )
+    return found
+
+
+def refused_rows(path: Path) -> str:
+    """The raw records that preparing the data refused, from its list: the first of every reason."""
+    by_reason: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
+    for item in stream_json(path) if path.exists() else ():
+        row = item.value
+        if not isinstance(row, dict) or not {"reason", "file", "detail"} <= row.keys():
+            continue  # not a list that preparing wrote
+        counts[row["reason"]] += 1
+        if counts[row["reason"]] <= SHOWN:
+            where = f"line {row['line']}" if row.get("line") else f"item {row.get('index')}"
+            text = f"{row['file']} {where} ({json.dumps(row.get('id'), ensure_ascii=False)}): {row['detail']}"
+            by_reason.setdefault(row["reason"], []).append(printable(text))
+    found = []
+    for reason, count in counts.most_common():
+        found.append(f"refused when the data were prepared: {reason}, {count:,} record{'' if count == 1 else 's'}")
+        found += [f"    {text}" for text in by_reason[reason]]
+        if count > SHOWN:
+            found.append(f"    ... and {count - SHOWN:,} more, all of them in {path}")
+    return "".join(f"{line}\n" for line in found)

@@ -1,0 +1,132 @@
+"""A file of QA records as a sequence that is not held in memory. What a record is stands in `dataset.record`."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from config import InputError
+from dataset.json_stream import NotJson, decode, stream_json
+from dataset.record import FORMAT_VERSION, Record, RecordError, check_record, located, parse_record
+
+
+class QAFile:
+    """A QA file as a sequence of records, read from disk one at a time: `len(qa)`, `qa[i]`.
+
+    The first opening checks every record and keeps where each begins beside the file (`<name>.index.safetensors`; in
+    memory if the folder cannot be written); later openings read only that, unless the file changed. May be shared
+    with forked workers and pickled to spawned ones.
+
+    Raises RecordError for a record that cannot be used (file, line, id), InputError for a file that cannot be read or in
+    which two records have the same id.
+    """
+
+    sources: list[str]  # the distinct "source" values, "" for none
+    source_of: np.ndarray  # int32 [n], each record's place in `sources`
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.folder = self.path.parent
+        self._descriptor: int | None = None
+        try:
+            state = self.path.stat()
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; expected a QA file. Has the data been prepared?") from None
+        self._stamp = {"version": FORMAT_VERSION, "size": str(state.st_size), "mtime_ns": str(state.st_mtime_ns)}
+        index = self.path.with_name(self.path.name + ".index.safetensors")
+        if not self._load(index):
+            self._build()
+            self._save(index)
+
+    def __len__(self) -> int:
+        return len(self.source_of)
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        begin, end = map(int, self._offsets[index % len(self) :][:2])
+        data = os.pread(self._open(), end - begin, begin)
+        # The bytes run on to the next record: in a list a comma, or the closing bracket, follows the object.
+        return parse_record(decode(data.rstrip(b" \t\r\n,]")), self.path.name)
+
+    def image_paths(self, record: Record) -> list[Path]:
+        """Where the record's images lie, in order."""
+        return [self.folder / path for path in record.images]
+
+    def _load(self, index: Path) -> bool:
+        try:
+            with safe_open(index, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if any(metadata.get(key) != value for key, value in self._stamp.items()):
+                    return False
+                self.sources = json.loads(metadata["sources"])
+                self._offsets, self.source_of = file.get_tensor("offsets"), file.get_tensor("source_of")
+        except (OSError, SafetensorError):
+            return False
+        return True
+
+    def _build(self) -> None:
+        offsets, source_of, sources = array("q"), array("i"), {}
+        places, hashes = array("q"), array("q")
+        for index, line, offset, obj in stream_json(self.path, offsets=True):
+            try:
+                check_record(obj)
+            except RecordError as error:
+                where = f"{self.path} line {line}" if line else f"{self.path} item {index}"
+                if isinstance(obj, NotJson):
+                    raise RecordError("not_json", obj, where) from None
+                raise located(error, obj, where) from None
+            offsets.append(offset)
+            source_of.append(sources.setdefault(obj.get("source") or "", len(sources)))
+            places.append(line or index)
+            hashes.append(hash(obj["id"]))
+        offsets.append(int(self._stamp["size"]))
+        self._offsets, self.source_of = np.array(offsets, np.int64), np.array(source_of, np.int32)
+        self.sources = list(sources)
+        for first, second in _equal_pairs(np.array(hashes, np.int64)):
+            if self[first].id == self[second].id:
+                word = "line" if line else "item"
+                raise InputError(
+                    f'{self.path}: {word}s {places[first]} and {places[second]} have the same id "{self[first].id}"; '
+                    "give every record its own."
+                )
+
+    def _save(self, index: Path) -> None:
+        aside = index.with_name(f".{index.name}.{os.getpid()}")
+        try:
+            save_file(
+                {"offsets": self._offsets, "source_of": self.source_of},
+                aside,
+                metadata={**self._stamp, "sources": json.dumps(self.sources)},
+            )
+            os.replace(aside, index)
+        except (OSError, SafetensorError):
+            aside.unlink(missing_ok=True)  # a folder that cannot be written: this process has the index in memory
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            state = os.fstat(self._descriptor)
+            if (str(state.st_size), str(state.st_mtime_ns)) != (self._stamp["size"], self._stamp["mtime_ns"]):
+                raise InputError(f"{self.path}: changed while it was in use; start again.")
+        return self._descriptor
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self):
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)
+
+
+def _equal_pairs(values: np.ndarray) -> list[tuple[int, int]]:
+    """Neighbours of equal value (i < j), smallest j first."""
+    order = np.argsort(values, kind="stable")
+    equal = np.flatnonzero(values[order[:-1]] == values[order[1:]])
+    return sorted(zip(order[equal].tolist(), order[equal + 1].tolist(), strict=True), key=lambda pair: pair[1])

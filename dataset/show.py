@@ -1,0 +1,130 @@
+"""What the model really gets: the first samples of the training order, as one HTML page. Opens no weights.
+
+    python -m dataset.show --config config.yaml [--count 24] [--output FILE.html] [key=value ...]
+
+They are read, encoded, ordered and padded by the code that training uses; each picture is made back out of its
+pixel_values. A script: like those at the root it reads the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from assemble import open_processors, open_qa_file, source_weights
+from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
+from dataprocess.process_image import prepare_from_config
+from dataset.check import check_file
+from dataset.loader import QADataset, make_loader
+from dataset.order import SampleOrder, micro_batches
+from dataset.page import Row, Vocabulary, write_page, write_row
+from model.build import Processors
+from qwen import image_token_id
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.count < 1:
+        raise InputError(f"--count is {arguments.count}; show at least 1 sample.")
+    config = load_config(arguments.config, arguments.overrides)
+    prepare_from_config(config)
+    page = show(config, str(arguments.config), arguments.count)
+    output = arguments.output or config.output_dir / "show.html"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8", errors="backslashreplace")  # a path need not be valid text
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); name another file with --output.") from None
+    print(output)
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Show what the model gets: pictures, tokens and labels, as a page.")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
+    parser.add_argument("--count", type=int, default=24, help="samples to show (default: 24)")
+    parser.add_argument("--output", type=Path, help="the page (default: show.html in output_dir)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config keys, for example data.max_length=512"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def show(config: Config, config_name: str, count: int) -> str:
+    """The page of the first `count` samples that a run of `config` trains on, in its micro-batches."""
+    processors = open_processors(config)
+    dataset = open_qa_file(config, processors, config.data.qa_file)
+    limit = config.data.max_length
+    checked = check_file(dataset.qa.path, chat=dataset.chat, max_length=limit, sample_size=0, seed=config.seed)
+    left_out = checked.unfit_records
+    if len(left_out) == len(dataset):
+        raise InputError(f'{dataset.qa.path}: no record fits into "data.max_length" ({limit}); allow more.')
+    kept = np.setdiff1d(np.arange(len(dataset)), left_out)  # as training does: the order depends on it
+    order = SampleOrder(kept, config.seed, source_weights(config, dataset)[kept])
+    words = vocabulary(processors)
+    size = config.train.per_device_train_batch_size
+    needed = -(-count // size)
+    stream = micro_batches(order, range(needed), size, config.train.gradient_accumulation_steps, 0, 1)
+    keys = list(islice(stream, needed))
+    counts: Counter = Counter()
+    batches = []
+    loader = make_loader(dataset, keys, processors.tokenizer.pad_token_id, num_workers=0, pin_memory=False)
+    for number, (batch_keys, batch) in enumerate(zip(keys, loader, strict=True)):
+        rows = rows_of(batch, batch_keys, dataset, processors, words)[: count - number * size]
+        for row in rows:
+            counts.update(row.kinds(words.image_token_id))
+        pictures = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
+        remark = f"{size} samples × {batch['input_ids'].shape[1]} tokens, {pictures} pictures"
+        remark += f"; {len(rows)} of the samples are shown" if len(rows) < size else ""
+        batches.append((f"Micro-batch {number + 1}", remark, [write_row(row, words) for row in rows]))
+    side = processors.image_processor.image_size
+    about = {
+        "config": config_name,
+        "encoder": f"{config.model.vision_tower} ({side} × {side} pixels, {processors.num_image_tokens} tokens a picture)",
+        "language model": str(config.model.language_model),
+        "max_length": f"{limit:,} tokens"
+        + (f"; left out as they do not fit: {len(left_out):,} of {len(dataset):,} records" if left_out else ""),
+        "samples": f"the first {count:,} that training reads, of {order.epoch_length:,} an epoch; seed {config.seed}",
+    }
+    return write_page("What the model gets", about, counts, batches)
+
+
+def vocabulary(processors: Processors) -> Vocabulary:
+    """How the tokenizer's ids are shown. Byte-level BPE writes each byte of the text as a letter of its own."""
+    tokenizer = processors.tokenizer
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return Vocabulary(
+        token_bytes=lambda token: bytes(byte_of[letter] for letter in tokenizer.convert_ids_to_tokens(token)),
+        special={token: str(added) for token, added in tokenizer.added_tokens_decoder.items()},
+        image_token_id=image_token_id(tokenizer),
+        num_image_tokens=processors.num_image_tokens,
+    )
+
+
+def rows_of(
+    batch: dict, keys: list[tuple[int, int]], dataset: QADataset, processors: Processors, words: Vocabulary
+) -> list[Row]:
+    """The rows of a batch that `make_loader` made for `keys`, each with the pictures that its image tokens stand for."""
+    input_ids = batch["input_ids"]
+    positions = torch.arange(input_ids.shape[1])  # padding stands on the right: the model counts from 0 in every row
+    pixels = batch["pixel_values"]
+    images = ((input_ids == words.image_token_id).sum(1) // words.num_image_tokens).tolist()
+    shown = torch.empty(0) if pixels is None else processors.image_processor.denormalise(pixels)
+    rows = []
+    for i, (pictures, (epoch, index)) in enumerate(zip(shown.split(images), keys, strict=True)):
+        record = dataset.qa[index]
+        about = (("source", record.source), ("type", record.type), ("epoch", epoch + 1))
+        remark = " · ".join(f"{key} {value}" for key, value in about if value)
+        tensors = (input_ids[i], batch["labels"][i], batch["attention_mask"][i], positions)
+        rows.append(Row(*tensors, pictures.numpy(), [(batch["ids"][i], remark)]))
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(main)

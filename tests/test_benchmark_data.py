@@ -1,0 +1,81 @@
+"""The benchmark of the data runs and compares equal work. Run: python -m pytest tests/test_benchmark_data.py"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.data import MEASURES, WORKERS, check_agreement
+from benchmarks.workload import SOURCES, make_workload
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("work")
+    sizes = ["--records", "900", "--qa-records", "700", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.data", *sizes, "--workdir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")[:-1]] for table in found
+    ]
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", ""))
+
+
+def test_the_output_is_three_markdown_tables_of_numbers_and_the_machine(output):
+    machine = output.split("\n")[0]
+    assert re.search(r"\d+ cores, Python 3\.\d+\.\d+, \d{4}-\d\d-\d\d; median of 1 round\.", machine)
+    prepared, opened, read = tables(output)
+    for head, rule, *rows in (prepared, opened, read):
+        assert set(rule) == {"---"} and all(len(row) == len(head) == 5 for row in (rule, *rows))
+        assert all(number(cell) >= 0 for row in rows for cell in row[1:] if cell != "-")
+    assert opened[0][0] == "700 records opened"
+    assert [int(row[0]) for row in read[2:]] == list(WORKERS) and all(number(row[1]) > 0 for row in read[2:])
+    seconds = prepared[2]
+    assert seconds[0] == "CPU seconds" and number(seconds[1]) > 0 and number(seconds[2]) > 0
+
+
+def test_every_source_is_prepared_and_what_is_missing_is_refused(output):
+    prepared = tables(output)[0]
+    wanted = sum(source.share * 900 // sum(other.share for other in SOURCES) for source in SOURCES)
+    kept = int(prepared[0][0].split()[0])
+    assert wanted - len(SOURCES) <= kept <= wanted
+
+
+def test_the_workload_depends_on_its_sizes_alone(tmp_path):
+    for name in "ab":
+        make_workload(tmp_path / name, 300, 50)
+    files = [sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")) for name in "ab"]
+    assert files[0] == files[1] and len(files[0]) > 200
+    for path in [Path("qa.jsonl"), *(source.annotations(Path()) for source in SOURCES)]:
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+
+
+def test_a_workload_that_is_there_is_used_again(tmp_path):
+    make_workload(tmp_path, 50, 5)
+    (tmp_path / "qa.jsonl").write_text("mine")
+    make_workload(tmp_path, 50, 5)
+    assert (tmp_path / "qa.jsonl").read_text() == "mine"
+    make_workload(tmp_path, 50, 6)
+    assert len((tmp_path / "qa.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("wrong", [name for name in MEASURES if name != "open_indexed"])
+def test_work_that_is_not_the_same_is_not_compared(wrong):
+    answers = {name: [{"kept": 5} | {f"letters_{workers}": 9 for workers in WORKERS}] for name in MEASURES}
+    check_agreement(answers)
+    answers[wrong][0]["kept"] = 4
+    with pytest.raises(ValueError, match="differ"):
+        check_agreement(answers)

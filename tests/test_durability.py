@@ -1,0 +1,569 @@
+"""A run's folder whatever happens: kills, full disks, two runs at once, what is kept.
+`sh tests/run.sh tests/test_durability.py`"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState, debug_launcher
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+
+import resume
+from config import InputError, load_config
+from evaluation.provenance import git_commit
+from model import folder as folders
+from model.folder import latest_checkpoint, prune_checkpoints, recover, verify_folder, write_folder
+from tests.toy_project import run_training, write_project
+
+
+def written(content: str):
+    """Writes a folder with a file, a large one, and one in a folder of its own."""
+
+    def write(folder: Path) -> None:
+        (folder / "a").write_text(content)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "b.safetensors").write_bytes(content.encode() * 1000)
+
+    return write
+
+
+def content_of(folder: Path) -> str:
+    verify_folder(folder)
+    content = (folder / "a").read_text()
+    assert (folder / "inner" / "b.safetensors").read_bytes() == content.encode() * 1000
+    return content
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills
+
+
+def killed_at(call: int, work) -> bool:
+    """Whether a child that does `work` was killed before its `call`-th access to the disk; it had ended before otherwise."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def count(event: str, _: tuple = ()) -> None:
+            nonlocal calls
+            if event == "open" or event.startswith(("os.", "shutil.")):
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = lambda _: count("os.fsync")
+        sys.addaudithook(count)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.fixture
+def no_flush(monkeypatch):
+    """A killed process loses nothing that it gave to the kernel: these tests need not wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(tmp_path, no_flush):
+    folder, seen = tmp_path / "best", set()
+    (tmp_path / ".mine.partial").mkdir()
+    for call in range(1, 1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_folder(folder, written("old"))
+        killed = killed_at(call, lambda: write_folder(folder, written("new")))
+        recover(tmp_path)
+        seen.add(content_of(folder))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.partial", "best"], call
+        if not killed:
+            break
+    assert call > 30 and seen == {"old", "new"}
+
+
+def test_a_kill_at_any_call_leaves_a_first_folder_whole_or_absent(tmp_path, no_flush):
+    folder, seen = tmp_path / "checkpoint-1", set()
+    for call in range(1, 1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        killed = killed_at(call, lambda: write_folder(folder, written("new")))
+        recover(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] in ([], [folder.name])
+        seen.add(content_of(folder) if folder.exists() else None)
+        if not killed:
+            break
+    assert call > 20 and seen == {None, "new"}
+
+
+@pytest.mark.parametrize("work", ["recover", "prune"])
+def test_a_kill_while_the_folder_is_put_in_order_loses_nothing(tmp_path, work, no_flush):
+    """Between the renames of a replacement, and while old checkpoints are removed."""
+    for call in range(1, 1000):
+        shutil.rmtree(tmp_path)
+        for step in (1, 2, 3):
+            write_folder(tmp_path / f"checkpoint-{step}", written(str(step)))
+        (tmp_path / "checkpoint-2").rename(tmp_path / ".checkpoint-2.replaced")
+        shutil.copytree(tmp_path / "checkpoint-3", tmp_path / ".checkpoint-3.replaced")
+        shutil.copytree(tmp_path / "checkpoint-3", tmp_path / ".checkpoint-2.partial")
+        if work == "recover":
+            killed = killed_at(call, lambda: recover(tmp_path))
+            recover(tmp_path)
+            assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (1, 2, 3)]
+        else:
+            recover(tmp_path)
+            killed = killed_at(call, lambda: prune_checkpoints(tmp_path, 1, print))
+            recover(tmp_path)
+        for folder in tmp_path.iterdir():
+            assert content_of(folder) == folder.name[-1]
+        if not killed:
+            break
+    assert call > 10 and (tmp_path / "checkpoint-3").exists()
+
+
+def test_everything_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    """A power cut loses what was not flushed: files, their folders, and after the renames the folder that holds the name."""
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b, **_: (events.append((Path(a).name, Path(b).name)), rename(a, b)))
+    for content in ("old", "new"):
+        events.clear()
+        write_folder(tmp_path / "final", written(content))
+        partial = tmp_path / ".final.partial"
+        inside = {str(partial / name) for name in ("a", "inner", "inner/b.safetensors", "manifest.json")}
+        named = events.index((".final.partial", "final"))
+        assert {event for event in events[:named] if isinstance(event, str)} == inside | {str(partial)}
+        assert events[named + 1] == str(tmp_path)
+
+
+def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path):
+    def fail(folder):
+        written("half")(folder)
+        raise KeyboardInterrupt
+
+    write_folder(tmp_path / "final", written("old"))
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "final", fail)
+    assert content_of(tmp_path / "final") == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A full disk
+
+
+def fill_tensors(folder: Path) -> None:
+    (folder / "a.json").write_text("x" * 1000)
+    save_file({"a": torch.zeros(1_000_000)}, folder / "a.safetensors")
+
+
+def fill_tokenizer(folder: Path) -> None:
+    vocabulary = {chr(0x4E00 + i): i for i in range(20000)}
+    Tokenizer(models.BPE(vocabulary, [])).save(str(folder / "tokenizer.json"))
+
+
+def fill_text(folder: Path) -> None:
+    (folder / "a.json").write_text("x" * 4_000_000)
+
+
+@pytest.mark.parametrize("fill", [fill_tensors, fill_tokenizer, fill_text])
+def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_and_says_what_is_needed(tmp_path, fill):
+    """RLIMIT_FSIZE, as `ulimit -f` sets it, on everything that writes into a checkpoint: Python, safetensors, tokenizers."""
+    write_folder(tmp_path / "checkpoint-20", written("old"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(InputError) as caught:
+            write_folder(tmp_path / "checkpoint-40", fill, 4_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = str(caught.value)
+    assert "checkpoint-40: a file would be larger than is allowed here" in message
+    assert f"needs about 4.{'0' if fill is fill_tensors else '1'} MB" in message and "MB are free there" in message
+    assert "goes on from checkpoint-20" in message and "save_total_limit" in message and "output_dir" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20"]
+    assert content_of(tmp_path / "checkpoint-20") == "old"
+
+
+@pytest.mark.parametrize("number, said", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota")])
+@pytest.mark.parametrize("call", ["fsync", "mkdir", "rename"])
+def test_a_full_disk_at_any_call_is_one_message(tmp_path, monkeypatch, call, number, said):
+    """Some file systems find only at the flush that there is no room; a folder's entry takes room as well."""
+
+    def full(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    write_folder(tmp_path / "final", written("old"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(InputError, match=f"final: .*{said}.*begins anew"):
+            write_folder(tmp_path / "final", written("new"))
+        patched.setattr(os, "rename", lambda *_: full())
+        if call == "fsync":
+            with pytest.raises(InputError, match=said):
+                folders.replace_text(tmp_path / "run.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"] and content_of(tmp_path / "final") == "old"
+
+
+def test_a_rename_that_fails_half_way_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write_folder(tmp_path / "final", written("old"))
+    rename = os.rename
+
+    def fail_second(source, target, **_):
+        if Path(source).name == ".final.partial":
+            raise OSError(errno.ENOSPC, "no room")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", fail_second)
+        with pytest.raises(InputError, match="the disk is full"):
+            write_folder(tmp_path / "final", written("new"))
+    assert content_of(tmp_path / "final") == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_error_keeps_its_own_words(tmp_path):
+    def fail(_):
+        raise OSError(errno.EIO, "a broken disk")
+
+    with pytest.raises(OSError, match="a broken disk"):
+        write_folder(tmp_path / "final", fail)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    for step in (5, 10, 100):
+        write_folder(tmp_path / f"checkpoint-{step}", written(str(step)))
+    (tmp_path / "checkpoint-x").mkdir()
+    prune_checkpoints(tmp_path, None, pytest.fail)
+    assert len(list(tmp_path.iterdir())) == 4
+    prune_checkpoints(tmp_path, 2, pytest.fail)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-x"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_the_last_good_checkpoint_is_never_removed(tmp_path, damage):
+    """The newest one is read back before an older one goes; a damaged one does not count, and is named."""
+    for step in (1, 2, 3, 4):
+        write_folder(tmp_path / f"checkpoint-{step}", written(str(step)))
+    for step in (3, 4):
+        victim = tmp_path / f"checkpoint-{step}" / "inner" / "b.safetensors"
+        flip(victim) if damage == "flip" else victim.unlink()
+    said = []
+    prune_checkpoints(tmp_path, 1, said.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (2, 3, 4)]
+    assert len(said) == 2 and all("does not count" in text and "b.safetensors" in text for text in said)
+    assert latest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-2"
+    flip(tmp_path / "checkpoint-2" / "a")
+    prune_checkpoints(tmp_path, 1, said.append)
+    assert len(list(tmp_path.iterdir())) == 3, "no good one is known: nothing goes"
+
+
+def test_a_linked_checkpoint_is_unlinked_and_what_it_points_to_stays(tmp_path):
+    write_folder(tmp_path / "elsewhere" / "checkpoint-1", written("1"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
+    write_folder(tmp_path / "run" / "checkpoint-2", written("2"))
+    prune_checkpoints(tmp_path / "run", 1, pytest.fail)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    assert content_of(tmp_path / "elsewhere" / "checkpoint-1") == "1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run a folder
+
+
+def hold_and_fork(run: Path, ready: int) -> None:
+    """A run that has a worker, as the loader's: forked while the lock is held, and alive after its parent."""
+    with resume.RunLock(run, print):
+        worker = os.fork()
+        if worker:
+            os.write(ready, str(worker).encode())
+        while True:
+            signal.pause()
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
+    """Freed by a SIGKILL at once, though a forked worker of the killed run is still there."""
+    run, (told, ready) = tmp_path / "run", os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        hold_and_fork(run, ready)
+    worker = int(os.read(told, 20))
+    try:
+        with pytest.raises(InputError, match=rf"{run}: another run writes there \(process {holder} on .*, since 2"):
+            resume.RunLock(run, pytest.fail).__enter__()
+        (run / ".checkpoint-1.partial").mkdir()
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.kill(worker, 0)  # still there
+        with resume.RunLock(run, pytest.fail):
+            assert [path.name for path in run.iterdir()] == [".lock"], "what the killed run left is cleared away"
+            assert json.loads((run / ".lock").read_text())["pid"] == os.getpid()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(told)
+        os.close(ready)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".lock").symlink_to(tmp_path / "file")
+    for folder in (tmp_path / "file", tmp_path / "linked"):
+        with pytest.raises(InputError, match=f"{folder}: no run can write there"):
+            resume.RunLock(folder, pytest.fail).__enter__()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    said = []
+    monkeypatch.setattr(resume.fcntl, "lockf", no_locks)
+    with resume.RunLock(tmp_path, said.append):
+        assert len(said) == 1 and "start no second run" in said[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    path = write_project(tmp_path_factory.mktemp("project"))
+    run_training(path, "train.eval_steps=null", "train.max_steps=2", "train.save_steps=1", "train.score_samples=1")
+    return path
+
+
+@pytest.fixture
+def run(project, tmp_path):
+    """A copy of a finished run's folder, to be damaged, and its config."""
+    shutil.copytree(project.parent / "run", tmp_path / "run")
+    overrides = ["train.eval_steps=null", "train.max_steps=2", f"output_dir={tmp_path / 'run'}"]
+    return load_config(project, overrides)
+
+
+def test_each_file_is_read_once_to_find_the_checkpoint(run, monkeypatch):
+    read, sha256 = [], folders._sha256
+    monkeypatch.setattr(folders, "_sha256", lambda path: (read.append(path), sha256(path))[1])
+    newest = run.output_dir / "checkpoint-2"
+    assert resume.find_checkpoint(run, "auto", pytest.fail) == newest
+    assert sorted(read) == sorted(p for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json")
+    flip(newest / "projector.safetensors")
+    said = []
+    assert resume.find_checkpoint(run, "auto", said.append) == run.output_dir / "checkpoint-1"
+    assert len(said) == 1 and str(newest / "projector.safetensors") in said[0]
+
+
+def test_two_processes_go_on_from_the_same_checkpoint_or_both_stop(run, tmp_path, capfd):
+    """The main process reads and reports; the other one gets its result, and its error."""
+    flip(run.output_dir / "checkpoint-2" / "adapter_model.safetensors")
+
+    def work() -> None:
+        PartialState._reset_state()  # of the process that this one was forked from
+        rank, read, sha256 = PartialState(cpu=True).process_index, [], folders._sha256
+        folders._sha256 = lambda path: (read.append(str(path)), sha256(path))[1]
+        found = resume.find_checkpoint(run, "auto", lambda text: print(f"rank {rank} said", flush=True))
+        outcome = {"found": found.name, "read": len(read)}
+        try:
+            resume.find_checkpoint(run, str(run.output_dir / "final"), print)
+        except InputError as error:
+            outcome["error"] = str(error)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(outcome))
+
+    debug_launcher(work, num_processes=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["found"] == second["found"] == "checkpoint-1" and first["read"] > 0 and second["read"] == 0
+    assert first["error"] == second["error"] and "no training state" in first["error"]
+    assert capfd.readouterr().out.count("said") == 1
+
+
+class Opened:
+    """What resume.py's functions use of a Run, around a trained model."""
+
+    def __init__(self, config):
+        import assemble
+
+        self.config = config
+        self.built = assemble.build(config, "fp32", assemble.open_processors(config))
+        self.accelerator = type("", (), {"num_processes": 1, "scaler": None, "wait_for_everyone": lambda self: None})()
+        self.identity, self.total_steps, self.said = {"qa_sha256": "abc"}, 9, []
+        self.say = self.said.append
+
+
+@pytest.fixture(scope="module")
+def opened(project):
+    return Opened(load_config(project))
+
+
+@pytest.fixture
+def opened_run(opened, project, tmp_path):
+    opened.config = load_config(project, [f"output_dir={tmp_path / 'run'}", "train.save_total_limit=1"])
+    opened.config.output_dir.mkdir()
+    opened.said.clear()
+    return opened
+
+
+def adam(run: Opened):
+    """What accelerate makes of an optimizer: a shell around it."""
+    parameters = [p for p in run.built.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return type("", (), {"optimizer": optimizer})()
+
+
+def test_every_folder_says_how_it_came_about(opened_run, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret")
+    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
+    resume.record_start(opened_run, None, 0, ["train.py", "seed=1"])
+    resume.save_checkpoint(opened_run, optimizer, 3)
+    resume.record_start(opened_run, folder / "checkpoint-3", 3, ["train.py"])
+    resume.write_final(opened_run, None)
+    text = (folder / "final" / "run.json").read_text()
+    first, second = json.loads(text)
+    assert text == (folder / "run.json").read_text() and "a-secret" not in text
+    assert json.loads((folder / "checkpoint-3" / "run.json").read_text()) == [first]
+    assert first["command"] == ["train.py", "seed=1"] and first["step"] == 0 and first["resumed_from"] is None
+    assert second["step"] == 3 and second["resumed_from"] == str(folder / "checkpoint-3")
+    assert first["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in first["versions"]["torch"]
+    assert set(first["machine"]) == {"host", "cpu", "gpus", "processes"} and first["qa_sha256"] == "abc"
+    assert first["config_sha256"] == second["config_sha256"] and first["started"] <= second["started"]
+    (folder / "run.json").unlink()  # --resume of another run's checkpoint, in a new folder
+    resume.record_start(opened_run, folder / "checkpoint-3", 3, ["train.py"])
+    assert [entry["step"] for entry in json.loads((folder / "run.json").read_text())] == [0, 3]
+    (folder / "run.json").write_text("{")
+    with pytest.raises(InputError, match="run.json.*remove it"):
+        resume.record_start(opened_run, None, 0, [])
+    os.truncate(folder / "run.json", 1 << 30)
+    with pytest.raises(InputError, match="run.json: 1,074 MB"):
+        resume.record_start(opened_run, None, 0, [])
+
+
+def test_the_commit_is_that_of_the_folder_and_says_what_was_changed(tmp_path):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    assert git_commit(tmp_path) is None
+    git("init")
+    assert git_commit(tmp_path) is None, "no commit yet"
+    (tmp_path / "a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-m", "a")
+    commit = git_commit(tmp_path)
+    assert len(commit) == 40
+    (tmp_path / "new.txt").write_text("not tracked")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "a.py").write_text("2")
+    assert git_commit(tmp_path) == commit + "-dirty"
+    (tmp_path / "copy").mkdir()
+    assert git_commit(tmp_path / "copy") is None, "inside another repository"
+
+
+def test_the_best_model_is_kept_beside_the_others(opened_run):
+    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
+    assert resume.best_val_loss(opened_run) == float("inf")
+    resume.write_best(opened_run, 3, 0.75)
+    kept = load_file(folder / "best" / "projector.safetensors")
+    with torch.no_grad():
+        opened_run.built.model.projector.linear_1.bias += 1
+    for step in (4, 5):
+        resume.save_checkpoint(opened_run, optimizer, step)
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "checkpoint-5"]
+    verify_folder(folder / "best")
+    assert json.loads((folder / "best" / "best.json").read_text()) == {"step": 3, "val_loss": 0.75}
+    assert resume.best_val_loss(opened_run) == 0.75
+    now = load_file(folder / "best" / "projector.safetensors")
+    assert all(torch.equal(kept[key], now[key]) for key in kept)
+    assert not (folder / "best" / "state.safetensors").exists() and (folder / "best" / "tokenizer").is_dir()
+    (folder / "best" / "best.json").write_text("{}")
+    assert resume.best_val_loss(opened_run) == float("inf") and "best.json" in opened_run.said[0]
+
+
+def test_a_checkpoint_says_beforehand_how_much_room_it_takes(opened_run, monkeypatch):
+    """To the byte, but for the tensors' names."""
+    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
+    asked, write = [], resume.write_folder
+    monkeypatch.setattr(resume, "write_folder", lambda f, w, room: (asked.append(room), write(f, w, room)))
+    resume.save_checkpoint(opened_run, optimizer, 1)
+    resume.write_final(opened_run, None)
+    for name, room in zip(("checkpoint-1", "final"), asked, strict=True):
+        saved = [load_file(path) for path in (folder / name).glob("*.safetensors")]
+        assert room == sum(tensor.nbytes for tensors in saved for tensor in tensors.values())
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(opened_run):
+    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
+    resume.save_checkpoint(opened_run, optimizer, 1)
+    again = type("", (), {"optimizer": torch.optim.AdamW(optimizer.optimizer.param_groups[0]["params"])})()
+    assert resume.load_position(opened_run, again, folder / "checkpoint-1") == 1
+    for parameter, state in optimizer.optimizer.state.items():
+        assert all(torch.equal(state[key], again.optimizer.state[parameter][key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    "step, message", [(10, "the run has 9 steps"), (-1, "no number"), (True, "no number"), (1.5, "no")]
+)
+def test_a_step_that_cannot_be_is_refused(opened_run, step, message):
+    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
+    resume.save_checkpoint(opened_run, optimizer, 1)
+    path = folder / "checkpoint-1" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    with pytest.raises(InputError, match=f"state.json.*{message}"):
+        resume.load_position(opened_run, optimizer, folder / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda name, tensor: {name: torch.full_like(tensor, float("nan"))}, "no numbers"),
+        (lambda name, tensor: {name: tensor.reshape(-1, 1).clone()}, "AdamW"),
+        (lambda name, tensor: {}, "AdamW"),
+        (lambda name, tensor: {name: tensor.to(torch.int32)}, "int32"),
+        (lambda name, tensor: {"stranger/" + name: tensor}, "other parameters"),
+    ],
+)
+def test_an_optimizer_state_that_does_not_fit_is_refused(opened_run, change, message):
+    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
+    resume.save_checkpoint(opened_run, optimizer, 1)
+    path = folder / "checkpoint-1" / "state.safetensors"
+    tensors = load_file(path)
+    name = "projector.linear_1.bias/exp_avg"
+    save_file({k: v for k, v in tensors.items() if k != name} | change(name, tensors[name]), path)
+    with pytest.raises(InputError, match=f"state.safetensors.*{message}"):
+        resume.load_position(opened_run, optimizer, folder / "checkpoint-1")
+
+
+def test_another_loss_scaler_is_refused(opened_run):
+    """fp16 keeps one; without it the run would not go on as it was."""
+    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
+    resume.save_checkpoint(opened_run, optimizer, 1)
+    path = folder / "checkpoint-1" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scaler": {"scale": 1.0}}))
+    with pytest.raises(InputError, match="scaler"):
+        resume.load_position(opened_run, optimizer, folder / "checkpoint-1")

@@ -1,0 +1,317 @@
+"""Checkpoints from strangers: refused with one message, nothing run, nothing written.
+`sh tests/run.sh tests/test_hostile.py`
+
+Every folder here has hashes that fit: who makes a folder to do harm makes its manifest as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import test as script
+from config import InputError, run_script
+from model.checkpoint import load_adapter, load_trained
+from model.folder import MANIFEST, verify_folder
+from tests.toy_project import run_training, write_project
+
+QUICK = ("train.eval_steps=null", "train.max_steps=1", "train.save_steps=1", "train.score_samples=1")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    path = write_project(tmp_path_factory.mktemp("project"))
+    run_training(path, *QUICK)
+    return path
+
+
+@pytest.fixture
+def final(project, tmp_path):
+    """A copy of a trained model's folder, to be made hostile."""
+    shutil.copytree(project.parent / "run" / "final", tmp_path / "run" / "final")
+    return tmp_path / "run" / "final"
+
+
+def sign(folder: Path, **extra) -> None:
+    """A manifest that fits what lies in the folder."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files | extra}))
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refused(folder: Path, capsys, *words: str) -> None:
+    """test.py ends with exit code 2 and one message that has these words; beside the answers' folder nothing is written."""
+    before = tree(folder)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: script.main(["--checkpoint", str(folder), "--no-image", "--question", "What is it?"]))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("error:") == 1
+    assert "Traceback" not in error and len(error) < 2000
+    assert all(word in error for word in words), error
+    assert tree(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manifest
+
+
+@pytest.mark.parametrize(
+    "name", ["{outside}", "../outside.txt", "tokenizer/../../outside.txt", "./config.yaml", "a\0b", "", ".", "x" * 5000]
+)
+def test_a_manifest_names_files_of_its_folder_only(tmp_path, name, monkeypatch):
+    """A name that is no file found in the folder is never opened."""
+    outside = tmp_path / "outside.txt"
+    outside.write_text("secret")
+    folder = tmp_path / "final"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("a")
+    listed = name.format(outside=outside)
+    sign(folder, **{listed: {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}})
+    opened, sha256 = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (opened.append(file.name), sha256(file, kind))[1])
+    with pytest.raises(InputError, match="manifest.json: lists .*not a plain file inside the folder"):
+        verify_folder(folder)
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000, '{"format": 1, "files": ' + '{"a":' * 50_000, "null", "[]", "7", '"x"', "{}", '{"format": 1}',
+        '{"format": [1], "files": {}}', '{"format": 1, "files": []}', '{"format": 1, "files": {"config.yaml": 3}}',
+        '{"format": 1, "files": {"config.yaml": {"bytes": "1", "sha256": "a"}}}',
+        '{"format": 1, "files": {"config.yaml": {"bytes": true, "sha256": "a"}}}',
+        '{"format": 1, "files": {"config.yaml": {"bytes": 1, "sha256": null}}}',
+        '{"format": 1, "files": {"config.yaml": {"bytes": 1e999, "sha256": "a"}}}',
+        '{"format": 1, "files": {"config.yaml": {"bytes": ' + "9" * 9000 + ', "sha256": "a"}}}', "\ufeff{}", "\0",
+    ],
+    ids=lambda text: ascii(text[:60]),
+)  # fmt: skip
+def test_an_odd_manifest_is_one_message(tmp_path, text):
+    (tmp_path / "config.yaml").write_text("a")
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(InputError, match="manifest.json") as caught:
+        verify_folder(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "config.yaml", "state.json", "run.json", "tokenizer/tokenizer.json"])
+def test_a_text_of_gigabytes_is_refused_before_it_is_read(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / MANIFEST).touch()
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)  # takes no room
+    monkeypatch.setattr("builtins.open", pytest.fail)
+    with pytest.raises(InputError, match=f"{name}: 1,074 MB, more than such a file ever has"):
+        verify_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["language_model.safetensors", "vision_tower.safetensors", "tokenizer/evil.py", "a\x1b[2J"]
+)
+def test_a_file_that_is_not_listed_is_refused(final, name):
+    """A language_model.safetensors that lies there would be loaded."""
+    shutil.copy(final / "projector.safetensors", final / name)
+    with pytest.raises(InputError) as caught:
+        verify_folder(final)
+    assert repr(Path(name).name)[1:-1] in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def link_file(final: Path, outside: Path) -> None:
+    (final / "config.yaml").unlink()
+    (final / "config.yaml").symlink_to(outside / "final" / "config.yaml")
+
+
+def link_folder(final: Path, outside: Path) -> None:
+    shutil.rmtree(final / "tokenizer")
+    (final / "tokenizer").symlink_to(outside / "final" / "tokenizer")
+
+
+def link_in_a_circle(final: Path, outside: Path) -> None:
+    (final / "tokenizer" / "again").symlink_to(final)
+
+
+def make_pipe(final: Path, outside: Path) -> None:
+    (final / "config.yaml").unlink()
+    os.mkfifo(final / "config.yaml")
+
+
+@pytest.mark.parametrize("change", [link_file, link_folder, link_in_a_circle, make_pipe])
+def test_a_link_or_a_pipe_in_the_folder_is_refused(final, project, change, capsys):
+    change(final, project.parent / "run")  # the manifest stays: what is linked has the right content
+    refused(final, capsys, "a link or no plain file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def header(entries: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(shape: list[int], start: int, end: int, kind: str = "F32") -> dict:
+    return {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x80\x04.", header({}, length=2**63), header({}, length=99_000_000), header(b"[" * 50_000),
+        header({"linear_1.bias": entry([2], 0, 8), "linear_2.bias": entry([2], 4, 12)}, bytes(12)),
+        header({"linear_1.bias": entry([2], 0, 8), "linear_2.bias": entry([2], 0, 8)}, bytes(8)),
+        header({"linear_1.bias": entry([2**62, 4], 0, 8)}, bytes(8)),
+        header({"linear_1.bias": entry([-1], 0, 4)}, bytes(4)),
+        header({"linear_1.bias": entry([1], 8, 12)}, bytes(12)),
+        header({"linear_1.bias": entry([1], 0, 8, "OBJ")}, bytes(8)),
+        header({"linear_1.bias": entry([1], 0, 8, "C64")}, bytes(8)),
+        header({"linear_1.bias": entry([4], 0, 2, "F4")}, bytes(2)),
+        header({}),
+    ],
+    ids=lambda content: ascii(content[8:60]),
+)  # fmt: skip
+def test_a_safetensors_file_that_lies_is_refused(tmp_path, content):
+    (tmp_path / "projector.safetensors").write_bytes(content)
+    model = type("", (), {"projector": torch.nn.Module()})()
+    model.projector.linear_1 = torch.nn.Linear(2, 2)
+    with pytest.raises(InputError, match="projector.safetensors: ") as caught:
+        load_trained(model, tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+def change_tensors(path: Path, change) -> None:
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def set_one(value: float):
+    def change(tensor):
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (set_one(float("nan")), "no numbers"),
+        (set_one(float("-inf")), "no numbers"),
+        (lambda tensor: tensor.to(torch.int64), "torch.int64"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (lambda tensor: tensor[..., None].clone(), "another shape"),
+    ],
+    ids=["nan", "inf", "int64", "float8", "shape"],
+)
+def test_weights_that_are_none_are_named(final, capsys, name, change, words):
+    change_tensors(final / name, change)
+    sign(final)
+    refused(final, capsys, name, words, "linear_1" if name.startswith("proj") else "lora_")
+
+
+def test_the_adapters_config_is_not_read(final, capsys):
+    """PEFT's file is for other tools; what it says of this model stands in config.yaml."""
+    (final / "adapter_config.json").write_text('{"peft_type": "evil", "auto_mapping": {"parent_library": "evil"}}')
+    sign(final)
+    assert script.main(["--checkpoint", str(final), "--no-image", "--question", "What is it?"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer, image processor, config, state
+
+EVIL = "import pathlib\npathlib.Path({mark!r}).write_text('run')\nclass Evil: pass\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+def test_code_beside_the_tokenizer_is_never_run(final, tmp_path, monkeypatch, name):
+    """auto_map asks for a class in the folder's own Python file."""
+    monkeypatch.chdir(tmp_path)
+    mark, folder = tmp_path / "run-it", final / "tokenizer"
+    path = folder / name
+    values = json.loads(path.read_text()) if path.exists() else {"model_type": "evil"}
+    values |= {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"},
+    }
+    path.write_text(json.dumps(values))
+    for place in (folder, tmp_path):
+        (place / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    sign(final)
+    try:
+        script.main(["--checkpoint", str(final), "--no-image", "--question", "What is it?"])
+    except InputError as error:
+        assert "tokenizer" in str(error)
+    assert not mark.exists()
+
+
+def test_code_beside_the_image_processor_is_never_run(final, tmp_path, capsys):
+    path = final / "image_processor" / "preprocessor_config.json"
+    values = json.loads(path.read_text()) | {
+        "image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"},
+    }  # fmt: skip
+    path.write_text(json.dumps(values))
+    (path.parent / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "run-it")))
+    sign(final)
+    refused(final, capsys, "preprocessor_config.json", "Evil")
+    assert not (tmp_path / "run-it").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "a: !!python/object/apply:os.system ['touch run-it']", "\0", "seed: {a: 1}", "[]"]
+)
+def test_a_hostile_config_is_one_message(final, tmp_path, monkeypatch, capsys, text):
+    monkeypatch.chdir(tmp_path)
+    (final / "config.yaml").write_text(text)
+    sign(final)
+    refused(final, capsys)
+    assert not (tmp_path / "run-it").exists()
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ('{"step": -1}', "step"), ('{"step": 1e30}', "step"), ('{"step": "1"}', "step"), ("[1]", "step"),
+        ('{"step": 99999999}', "qa_sha256"), ("{" * 100_000, "damaged"), ("", "damaged"),
+    ],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_a_hostile_state_stops_training_before_it_begins(project, tmp_path, capsys, text, word):
+    """train.py: exit code 2, and nothing of the run is changed."""
+    folder = tmp_path / "run" / "checkpoint-1"
+    shutil.copytree(project.parent / "run" / "checkpoint-1", folder)
+    (folder / "state.json").write_text(text)
+    sign(folder)
+    before = tree(folder)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: run_training(project, *QUICK, "train.save_steps=2", f"output_dir={tmp_path / 'run'}"))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and word in error and str(folder) in error
+    assert "Traceback" not in error and tree(folder) == before
+
+
+def test_an_adapter_of_another_name_is_refused(tmp_path, monkeypatch):
+    """Names are matched one by one: nothing is loaded because it is called somewhat like it."""
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    monkeypatch.setattr("model.checkpoint._adapter", lambda model: {"q_proj.lora_A.weight": torch.zeros(1)})
+    with pytest.raises(InputError, match="unknown to this model"):
+        load_adapter(type("", (), {"language_model": None})(), tmp_path)

@@ -1,0 +1,486 @@
+"""Every raw format in every container, detected and read. Run: python -m pytest tests/test_readers.py"""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from config import InputError, SourceConfig
+from dataprocess import containers
+from dataprocess.marks import content_of, repair_marks
+from dataprocess.process_image import prepare
+from dataprocess.readers import CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS
+from dataset.qa_file import QAFile
+from dataset.record import IMAGE, parse_record, parts_of
+
+
+def picture(color="red", size=(16, 12), format="PNG") -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", size, color).save(data, format)
+    return data.getvalue()
+
+
+class Desk:
+    """A folder with pictures, one source, and the preprocessing run on it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.qa = folder / "out" / "qa.jsonl"
+
+    def pictures(self, *names: str, folder: str = "pictures") -> Path:
+        for number, name in enumerate(names):
+            path = self.folder / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture((number * 20, 50, 200)))
+        return self.folder / folder
+
+    def write(self, name: str, raw: list | dict | str | bytes) -> Path:
+        if not isinstance(raw, (str, bytes)):
+            raw = json.dumps(raw, ensure_ascii=False)
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw.encode("utf-8", "backslashreplace") if isinstance(raw, str) else raw)
+        return path
+
+    def parquet(self, name: str, rows: list[dict]) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
+        return path
+
+    def prepare(self, annotations: Path, images: Path | None = None, verify_images=True, **settings) -> dict:
+        return prepare(
+            sources=[SourceConfig("x", annotations, images=images, **settings)],
+            qa_file=self.qa,
+            validation_file=None,
+            validation_fraction=0.0,
+            seed=0,
+            max_refused=1.0,
+            verify_images=verify_images,
+        )
+
+    def kept(self) -> list[dict]:
+        records = [json.loads(line) for line in self.qa.read_text("utf-8").splitlines()]
+        for one in records:  # as training reads them
+            parse_record(one, "qa.jsonl")
+            paths = one.get("image") or []
+            for path in [paths] if isinstance(paths, str) else paths:
+                assert (self.qa.parent / path).is_file()
+        return records
+
+    def refused(self) -> list[dict]:
+        return [json.loads(line) for line in self.qa.with_suffix(".refused.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def desk(tmp_path) -> Desk:
+    return Desk(tmp_path)
+
+
+def texts(record: dict) -> list:
+    return [turn["content"] for turn in record["conversations"]]
+
+
+def turns(*contents: object, keys=("role", "content"), names=("user", "assistant")) -> list[dict]:
+    return [{keys[0]: names[k % 2], keys[1]: content} for k, content in enumerate(contents)]
+
+
+# --- one format each
+
+
+def coco(images: list, annotations: list, backwards=False) -> dict:
+    lists = {"images": images, "annotations": annotations}
+    return {"info": {"annotations": [], "year": 2017.5}} | (dict(reversed(lists.items())) if backwards else lists)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_coco_captions_join_on_the_integer_id(desk, backwards, bom):
+    folder = desk.pictures("000000000001.jpg", "000000000002.jpg", "3.jpg", "4.jpg")
+    images = [
+        {"id": k, "file_name": name} for k, name in ((1, "000000000001.jpg"), (2, "COCO_val2014_000000000002.jpg"))
+    ]
+    images += [{"id": 3, "file_name": "3.jpg"}, {"id": 4, "file_name": "4.jpg"}]
+    said = [(2, "A dog."), (1, "A cat."), (2, "Ein Hund."), (99, "Nobody."), (1, "一只猫。"), (4, " "), (98, "Nobody.")]
+    annotations = [{"id": k, "image_id": name, "caption": text} for k, (name, text) in enumerate(said)]
+    raw = bom + json.dumps(coco(images, annotations, backwards)).encode()
+    report = desk.prepare(desk.write("captions.json", raw), folder)
+    assert (report["read"], report["kept"]) == (6, 2)  # four images and two annotations about no image
+    assert report["by_reason"] == {"missing_image": 2, "empty_answer": 1, "no_answer": 1}
+    assert report["repairs"] == {"coco_2014_prefix_removed": 1}
+    kept = desk.kept()
+    assert [one["id"] for one in kept] == ["x:1/1", "x:1/2", "x:2/1", "x:2/2"]
+    assert [texts(one)[1] for one in kept] == ["A cat.", "一只猫。", "A dog.", "Ein Hund."]
+    english, chinese = ([f"<image>\n{text}" for text in pair] for pair in (ENGLISH_CAPTION_PROMPTS, CAPTION_PROMPTS))
+    assert [texts(one)[0] for one in kept] == [english[0], chinese[1], english[1], english[0]]
+    assert {one["detail"].split(",")[0] for one in desk.refused() if one["reason"] == "missing_image"} == {
+        "an annotation about image_id 99",
+        "an annotation about image_id 98",
+    }
+
+
+def test_one_caption_an_epoch_serves_every_format_with_several(desk):
+    folder = desk.pictures("a.jpg")
+    raw = coco([{"id": 1, "file_name": "a.jpg"}], [{"image_id": 1, "caption": text} for text in ("One.", "Two.")])
+    desk.prepare(desk.write("captions.json", raw), folder, captions="one_per_epoch")
+    (one,) = QAFile(desk.qa)
+    assert {one.at_epoch(0, epoch)[1].content for epoch in range(2)} == {"One.", "Two."}
+
+
+@pytest.mark.parametrize("keys", [("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_messages_with_marks_in_any_turn(desk, keys, column):
+    folder = desk.pictures("a.jpg", "b.jpg")
+    said = turns("Hello", "Hi.", "<image>What, and <image>?", "Two.", keys=keys[:2], names=keys[2:])
+    rows = [
+        {column: said, "images": ["b.jpg", "a.jpg"], "system": "Be brief."},
+        {column: turns("Hi", "Hello", keys=keys[:2], names=keys[2:]), "images": []},
+        {column: turns("What?", "This.", keys=keys[:2], names=keys[2:]), "images": ["a.jpg"]},
+        {column: turns("<image>?", "This.", keys=keys[:2], names=keys[2:]), "images": ["a.jpg", "b.jpg"]},
+    ]
+    report = desk.prepare(desk.write("raw.jsonl", "\n".join(map(json.dumps, rows))), folder)
+    assert report["by_reason"] == {"marks_and_pictures_disagree": 1} and report["repairs"] == {"image_mark_added": 1}
+    first, text, added = desk.kept()
+    assert first["image"] == ["../pictures/b.jpg", "../pictures/a.jpg"]
+    assert texts(first) == ["Be brief.", "Hello", "Hi.", "<image>What, and <image>?", "Two."]
+    assert "image" not in text and texts(added)[0] == "<image>\nWhat?"
+
+
+def test_messages_with_parts(desk):
+    folder = desk.pictures("a.jpg", "b.jpg", "c.jpg")
+    image = {"type": "image"}
+
+    def text(said: str) -> dict:
+        return {"type": "text", "text": said}
+
+    rows = [
+        {"messages": turns([image, text("What?")], [text("This.")]), "images": ["a.jpg"]},
+        {"messages": turns([text("A"), {"type": "image", "path": "b.jpg"}, image], "B"), "images": ["a.jpg"]},
+        {"messages": turns([{"type": "image_url", "image_url": {"url": "c.jpg"}}, text("?")], "C")},
+        {
+            "messages": turns([image, text("What does <image> mean?")], [text("<image> is a mark.")]),
+            "images": ["a.jpg"],
+        },
+        {"messages": turns([{"type": "image_url", "image_url": {"url": "https://a.org/b.jpg"}}, text("?")], "No")},
+        {"messages": turns([{"type": "image", "image": "data:image/png;base64,AAAA"}], "No")},
+        {"messages": turns([image, text("?")], [image]), "images": ["a.jpg", "b.jpg"]},
+        {"messages": turns([{"type": "video", "video": "a.mp4"}], "No")},
+        {"messages": turns([text("Hi")], [{"type": "text"}])},
+    ]
+    report = desk.prepare(desk.write("raw.json", rows), folder)
+    assert report["by_reason"] == {"missing_image": 2, "wrong_type": 2, "mark_outside_question": 1}
+    assert all("download it" in one["detail"] for one in desk.refused() if one["reason"] == "missing_image")
+    one, two, three, literal = desk.kept()
+    assert texts(one) == ["<image>What?", "This."]
+    assert (texts(two), two["image"]) == (["A<image><image>", "B"], ["../pictures/b.jpg", "../pictures/a.jpg"])
+    assert texts(three) == ["<image>?", "C"]
+    question, answer = parse_record(literal, "").conversations
+    assert parts_of(question) == [IMAGE, "What does <image> mean?"] and parts_of(answer) == ["<image> is a mark."]
+
+
+def test_cauldron_parquet_shards_in_a_folder(desk):
+    red, blue = picture("red"), picture("blue", format="JPEG")
+
+    def struct(data: bytes) -> dict:
+        return {"bytes": data, "path": None}
+
+    def row(images: list[bytes], *said: str) -> dict:
+        pairs = [{"user": q, "assistant": a, "source": "s"} for q, a in zip(said[::2], said[1::2], strict=True)]
+        return {"images": [struct(data) for data in images], "texts": pairs}
+
+    rows = [
+        row([red, blue], "Two?", "Yes.", "Sure?", "Yes!"),
+        row([red], "What is <image>?", "A mark."),
+        row([red[:40]], "What?", "This."),
+        row([b"no picture"], "What?", "This."),
+        row([red], "What?", ""),
+        row([], "Last?", "Yes."),
+    ]
+    desk.parquet("shards/train-00001.parquet", rows[2:])
+    folder = desk.parquet("shards/train-00000.parquet", rows[:2]).parent
+    report = desk.prepare(folder)
+    assert report["by_reason"] == {"unreadable_image": 2, "empty_answer": 1}
+    two, literal, last = desk.kept()
+    assert texts(last) == ["Last?", "Yes."] and "image" not in last
+    assert texts(two) == ["<image>\n<image>\nTwo?", "Yes.", "Sure?", "Yes!"]
+    assert [(desk.qa.parent / path).read_bytes() for path in two["image"]] == [red, blue]
+    assert [os.path.splitext(path)[1] for path in two["image"]] == [".png", ".jpg"]
+    assert parts_of(parse_record(literal, "").conversations[0]) == [IMAGE, "\nWhat is <image>?"]
+    assert literal["image"] == two["image"][0]  # one file for equal pictures
+    assert [(os.path.basename(one["file"]), one["index"]) for one in desk.refused()] == [
+        ("train-00001.parquet", k) for k in range(3)
+    ]
+    assert desk.prepare(folder) == report  # and nothing is written again
+
+
+def test_minimind_parquet(desk):
+    black, red = picture("black", (8, 8), "JPEG"), picture("red")
+    rows = [
+        {"conversations": json.dumps(turns("<image>\nWhat?", "Red.")), "image_bytes": [red]},
+        {"conversations": json.dumps(turns("你好", "你好！")), "image_bytes": [black]},
+        {"conversations": json.dumps(turns("<image>", "Black.")), "image_bytes": [black]},
+        {"conversations": json.dumps(turns("Which?", "Red.")), "image_bytes": [picture("red", (8, 8))]},
+        {"conversations": "[{", "image_bytes": [red]},
+    ]
+    report = desk.prepare(desk.parquet("sft.parquet", rows))
+    assert report["by_reason"] == {"wrong_type": 1}
+    assert report["repairs"] == {"black_placeholder_dropped": 1, "image_mark_added": 1}
+    assert ["image" in one for one in desk.kept()] == [True, False, True, True]
+    single = desk.parquet("one.parquet", [row | {"image_bytes": row["image_bytes"][0]} for row in rows])
+    assert desk.prepare(single)["kept"] == 4
+
+
+def test_a_csv_of_questions_and_one_of_captions(desk):
+    folder = desk.pictures("a.jpg", "b c.jpg")
+    table = 'Image_Path,question,answer\na.jpg,"What, in\n""quotes""?",This.\nb c.jpg,is <image> text?,Yes.\n'
+    table += "none.jpg,What?,This.\na.jpg,What?\n\n,Hi,Hello\n"
+    report = desk.prepare(desk.write("qa.csv", b"\xef\xbb\xbf" + table.encode()), folder)
+    assert report["by_reason"] == {"missing_image": 1, "not_json": 1}
+    assert [one["line"] for one in desk.refused()] == [5, 6]
+    one, literal, text = desk.kept()
+    assert texts(one) == ['<image>\nWhat, in\n"quotes"?', "This."]
+    assert parts_of(parse_record(literal, "").conversations[0]) == [IMAGE, "\nis <image> text?"]
+    assert "image" not in text
+    tsv = desk.write("captions.tsv", "filename\tcaption\na.jpg\t一只猫。\nb c.jpg\tA cat.\n\tNothing.\n")
+    assert desk.prepare(tsv, folder)["by_reason"] == {"missing_image": 1}
+    prompts = [texts(one)[0] for one in desk.kept()]
+    assert prompts == [f"<image>\n{CAPTION_PROMPTS[0]}", f"<image>\n{ENGLISH_CAPTION_PROMPTS[1]}"]
+
+
+def test_a_csv_without_the_columns_names_those_it_has(desk):
+    table = desk.write("table.csv", "file,label\na.jpg,cat\n")
+    with pytest.raises(InputError, match="has the columns file, label; expected one of image, image_path"):
+        desk.prepare(table, format="csv")
+    with pytest.raises(InputError, match="keys file, label"):
+        desk.prepare(table)
+
+
+def test_a_folder_of_pictures_with_texts_beside_them(desk):
+    folder = desk.pictures("a.jpg", "deep/b.png", "c.jpg", ".hidden.jpg", folder="album")
+    desk.write("album/a.txt", b"\xef\xbb\xbfA cat.\n")
+    desk.write("album/deep/b.txt", "一只<image>猫。")
+    desk.write("album/d.txt", "Nothing to see.")
+    report = desk.prepare(folder)
+    assert report["by_reason"] == {"missing_image": 1, "no_answer": 1} and report["read"] == 4
+    assert [one["id"] for one in desk.kept()] == ["x:a.jpg", "x:deep/b.png"]
+    assert desk.kept()[0]["image"] == "../album/a.jpg"
+    assert texts(desk.kept()[0])[1] == "A cat." and texts(desk.kept()[1])[1] == [
+        {"type": "text", "text": "一只<image>猫。"}
+    ]
+    before = desk.qa.stat().st_ino
+    assert desk.prepare(folder) == report and desk.qa.stat().st_ino == before
+    desk.write("album/c.txt", "A dog.")  # a text arrives
+    assert desk.prepare(folder)["kept"] == 3
+
+
+def test_a_folder_with_one_table_is_that_table(desk):
+    folder = desk.pictures("a.jpg", folder="album")
+    desk.write("album/labels.csv", "image,text\na.jpg,A cat.\n")
+    assert desk.prepare(folder)["kept"] == 1
+    desk.write("album/more.csv", "image,text\na.jpg,A cat.\n")
+    with pytest.raises(InputError, match="holds 2 tables"):
+        desk.prepare(folder)
+    with pytest.raises(InputError, match="holds no picture"):
+        desk.prepare(desk.pictures(".x.jpg", folder="bare"))
+
+
+# --- detection
+
+
+def test_formats_are_told_by_the_keys_of_the_first_records(desk):
+    folder = desk.pictures("a.jpg")
+    question = ("<image>\nWhat?", "This.")
+    for raw in (
+        [
+            {
+                "id": "1",
+                "image": "a.jpg",
+                "conversations": turns(*question, keys=("from", "value"), names=("human", "gpt")),
+            }
+        ],
+        [{"image": "a.jpg", "conversations": turns(*question)}],
+        [{"messages": turns(*question), "images": ["a.jpg"]}],
+        [{"conversations": turns(*question), "images": ["a.jpg"]}],
+        [{"image_id": "a.jpg", "caption": ["一", "二"]}],
+        [{"image": "a.jpg", "question": "What?", "answer": "This."}],
+        [{"conversations": turns("Hi", "Hello")}],
+    ):
+        assert desk.prepare(desk.write("raw.json", raw), folder)["kept"] == 1
+    for raw in ([{"picture_file": "a.jpg", "label": "cat"}], ["text"], ["not an object", {"label": 1}]):
+        with pytest.raises(InputError, match=r"is none that is known: .* Known: llava, chat, messages, cauldron"):
+            desk.prepare(desk.write("raw.json", raw), folder)
+    both = [{"messages": turns(*question), "image_id": "a.jpg", "caption": ["一"]}]
+    with pytest.raises(InputError, match="could be ai_challenger or messages: .*keys caption, image_id, messages"):
+        desk.prepare(desk.write("raw.json", both), folder)
+    assert desk.prepare(desk.write("raw.json", both), folder, format="ai_challenger")["kept"] == 1
+
+
+def test_one_caption_an_epoch_wants_a_format_with_several(desk):
+    raw = desk.write("raw.json", [{"image": "a.jpg", "conversations": turns("<image>\nWhat?", "This.")}])
+    with pytest.raises(
+        InputError, match="one_per_epoch needs several captions a picture; .*raw.json is of format chat"
+    ):
+        desk.prepare(raw, desk.pictures("a.jpg"), captions="one_per_epoch")
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 and nothing more", b'{"images": [], "annotations": [{"image_id": 1,'])
+def test_a_damaged_file_is_named(desk, damage):
+    with pytest.raises(InputError, match="raw"):
+        desk.prepare(desk.write("raw", damage), format="coco_captions")
+
+
+def test_rows_that_are_not_utf8_are_refused_by_row(desk):
+    rows = pyarrow.array([b"What?", b"\xff", b"Who?"]).view(pyarrow.string())
+    table = pyarrow.table({"question": rows, "answer": ["a", "b", "c"], "image": ["a.jpg"] * 3})
+    pyarrow.parquet.write_table(table, desk.folder / "raw.parquet")
+    report = desk.prepare(desk.folder / "raw.parquet", desk.pictures("a.jpg"))
+    assert (report["kept"], report["by_reason"]) == (2, {"not_json": 1})
+    assert desk.refused()[0]["index"] == 1
+
+
+def test_parquet_is_read_a_few_rows_at_a_time(desk, monkeypatch):
+    monkeypatch.setattr(containers, "PARQUET_ROWS", 2)
+    path = desk.parquet("raw.parquet", [{"image": "a.jpg", "question": f"{k}?", "answer": "a"} for k in range(9)])
+    assert desk.prepare(path, desk.pictures("a.jpg"), limit=5)["read"] == 5
+    assert [texts(one)[0] for one in desk.kept()] == [f"<image>\n{k}?" for k in range(5)]
+
+
+# --- marks
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown", "rule"),
+    [
+        ("<image>\n<image>\nWhat?", "<image>\nWhat?", "removed"),
+        ("<image><image>What?", "<image>What?", "removed"),
+        ("What?\n<image>\n<image>", "What?\n<image>", "removed"),
+        ("<image>\nWhat?\n<image>", "<image>\nWhat?", "removed"),
+        ("<image>\nOne\n <image> \nTwo", "<image>\nOne \nTwo", "removed"),
+        ("What?\n<image> <image>\nWell?", "What?\n<image>\nWell?", "removed"),
+        ("<image>\nWhat is <image>?", [IMAGE, "\nWhat is <image>?"], "kept"),
+        ("See <image><image> here", ["See ", IMAGE, "<image> here"], "kept"),
+        ("<image>\nIs <image> it?\n<image>", [IMAGE, "\nIs <image> it?"], "both"),
+    ],
+)
+def test_a_row_with_one_picture_and_several_marks(desk, asked, shown, rule):
+    folder = desk.pictures("a.jpg")
+    report = desk.prepare(desk.write("raw.json", [{"image": "a.jpg", "conversations": turns(asked, "This.")}]), folder)
+    rules = {"removed": {"extra_image_marks_removed"}, "kept": {"image_mark_kept_as_text"}}
+    assert report["repairs"].keys() == rules.get(rule, rules["removed"] | rules["kept"])
+    question = parse_record(desk.kept()[0], "").conversations[0]
+    assert parts_of(question) == shown if isinstance(shown, list) else question.content == shown
+
+
+def test_the_first_mark_is_the_picture_in_whatever_turn(desk):
+    said = turns("Hi", "Hello", "<image>\nWhat?", "This.", "<image>\nAnd now?", "That.")
+    repaired, rules = repair_marks(said, 1)
+    assert [turn["content"] for turn in repaired][2:5:2] == ["<image>\nWhat?", "And now?"]
+    assert rules == ["extra_image_marks_removed"] and said[4]["content"] == "<image>\nAnd now?"
+    assert repair_marks(said, 2) is None
+
+
+pieces = st.lists(st.none() | st.text(alphabet="<image> \n", max_size=9) | st.just("<image>"), max_size=6)
+
+
+@given(pieces)
+def test_a_content_means_its_pieces(pieces):
+    content = content_of(pieces)
+    record = {"id": "1", "image": ["a"] * pieces.count(None), "conversations": turns(content, "Yes.")}
+    if pieces.count(None) or "".join(filter(None, pieces)).strip():
+        parts = parts_of(parse_record(record, "").conversations[0])
+        assert [p for p in parts if p is IMAGE] == [IMAGE] * pieces.count(None)
+        joined = "".join("\0" if piece is None else piece for piece in pieces)
+        assert "".join("\0" if part is IMAGE else part for part in parts) == joined
+
+
+@given(st.lists(st.sampled_from(["<image>", "word", " ", "\n", "<ima", "ge>"]), max_size=12).map("".join))
+@settings(max_examples=300)
+def test_repaired_marks_always_fit_and_no_word_is_lost(text):
+    repaired = repair_marks(turns(text, "Yes."), 1)
+    if repaired:
+        content = repaired[0][0]["content"]
+        parts = parts_of(
+            parse_record({"id": "1", "image": "a", "conversations": turns(content, "Yes.")}, "").conversations[0]
+        )
+        assert parts.count(IMAGE) == 1
+        assert "".join(p for p in parts if p is not IMAGE).count("word") == text.count("word")
+
+
+def test_a_long_text_of_marks_is_repaired_at_once():
+    repaired, rules = repair_marks(turns("<image> a " * 100_000, "Yes."), 1)
+    assert len(repaired[0]["content"]) == 2 and rules == ["image_mark_kept_as_text"]
+
+
+# --- nothing is lost
+
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from(["", "a.jpg", "<image>", "user", "human", "text", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["id", "image", "images", "messages", "conversations", "from", "value", "role", "content", "caption"]
+                + ["image_id", "texts", "user", "assistant", "system", "question", "answer", "type", "text", "captions"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=14,
+)
+SOUND = {
+    "llava": {
+        "image": "a.jpg",
+        "conversations": turns("<image>?", "Yes.", keys=("from", "value"), names=("human", "gpt")),
+    },
+    "chat": {"image": "a.jpg", "conversations": turns("<image>?", "Yes.")},
+    "messages": {
+        "images": ["a.jpg"],
+        "messages": turns([{"type": "image"}, {"type": "text", "text": "<image>"}], "Yes."),
+    },
+    "cauldron": {"images": ["a.jpg"], "texts": [{"user": "What?", "assistant": "<image>"}]},
+    "ai_challenger": {"image_id": "a.jpg", "caption": ["好", "Good"]},
+    "csv": {"image": "a.jpg", "question": "What?", "answer": "This."},
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), format=st.sampled_from(sorted(SOUND)), captions=st.sampled_from(["all", "one_per_epoch"]))
+def test_no_record_of_any_format_is_lost(tmp_path_factory, data, format, captions):
+    desk = Desk(tmp_path_factory.mktemp("desk"))
+    raw = [SOUND[format], *data.draw(st.lists(junk | st.sampled_from(list(SOUND.values())), max_size=9))]
+    report = desk.prepare(
+        desk.write("raw.json", raw), desk.pictures("a.jpg"), format=format, captions=captions, verify_images=False
+    )
+    assert report["read"] == len(raw) == report["kept"] + report["refused"]
+    assert report["refused"] == len(desk.refused()) == sum(report["by_reason"].values())
+    assert len({one["id"].split("/")[0] for one in desk.kept()}) == report["kept"]
+    assert len(QAFile(desk.qa)) == len(desk.kept())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    images=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["a.jpg", "b.jpg", "none.jpg"])), max_size=5),
+    annotations=st.lists(st.tuples(st.integers(0, 7) | st.none(), st.sampled_from(["A.", "", None])), max_size=8),
+)
+def test_no_image_and_no_annotation_of_coco_is_lost(tmp_path_factory, images, annotations):
+    desk = Desk(tmp_path_factory.mktemp("desk"))
+    known = {name for name, _ in images}
+    orphans = [name for name, _ in annotations if name not in known]
+    images = [{"id": name, "file_name": file} for name, file in [(9, "a.jpg"), *images]]
+    said = [{"image_id": 9, "caption": "Good."}] + [{"image_id": k, "caption": text} for k, text in annotations]
+    report = desk.prepare(
+        desk.write("raw.json", coco(images, said)), desk.pictures("a.jpg", "b.jpg"), verify_images=False
+    )
+    assert report["read"] == len(images) + len(orphans) == report["kept"] + report["refused"]

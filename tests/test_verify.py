@@ -1,0 +1,263 @@
+"""A picture's verdict is found once, and remembered as long as its file is the same. Run: pytest tests/test_verify.py"""
+
+import hashlib
+import io
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataprocess.verify as verify
+from dataprocess.verify import ImageVerifier, Verdict
+
+
+def photo(seed: int) -> bytes:
+    """The bytes of a small JPEG, another one for every seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def paths(tmp_path) -> list[str]:
+    """30 files: every third is cut off, every tenth is not there."""
+    (tmp_path / "pictures").mkdir()
+    made = []
+    for number in range(30):
+        path = tmp_path / "pictures" / f"{number}.jpg"
+        if number % 10:
+            path.write_bytes(photo(number) if number % 3 else photo(number)[:-60])
+        made.append(str(path))
+    return made
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[bytes]:
+    """The files that were decoded, as they are."""
+    seen = []
+    monkeypatch.setattr(verify, "verify_image", lambda data, real=verify.verify_image: (seen.append(data), real(data)))
+    return seen
+
+
+def run(cache: Path, paths: list[str], workers: int = 2) -> list[Verdict]:
+    with ImageVerifier(cache, workers) as verifier:
+        return verifier.verify(paths)
+
+
+def test_verdicts_in_the_order_of_the_paths_for_any_number_of_workers(tmp_path, paths):
+    expected = []
+    for number, path in enumerate(paths):
+        if number % 10 == 0:
+            expected.append(("", "missing_image"))
+        else:
+            digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+            expected.append((digest, "" if number % 3 else "unreadable_image"))
+    one, four = (run(tmp_path / f"{workers}.sqlite", paths, workers) for workers in (1, 4))
+    assert [verdict[:2] for verdict in one] == expected and one == four
+    assert all(bool(verdict.detail) == bool(verdict.reason) for verdict in one)
+    assert run(tmp_path / "1.sqlite", paths[::-1]) == one[::-1]
+    assert run(tmp_path / "new.sqlite", [paths[1], paths[2], paths[1]]) == [one[1], one[2], one[1]]
+
+
+def test_a_second_run_decodes_nothing(tmp_path, paths, decoded):
+    first = run(tmp_path / "c.sqlite", paths)
+    assert len(decoded) == 27
+    assert run(tmp_path / "c.sqlite", paths) == first
+    assert len(decoded) == 27
+
+
+def test_a_changed_file_is_verified_anew(tmp_path, paths, decoded):
+    before = run(tmp_path / "c.sqlite", paths)
+    Path(paths[1]).write_bytes(b"no picture")  # another size
+    same_size = Path(paths[2]).read_bytes()[:-1] + b"\0"
+    Path(paths[2]).write_bytes(same_size)
+    os.utime(paths[2], ns=(1, 1))  # another time
+    decoded.clear()
+    after = run(tmp_path / "c.sqlite", paths)
+    assert sorted(decoded) == sorted([b"no picture", same_size])
+    assert after[1].reason == "unreadable_image" and after[1].digest != before[1].digest
+    assert after[3:] == before[3:]
+    Path(paths[10]).write_bytes(photo(10))  # was missing, which is not remembered
+    assert run(tmp_path / "c.sqlite", paths)[10].reason == ""
+
+
+def test_equal_bytes_have_equal_digests_under_any_name(tmp_path):
+    for name in ("a.jpg", "b.png", "c"):
+        (tmp_path / name).write_bytes(photo(0))
+    with ImageVerifier(tmp_path / "c.sqlite") as verifier:
+        verdicts = verifier.verify([str(tmp_path / name) for name in ("a.jpg", "b.png", "c")])
+        assert verdicts == [verifier.verify_bytes(photo(0))] * 3
+        assert verdicts[0].digest != verifier.verify_bytes(photo(1)).digest
+
+
+def test_changed_tells_whether_any_verified_file_is_another_one(tmp_path, paths):
+    def changed() -> bool:
+        with ImageVerifier(tmp_path / "c.sqlite") as verifier:
+            return verifier.changed()
+
+    run(tmp_path / "c.sqlite", paths)
+    assert not changed()
+    os.utime(paths[1], ns=(1, 1))
+    assert changed() and changed()
+    run(tmp_path / "c.sqlite", paths)
+    assert not changed()
+    os.unlink(paths[2])
+    assert changed()
+
+
+def test_a_file_that_is_gone_and_no_longer_asked_for_is_forgotten_after_a_whole_run(tmp_path, paths):
+    run(tmp_path / "c.sqlite", paths)
+    os.unlink(paths[1])
+    with pytest.raises(KeyboardInterrupt), ImageVerifier(tmp_path / "c.sqlite") as verifier:
+        assert verifier.changed()
+        raise KeyboardInterrupt
+    with ImageVerifier(tmp_path / "c.sqlite") as verifier:
+        assert verifier.changed()
+        verifier.verify(paths[2:])
+    with ImageVerifier(tmp_path / "c.sqlite") as verifier:
+        assert not verifier.changed()
+
+
+def test_what_was_done_before_an_interrupt_is_kept(tmp_path, paths, monkeypatch, decoded):
+    counting = verify.verify_image
+
+    def interrupted(data):
+        if len(decoded) == 20:
+            raise KeyboardInterrupt
+        counting(data)
+
+    monkeypatch.setattr(verify, "verify_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "c.sqlite", paths, workers=1)
+    monkeypatch.setattr(verify, "verify_image", counting)
+    run(tmp_path / "c.sqlite", paths)
+    assert 27 <= len(decoded) <= 27 + verify.PATHS_PER_TASK
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkeypatch, decoded):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(photo(0))
+
+    def read_and_change(path, real=verify.image_bytes):
+        data = real(path)
+        os.utime(path, ns=(1, 1))
+        return data
+
+    with monkeypatch.context() as context:
+        context.setattr(verify, "image_bytes", read_and_change)
+        assert run(tmp_path / "c.sqlite", [str(path)])[0].reason == ""
+    run(tmp_path / "c.sqlite", [str(path)])
+    assert len(decoded) == 2
+
+
+def test_lack_of_memory_is_not_remembered(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(photo(0))
+
+    def no_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as context:
+        context.setattr("PIL.ImageFile.ImageFile.load", no_memory)
+        assert "memory" in run(tmp_path / "c.sqlite", [str(path)])[0].detail
+    assert run(tmp_path / "c.sqlite", [str(path)])[0].reason == ""
+
+
+# The cache's file
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def garbled(content: bytes) -> bytes:
+    return content[:4096] + bytes(len(content) - 4096)
+
+
+@pytest.mark.parametrize("damage", [half, garbled, lambda _: b"shopping list " * 100, lambda _: b""])
+def test_a_damaged_cache_is_replaced(tmp_path, paths, decoded, damage):
+    cache = tmp_path / "c.sqlite"
+    first = run(cache, paths)
+    cache.write_bytes(damage(cache.read_bytes()))
+    decoded.clear()
+    assert run(cache, paths) == first and len(decoded) == 27
+    assert run(cache, paths) == first and len(decoded) == 27
+
+
+def test_damage_that_shows_late_is_no_error_either(tmp_path, paths):
+    cache = tmp_path / "c.sqlite"
+    with ImageVerifier(cache, 2) as verifier:
+        first = verifier.verify(paths)
+        cache.write_bytes(b"shopping list" * 1000)
+        assert verifier.verify(paths) == first
+    assert run(cache, paths) == first
+
+
+def test_a_cache_of_other_rules_is_not_believed(tmp_path, paths, monkeypatch, decoded):
+    run(tmp_path / "c.sqlite", paths)
+    monkeypatch.setattr(verify, "VERSION", verify.VERSION + 1)
+    run(tmp_path / "c.sqlite", paths)
+    assert len(decoded) == 54
+
+
+def test_another_programs_tables_are_left_alone(tmp_path, paths):
+    cache = tmp_path / "c.sqlite"
+    with sqlite3.connect(cache) as other:
+        other.execute("CREATE TABLE recipes AS SELECT 'cake' AS name")
+    first = run(cache, paths)
+    assert run(cache, paths) == first
+    with sqlite3.connect(cache) as other:
+        assert other.execute("SELECT name FROM recipes").fetchall() == [("cake",)]
+
+
+def test_where_no_file_can_be_written_memory_serves(tmp_path, paths, decoded):
+    (tmp_path / "file").touch()
+    for impossible in (tmp_path / "file" / "c.sqlite", tmp_path / "none" / "c.sqlite", tmp_path):
+        decoded.clear()
+        with ImageVerifier(impossible, 2) as verifier:
+            first = verifier.verify(paths)
+            assert verifier.verify(paths) == first and len(decoded) == 27
+            assert not verifier.changed()
+
+
+def test_a_cache_that_another_process_holds_is_no_error(tmp_path, paths, monkeypatch):
+    monkeypatch.setattr(verify, "LOCKED_SECONDS", 0.05)
+    first = run(tmp_path / "c.sqlite", paths[:15])
+    with sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert run(tmp_path / "c.sqlite", paths[:15]) == first
+        other.execute("COMMIT")
+    with sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")  # it can be read, not written
+        assert run(tmp_path / "c.sqlite", paths)[:15] == first
+    assert run(tmp_path / "c.sqlite", paths)[:15] == first
+
+
+def test_two_processes_share_one_cache(tmp_path, paths):
+    code = (
+        "import sys; from pathlib import Path; from dataprocess.verify import ImageVerifier\n"
+        "with ImageVerifier(Path(sys.argv[1]), 1) as verifier:\n"
+        "    for path in sys.argv[2:]: verifier.verify([path])"
+    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", code, str(tmp_path / "c.sqlite")]
+    children = [subprocess.Popen([*command, *part], cwd=root) for part in (paths, paths[::-1])]
+    assert [child.wait() for child in children] == [0, 0]
+    with sqlite3.connect(tmp_path / "c.sqlite") as rows:
+        assert rows.execute("SELECT count(*) FROM verdicts").fetchone() == (27,)
+
+
+def test_names_that_are_no_unicode_and_names_that_cannot_be(tmp_path, decoded):
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")
+    Path(strange).write_bytes(photo(0))
+    names = [strange, str(tmp_path / "a\0b"), str(tmp_path / "\ud800"), str(tmp_path), ""]
+    reasons = ["", "missing_image", "missing_image", "unreadable_image", "missing_image"]
+    for _ in range(2):
+        assert [verdict.reason for verdict in run(tmp_path / "c.sqlite", names)] == reasons
+    assert len(decoded) == 1
