@@ -44,7 +44,9 @@ class _Part(NamedTuple):
     items: Callable[[], Iterator[Item]]
 
 
-def stream_records(annotations: Path, images: Path | None, limit: int | None, sample: int, size: int) -> Iterator[Chunk]:
+def stream_records(
+    annotations: Path, images: Path | None, limit: int | None, sample: int, size: int
+) -> Iterator[Chunk]:
     """The first `limit` records of a source, in chunks of at most `size`; before them a first one of at most `sample`.
 
     Raises InputError where nothing can be read any further: no such file, damaged, or not in a form that is known.
