@@ -243,7 +243,8 @@ def _folder_items(folder: Path, images: Path) -> Iterator[Item]:
         text = texts.get(stem)
         value = {"picture": picture} if picture else {"text_file": str(text)}
         if picture and text:
-            value["text"] = text.read_text(encoding="utf-8-sig", errors="surrogateescape")
+            with open(text, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+                value["text"] = opened.read()
         yield Item(index, None, 0, value)
 
 

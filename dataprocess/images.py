@@ -98,6 +98,35 @@ class _Folder(NamedTuple):
     files: frozenset[str]  # its plain files; empty where there are too many to keep
 
 
+class Listings:
+    """The names of the plain files in folders. Each folder is listed once, however many sources show it."""
+
+    def __init__(self):
+        self._files: dict[str, frozenset[str]] = {}
+        self._room = NAMES_KEPT
+
+    def files(self, folder: str) -> frozenset[str]:
+        """Of the folder with this real path; empty where there are too many to keep, or where it cannot be read."""
+        if folder not in self._files:
+            names = self._files[folder] = frozenset(self._list(folder))
+            self._room -= len(names)
+        return self._files[folder]
+
+    def _list(self, folder: str) -> list[str]:
+        """A backslash may lead away on another system: such a name is left out, and looked at closely."""
+        names: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False) and "\\" not in (name := entry.name):
+                        names.append(name)
+                        if len(names) > self._room:
+                            return []
+        except OSError:
+            return []
+        return names
+
+
 class ImageFolder:
     """The image folder of a source (None: its pictures, if any, are inside the records, and go to `store`). Raises
     InputError if there is no such folder.
@@ -109,14 +138,13 @@ class ImageFolder:
     that a later run can tell whether an image has come, gone or been renamed.
     """
 
-    def __init__(self, root: str | os.PathLike | None, source: str, store: PictureStore):
+    def __init__(self, root: str | os.PathLike | None, source: str, store: PictureStore, listings: Listings):
         if root is not None and not os.path.isdir(root):
             raise InputError(f'source "{source}": images: {root} is not a folder; give the folder the images lie in.')
         self._root = None if root is None else os.path.abspath(root)
         self._real_root = None if root is None else os.path.realpath(root)
         self._folders: dict[str, _Folder] = {}  # by what stands before the file name in a path, with its "/"
-        self._room = NAMES_KEPT
-        self._store = store
+        self._store, self._listings = store, listings
         self.modified: dict[str, int | None] = {}
 
     def find(self, path: object) -> Found:
@@ -183,24 +211,8 @@ class ImageFolder:
         real = os.path.realpath(path)
         self._refuse_escape(real, path)
         self._note(path)
-        files = frozenset(self._list(real))
-        self._room -= len(files)
-        folder = self._folders[parent] = _Folder(path, real, files)
+        folder = self._folders[parent] = _Folder(path, real, self._listings.files(real))
         return folder
-
-    def _list(self, folder: str) -> list[str]:
-        """The plain files of a folder. A backslash may lead away on another system: such a name is looked at closely."""
-        names: list[str] = []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_file(follow_symlinks=False) and "\\" not in entry.name:
-                        names.append(entry.name)
-                        if len(names) > self._room:
-                            return []
-        except OSError:
-            return []
-        return names
 
     def _note(self, folder: str) -> None:
         if folder not in self.modified:

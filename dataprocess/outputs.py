@@ -20,9 +20,12 @@ class AsideFile:
         self._file = open(self._aside, "wb")
 
     def write(self, lines: list[bytes]) -> None:
-        if lines:
-            self.lines += len(lines)
-            self.bytes += self._file.write(b"\n".join(lines) + b"\n")
+        self.write_ended(b"".join(line + b"\n" for line in lines))
+
+    def write_ended(self, lines: bytes | bytearray) -> None:
+        """Lines that have their newlines."""
+        self.lines += lines.count(b"\n")
+        self.bytes += self._file.write(lines)
 
     def publish(self) -> None:
         self._file.flush()

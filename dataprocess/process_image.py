@@ -40,6 +40,7 @@ def prepare(
     seed: int,
     max_refused: float,
     verify_images: bool,
+    images_may_change: bool = False,
 ) -> dict:
     """Write the QA file and the validation file from `sources`; return the report that stands beside `qa_file`.
 
@@ -47,6 +48,9 @@ def prepare(
     there is no image), chosen by a seeded hash (see `Split`), is held out with everything said about it. Without a
     `validation_file` nothing is held out. No training record shows a held-out image, whichever source it comes from.
     With `verify_images` every image is decoded once, and again only when its file has changed.
+
+    Where settings, annotation files and images are as they were, nothing is done; with `images_may_change` the images may
+    be others.
 
     Report: "read", "kept", "refused" (raw records), "by_source" (the same three), "by_reason", "repairs" (rule -> kept
     records that needed it), "train" and "validation" ({"file", "records", "bytes"}), "image_folders" (folder ->
@@ -67,8 +71,9 @@ def prepare(
         if verify_images:
             verifier = stack.enter_context(ImageVerifier(outputs[TRAIN].with_suffix(".images.sqlite")))
         report = _finished(report_file, fingerprint)
-        if report and not _problem(report, max_refused, refused_path) and not (verifier and verifier.changed()):
-            return report
+        if report and not _problem(report, max_refused, refused_path):
+            if images_may_change or not (_images_changed(report) or (verifier and verifier.changed())):
+                return report
 
         files = {side: stack.enter_context(AsideFile(path)) for side, path in outputs.items()}
         refused_file, report_aside = (stack.enter_context(AsideFile(path)) for path in (refused_path, report_file))
@@ -136,8 +141,7 @@ def _fingerprint(
 
 
 def _finished(report_file: Path, fingerprint: str) -> dict | None:
-    """The report of an earlier run that would be repeated exactly, if its files are still what it wrote and no folder of
-    images has changed."""
+    """The report of an earlier run with the same settings and annotation files, if its files are still what it wrote."""
     try:
         report = json.loads(report_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,11 +150,15 @@ def _finished(report_file: Path, fingerprint: str) -> dict | None:
         return None
     written = [report[side] for side in (TRAIN, VALIDATION) if side in report]
     whole = all(os.path.isfile(one["file"]) and os.path.getsize(one["file"]) == one["bytes"] for one in written)
-    unchanged = all(modified_ns(folder) == before for folder, before in report["image_folders"].items())
-    return report if whole and unchanged else None
+    return report if whole else None
 
 
-def prepare_from_config(config: Config) -> dict | None:
+def _images_changed(report: dict) -> bool:
+    """Whether an image has come or gone since."""
+    return any(modified_ns(folder) != before for folder, before in report["image_folders"].items())
+
+
+def prepare_from_config(config: Config, images_may_change: bool = False) -> dict | None:
     """What the config's `data` section says: the demo's raw data if it is wanted and missing, then `prepare`. Returns the
     report, or None where there are no sources and data.qa_file is used as it is."""
     data = config.data
@@ -170,6 +178,7 @@ def prepare_from_config(config: Config) -> dict | None:
         seed=config.seed,
         max_refused=data.max_refused,
         verify_images=data.verify_images,
+        images_may_change=images_may_change,
     )
 
 

@@ -245,14 +245,16 @@ def _captioned(name: str | None, image: str, captions: object, index: int) -> Dr
         raise RecordError("wrong_type", f'"caption" is {type(captions).__name__}; expected a list of texts.')
     try:
         text = "\n".join(captions)
-        is_ascii = text.isascii() or not text.encode()
+        text.encode()
     except TypeError:
         raise RecordError("wrong_type", f'"caption" holds {captions!r:.40}; expected a list of texts.') from None
     except UnicodeEncodeError:
         raise RecordError("bad_unicode", "a caption holds half a surrogate pair, which is no character.") from None
-    conversations = [
+    conversations = [  # a caption's first character nearly always tells
         [
-            (_ENGLISH_PROMPT_TURNS if is_ascii or not _is_chinese(caption) else _PROMPT_TURNS)[number % 2],
+            (_PROMPT_TURNS if "\u3400" <= caption < "\ua000" or _is_chinese(caption) else _ENGLISH_PROMPT_TURNS)[
+                number % 2
+            ],
             {"role": "assistant", "content": caption},
         ]
         for number, caption in enumerate(captions, start=index)

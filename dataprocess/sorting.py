@@ -16,7 +16,7 @@ from tqdm import tqdm
 from config import InputError, SourceConfig
 from dataprocess.containers import stream_records
 from dataprocess.detect import reader_for
-from dataprocess.images import Found, ImageFolder, PictureStore, folder_from
+from dataprocess.images import Found, ImageFolder, Listings, PictureStore, folder_from
 from dataprocess.marks import repair_marks
 from dataprocess.outputs import AsideFile, UniqueNames
 from dataprocess.readers import Draft
@@ -61,7 +61,8 @@ class Sorter:
     ):
         self._files, self._refused, self._tally = files, refused, tally
         self._split, self._store, self._verifier = split, store, verifier
-        self._folders: dict[Path | None, ImageFolder] = {}  # sources share folders, and listing one takes time
+        self._folders: dict[Path | None, ImageFolder] = {}
+        self._listings = Listings()  # takes time, and sources share folders
 
     def read(self, source: SourceConfig) -> None:
         """Sort every record of a source. Raises InputError where its files or its settings cannot be used."""
@@ -87,7 +88,7 @@ class Sorter:
     def _folder_of(self, source: SourceConfig) -> ImageFolder:
         root = source.images or (source.annotations if source.annotations.is_dir() else None)
         if root not in self._folders:
-            self._folders[root] = ImageFolder(root, source.name, self._store)
+            self._folders[root] = ImageFolder(root, source.name, self._store, self._listings)
         return self._folders[root]
 
     def _candidates(
@@ -147,7 +148,8 @@ class Sorter:
 
     def _sort(self, candidates: list[_Candidate], source: SourceConfig, file: Path, names: UniqueNames) -> None:
         """Write the candidates, in their order, to the side where each belongs, or to the refused ones."""
-        lines: dict[str, list[bytes]] = {side: [] for side in self._files}
+        # One buffer a side: a line by itself keeps the several times larger memory in which orjson wrote it.
+        lines = {side: bytearray() for side in self._files}
         refused = []
         for item, wanted, images, objects, repairs, error in candidates:
             if error is None:
@@ -169,14 +171,14 @@ class Sorter:
                     for obj in objects:
                         obj["image"] = _paths(images, self._files[side].folder)
             for obj in objects:
-                lines[side].append(orjson.dumps(obj))
+                lines[side] += orjson.dumps(obj, None, orjson.OPT_APPEND_NEWLINE)
             if repairs:
                 self._tally.repairs.update(set(repairs))
         self._tally.keep(source.name, len(candidates) - len(refused))
         self._tally.refuse(refused)
         self._refused.write([refusal.to_line() for refusal in refused])
         for side, written in lines.items():
-            self._files[side].write(written)
+            self._files[side].write_ended(written)
 
 
 @contextmanager
@@ -213,9 +215,9 @@ def _paths(images: list[Found], qa_folder: str) -> str | list[str]:
 
 def _checked(obj: dict, images: list[Found], repairs: Sequence[str]) -> Sequence[str]:
     """The repairs that were needed to make a QA record of `obj`: `repairs` and more. RecordError where it cannot be one."""
-    for image in images:
-        if image.repair:
-            repairs = [*repairs, image.repair]
+    for *_, repair, _ in images:
+        if repair:
+            repairs = [*repairs, repair]
     try:
         check_record(obj)
     except RecordError as error:

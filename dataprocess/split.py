@@ -22,8 +22,8 @@ class Split:
     """
 
     def __init__(self, seed: int, fraction: float):
-        self._seeded, self._chosen_below = blake2b(f"{seed}/".encode(), digest_size=8), int(fraction * 2**64)
-        self._chosen_below = self._chosen_below.to_bytes(8, "big")
+        self._seeded = blake2b(f"{seed}/".encode(), digest_size=8)
+        self._chosen_below = int(fraction * 2**64).to_bytes(8, "big")
         self._held: set[str] = set()
 
     def side(self, split: str, images: list[Found], name: str | None) -> str:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+import tracemalloc
 import types
 from functools import partial
 from pathlib import Path
@@ -690,6 +691,23 @@ def test_images_beside_the_qa_file_do_not_make_every_run_the_first(shop):
     before = (shop.folder / "out" / "qa.jsonl").stat().st_ino
     shop.prepare()
     assert (shop.folder / "out" / "qa.jsonl").stat().st_ino == before
+
+
+def test_refused_records_do_not_stay_in_memory(shop):
+    folder, answer = shop.images("pictures", "a.jpg", "held.jpg"), "word " * 1000
+    names = {0: "gone.jpg", 1: "held.jpg"}
+    raw = [llava(names.get(k % 50, "a.jpg"), "<image>\nWhat?", f"{answer}{k}", id=k) for k in range(3000)]
+    shop.source("held", "llava", [llava("held.jpg")], folder, split="validation")
+    shop.source("x", "llava", raw, folder, split="train")
+    del raw
+    tracemalloc.start()
+    try:
+        report = shop.prepare()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert report["by_reason"] == {"image_held_out": 60, "missing_image": 60}
+    assert peak < 8e6  # of 15 MB
 
 
 def test_an_interrupted_run_leaves_what_was_there(shop, monkeypatch):
