@@ -85,6 +85,7 @@ class DataConfig:
     validation_fraction: float = bounds(0.01, low=0.0, high=0.9)
     max_refused: float = bounds(0.01, low=0.0, high=1.0)
     verify_images: bool = True
+    on_bad_image: Literal["stop", "skip"] = "stop"
     max_length: int = bounds(1024, low=8)
     system_prompt: str | None = "You are a helpful assistant."
 
@@ -131,6 +132,8 @@ class TrainConfig:
     warmup_ratio: float = bounds(0.03, low=0.0, high=1.0)
     weight_decay: float = bounds(0.0, low=0.0)
     max_grad_norm: float | None = bounds(1.0, low=0.0)
+    max_bad_steps: int = bounds(3, low=1)
+    fsdp: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
     num_threads: int | None = bounds(None, low=1)
@@ -203,7 +206,8 @@ def to_yaml(config: Config) -> str:
 
 # keys that may change between the parts of a run that was interrupted: they change nothing that is learned
 FREE_KEYS = (
-    "output_dir test.* data.max_refused data.demo_folder model.start_from train.num_threads train.num_workers "
+    "output_dir test.* data.max_refused data.demo_folder data.on_bad_image model.start_from train.max_bad_steps "
+    "train.fsdp train.num_threads train.num_workers "
     "train.logging_steps train.eval_steps train.eval_samples train.score_samples train.save_steps train.save_total_limit "
     "train.report_to train.activation_checkpointing"
 ).split()

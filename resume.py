@@ -34,10 +34,11 @@ from model.folder import (
     verify_folder,
     write_folder,
 )
+from model.parallel import whole
 
 # what a run writes into its folder, and so what is moved when another run takes the folder over
 RUN_FILES = (
-    "checkpoint-* best final answers tensorboard wandb metrics.jsonl samples.jsonl run.json curves.png *.unusable.jsonl"
+    "checkpoint-* best final answers tensorboard wandb metrics.jsonl samples.jsonl skipped.jsonl run.json curves.png"
 ).split()
 NO_HISTORY = "remove it, it only tells how the run came about"
 
@@ -188,9 +189,9 @@ def _find_checkpoint(config: Config, resume: str, say: Callable[[str], None]) ->
     return found
 
 
-def load_position(run: Run, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
-    """Fill the optimizer and the loss scaler; return the step to go on at. InputError where the data or the precision are
-    not those of the run's first part."""
+def load_position(run: Run, optimizer: torch.optim.Optimizer, checkpoint: Path) -> tuple[int, int]:
+    """Fill the optimizer and the loss scaler; return the step to go on at, and how many bad steps in a row were before it.
+    InputError where the data or the precision are not those of the run's first part."""
     state = load_state(checkpoint, run.built.model, optimizer.optimizer)
     for key, now in run.identity.items():
         if state.get(key) != now:
@@ -209,7 +210,10 @@ def load_position(run: Run, optimizer: torch.optim.Optimizer, checkpoint: Path) 
     if scaler is not None:
         scaler.load_state_dict(saved)
     run.say(f"going on from {checkpoint} at step {state['step']} of {run.total_steps}")
-    return state["step"]
+    bad_steps = state.get("bad_steps")
+    if type(bad_steps) is not int or bad_steps < 0:
+        raise InputError(f'{checkpoint / "state.json"}: "bad_steps" is no count; use another checkpoint.')
+    return state["step"], bad_steps
 
 
 def _keys(value: object) -> set | None:
@@ -235,10 +239,10 @@ def is_finished(run: Run, resume_from: Path | None) -> bool:
 # Saving
 
 
-def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write checkpoint-<step>, then remove the oldest beyond save_total_limit."""
+def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer, step: int, bad_steps: int) -> None:
+    """Write checkpoint-<step>, then remove the oldest beyond save_total_limit. bad_steps: how many in a row stand before."""
     model, scaler = run.built.model, run.accelerator.scaler
-    state = {"step": step, "scaler": scaler and scaler.state_dict(), **run.identity}
+    state = {"step": step, "bad_steps": bad_steps, "scaler": scaler and scaler.state_dict(), **run.identity}
 
     def write(folder: Path) -> None:
         write_model(run, folder)
@@ -250,7 +254,8 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer, step: int) -> No
         prune_checkpoints(run.config.output_dir, run.config.train.save_total_limit, run.say)
 
     run.accelerator.wait_for_everyone()
-    on_main(save)
+    with whole(model, optimizer.optimizer):
+        on_main(save)
 
 
 def write_model(run: Run, folder: Path) -> None:
@@ -301,4 +306,5 @@ def _write_with(run: Run, name: str, file: str, values: dict | None) -> None:
             (folder / file).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     run.accelerator.wait_for_everyone()
-    on_main(lambda: write_folder(run.config.output_dir / name, write, trained_bytes(run.built.model)))
+    with whole(run.built.model):
+        on_main(lambda: write_folder(run.config.output_dir / name, write, trained_bytes(run.built.model)))

@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import math
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked after the tokenizer was used
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from assemble import Run, open_loader, open_run, rates, trainable_words
-from config import DEFAULT_CONFIG, IGNORE_INDEX, InputError, load_config, run_script, to_yaml
+from assemble import Run, build, open_loader, open_processors, open_run, rates, trainable_words
+from check import check_data
+from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script, to_yaml
 from dataprocess.process_image import prepare_from_config
 from dataprocess.report import summary
 from dataset.check_report import refused_rows
@@ -35,11 +38,25 @@ from dataset.findings import Findings
 from dataset.loader import make_loader
 from evaluation.runlog import RunLog
 from evaluation.score import Question, questions_of, score, score_table
+from interrupt import StopRequest
 from model.answer import Request
-from model.build import autocast, resolve_precision
+from model.build import PRECISIONS, autocast, resolve_precision
 from model.folder import verify_folder
+from model.parallel import check_equal_weights, gathered, shard
 from model.trainable import param_groups, trainable_table
-from resume import find_checkpoint, is_finished, load_position, move_aside, save_checkpoint, write_final
+from resume import (
+    RunLock,
+    best_val_loss,
+    find_checkpoint,
+    is_finished,
+    load_position,
+    move_aside,
+    record_start,
+    save_checkpoint,
+    write_best,
+    write_final,
+)
+from step import Stepper, count_targets, on_device, total
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,20 +78,33 @@ def main(argv: list[str] | None = None) -> int:
             f"{accelerator.distributed_type} is not supported: launch with torchrun, without FSDP or DeepSpeed."
         )
     say = functools.partial(accelerator.print, flush=True)
-    try:
-        with accelerator.main_process_first():
-            report = prepare_from_config(config)
-        if report is not None:
-            say(summary(report))
-    finally:  # the list of refused records stands there whether they were too many or not
-        if arguments.check and config.data.sources:
-            say(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
-    findings, resume_from = Findings(config.output_dir / "findings.jsonl"), None
+    with contextlib.nullcontext() if arguments.check else RunLock(config.output_dir, say):
+        return run_locked(arguments, config, accelerator, precision, say)
+
+
+def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accelerator, precision: str, say) -> int:
+    """What a run does in its folder, which is its own by now."""
+    findings = Findings(config.output_dir / "findings.jsonl")
+    resume_from = processors = built = left_out = None
     with findings.collect():
         resume_from = find_checkpoint(config, arguments.resume, say)
     if arguments.check:
         check_folders(config.output_dir, findings, say)
-    run = open_run(config, accelerator, precision, resume_from, findings, arguments.check, say)
+    # a run that goes on keeps the records that it began with, whatever has become of their pictures
+    prepare_data(config, accelerator, resume_from is not None, arguments.check, say)
+    with findings.collect():
+        processors = open_processors(config, resume_from)
+    if accelerator.is_main_process:
+        left_out = check_data(config, processors, findings, arguments.check, say)
+        findings.save()
+    left_out, findings = broadcast_object_list([left_out, findings])
+    if not arguments.check:
+        findings.stop()  # at once: weights take long to read
+    if processors is not None:
+        with findings.collect():
+            built = build(config, precision, processors, resume_from)
+    findings.stop()
+    run = open_run(config, accelerator, precision, built, left_out, say)
     say(trainable_table(run.built.model, trainable_words(config), rates(config)))
     say(
         f"{len(run.order.kept):,} records, {run.order.epoch_length:,} samples an epoch; {run.total_steps:,} steps of "
@@ -88,71 +118,90 @@ def main(argv: list[str] | None = None) -> int:
     elif is_finished(run, resume_from):
         return 0
     start_trackers(run)
-    train(run, resume_from)
-    finish(run)
+    stopped = train(run, resume_from)
+    if not stopped:
+        finish(run)
     accelerator.end_training()
+    return 128 + stopped if stopped else 0  # what a shell says of a command that a signal ended
+
+
+def train(run: Run, resume_from: Path | None) -> int:
+    """The loop. Whatever changes from step to step is a pure function of the step (samples, learning rates, dropout's seed)
+    or is saved with it (weights, optimizer, loss scaler): an interrupted run goes on as if it had not been. Returns the
+    number of the signal that stopped it, 0 where it ran to its end."""
+    config, accelerator, settings = run.config, run.accelerator, run.config.train
+    model = run.built.model
+    check_equal_weights(model)
+    if settings.fsdp:
+        shard(model, accelerator.device, PRECISIONS[run.precision])
+    model.to(accelerator.device)
+    groups = param_groups(model, trainable_words(config), rates(config), settings.weight_decay)
+    base_rates = [group["lr"] for group in groups]
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0))
+    start_step, bad_steps = load_position(run, optimizer, resume_from) if resume_from else (0, 0)
+    record_start(run, resume_from, start_step, sys.argv)
+    processes = accelerator.num_processes
+    log = RunLog(
+        config.output_dir, start_step, settings.logging_steps, accelerator.is_main_process, processes, accelerator.log
+    )
+    lowest = best_val_loss(run)
+    context = autocast(run.precision, accelerator.device)
+    stepper = Stepper(model, optimizer, accelerator, context, config.seed, settings.max_grad_norm)
+    batches = iter(open_loader(run, start_step))
+    micros_here = run.cut[1] // processes  # of a step, in this process
+    model.train()
+    progress = tqdm(total=run.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process)
+    with StopRequest() as asked:
+        for step in range(start_step, run.total_steps):
+            micros = [next(batches) for _ in range(micros_here)]
+            factor = learning_rate_factor(step, run.total_steps, settings.warmup_ratio)
+            outcome, stop = stepper(step, micros, [rate * factor for rate in base_rates], asked.signal is not None)
+            done = step + 1
+            bad_steps = bad_steps + 1 if outcome.is_bad else 0
+            if outcome.replaced:
+                records = gather_object([text for batch in micros for text in batch["replaced"]])
+                log.skipped(done, "bad_image", {"records": records})
+            if outcome.is_bad:
+                ids = gather_object([name for batch in micros for name in batch["ids"]])
+                values = {"loss": repr(outcome.loss), "grad_norm": repr(outcome.grad_norm)}  # JSON has no infinity
+                log.skipped(done, "not_finite", {**values, "records": ids})
+                if bad_steps >= settings.max_bad_steps:
+                    stop_for_bad_steps(run, done, bad_steps, ids)
+            rates_now = {group["name"]: group["lr"] for group in optimizer.param_groups}
+            shown = log.step(done, run.epoch(done), **dataclasses.asdict(outcome), rates=rates_now, batches=micros)
+            progress.set_postfix(shown, refresh=False)
+            progress.update()
+            is_last = done == run.total_steps
+            evaluates = run.validation_set is not None and settings.eval_steps
+            if evaluates and (is_last or done % settings.eval_steps == 0):
+                log.flush()
+                val_loss, samples = evaluate(run, done)
+                log.validation(done, run.epoch(done), val_loss, samples)
+                if val_loss < lowest:
+                    lowest = val_loss
+                    write_best(run, done, val_loss)
+            if is_last or stop or (settings.save_steps and done % settings.save_steps == 0):
+                log.flush()
+                save_checkpoint(run, optimizer, done, bad_steps)
+                log.draw()
+                log.start_interval()
+            if stop:
+                progress.close()
+                run.say(
+                    f"stopped after step {done} of {run.total_steps}. It is saved; the same command goes on from there."
+                )
+                return asked.signal or signal.SIGTERM  # another process may have been the one that was asked
+    progress.close()
     return 0
 
 
-def train(run: Run, resume_from: Path | None) -> None:
-    """The loop. Whatever changes from step to step is a pure function of the step (samples, learning rates, dropout's seed)
-    or is saved with it (weights, optimizer, loss scaler): an interrupted run goes on as if it had not been."""
-    config, accelerator, settings = run.config, run.accelerator, run.config.train
-    groups = param_groups(run.built.model, trainable_words(config), rates(config), settings.weight_decay)
-    base_rates = [group["lr"] for group in groups]
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    model, optimizer = accelerator.prepare(run.built.model, torch.optim.AdamW(groups, lr=0.0))
-    start_step = load_position(run, optimizer, resume_from) if resume_from else 0
-    log = RunLog(
-        config.output_dir,
-        start_step,
-        settings.logging_steps,
-        accelerator.is_main_process,
-        accelerator.num_processes,
-        accelerator.log,
+def stop_for_bad_steps(run: Run, step: int, count: int, ids: list[str]) -> None:
+    raise InputError(
+        f"step {step}: the loss or its gradient is no number, for the {count}. step in a row, here with records "
+        f"{', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}; all are in {run.config.output_dir / 'skipped.jsonl'}. "
+        "These steps were left out, so the weights are whole. Lower the learning rates, or set train.precision to bf16 or "
+        "fp32; the same command goes on from the last checkpoint."
     )
-    batches = iter(open_loader(run, start_step))
-    micros = settings.gradient_accumulation_steps // accelerator.num_processes  # of a step, in this process
-    model.train()
-    progress = tqdm(total=run.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process)
-    for step in range(start_step, run.total_steps):
-        step_batches = [next(batches) for _ in range(micros)]
-        targets = int(total(accelerator, sum(int((b["labels"][:, 1:] != IGNORE_INDEX).sum()) for b in step_batches)))
-        loss = 0.0
-        for i, batch in enumerate(step_batches):
-            seed_dropout(config.seed, step, micro=i * accelerator.num_processes + accelerator.process_index)
-            with contextlib.nullcontext() if i == micros - 1 else accelerator.no_sync(model):
-                loss_sum = model(**on_device(batch, accelerator.device))
-                # every answer token of the step weighs the same; DDP takes the mean over processes, so undo that
-                accelerator.backward(loss_sum * (accelerator.num_processes / targets))
-            loss += loss_sum.detach().float()
-        loss = total(accelerator, loss) / targets
-        stop_if_not_finite(loss, step + 1, step_batches)
-        factor = learning_rate_factor(step, run.total_steps, settings.warmup_ratio)
-        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = rate * factor
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
-        if accelerator.scaler is None:  # fp16's scaler leaves such a step out and lowers its scale
-            stop_if_not_finite(grad_norm, step + 1, step_batches)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        done = step + 1
-        rates_now = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        shown = log.step(done, run.epoch(done), loss, grad_norm, rates_now, targets, step_batches)
-        progress.set_postfix(shown, refresh=False)
-        progress.update()
-        is_last = done == run.total_steps
-        evaluates = run.validation_set is not None and settings.eval_steps
-        if evaluates and (is_last or done % settings.eval_steps == 0):
-            log.flush()
-            log.validation(done, run.epoch(done), *evaluate(run, done))
-        if is_last or (settings.save_steps and done % settings.save_steps == 0):
-            log.flush()
-            save_checkpoint(run, optimizer, done)
-            log.draw()
-            log.start_interval()
-    progress.close()
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -164,36 +213,20 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> fl
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
-def seed_dropout(seed: int, step: int, micro: int) -> None:
-    """Dropout's random numbers belong to the micro-batch, whoever computes it and whenever: nothing to save, and the same on
-    one process or four."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, micro)).generate_state(1)[0]))
-
-
-def stop_if_not_finite(value: float, step: int, batches: list[dict]) -> None:
-    """InputError where a loss or a gradient norm is no number any more: before the weights are touched."""
-    if not math.isfinite(value):
-        names = [name for batch in batches for name in batch["ids"]]
-        raise InputError(
-            f"step {step}: the loss or its gradient is {value}, with records {', '.join(names[:8])}. Lower the learning "
-            "rates, or set train.precision to bf16 or fp32; the last checkpoint is from before this step."
-        )
-
-
-def total(accelerator: Accelerator, value: float | torch.Tensor) -> float:
-    """The sum over all processes."""
-    value = torch.as_tensor(value, dtype=torch.float64 if accelerator.device.type != "mps" else None)
-    return accelerator.reduce(value.to(accelerator.device), reduction="sum").item()
-
-
-def on_device(batch: dict, device: torch.device) -> dict:
-    """The tensors that the model takes, on its device."""
-    tensors = {key: value for key, value in batch.items() if key != "ids"}
-    return {k: None if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the loop
+
+
+def prepare_data(config: Config, accelerator: Accelerator, goes_on: bool, check: bool, say) -> None:
+    """The QA file from its sources, by the main process, before the others go on."""
+    try:
+        with accelerator.main_process_first():
+            report = prepare_from_config(config, images_may_change=goes_on)
+        if report is not None:
+            say(summary(report))
+    finally:  # the list of refused records stands there whether they were too many or not
+        if check and config.data.sources:
+            say(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -256,15 +289,16 @@ def evaluate(run: Run, step: int) -> tuple[float, list[dict]]:
     size = settings.per_device_train_batch_size
     batches = ([(0, int(i)) for i in mine[start : start + size]] for start in range(0, len(mine), size))
     loss, targets = 0.0, 0
-    for batch in make_loader(run.validation_set, batches, run.built.tokenizer.pad_token_id, 0, False):
-        with autocast(run.precision, accelerator.device)():
-            loss += model(**on_device(batch, accelerator.device)).float()
-        targets += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    val_loss = total(accelerator, loss) / total(accelerator, targets)
+    with gathered(model):
+        for batch in make_loader(run.validation_set, batches, run.built.tokenizer.pad_token_id, 0, False):
+            with autocast(run.precision, accelerator.device)():
+                loss += float(model(**on_device(batch, accelerator.device)))
+            targets += count_targets(batch)
+        questions = questions_of(run.validation_set.qa, run.validation_kept[:4].tolist())[:4]
+        answers = run.answerer.answer([Request(q.turns, q.images) for q in questions])
+    loss, targets = total(accelerator, [loss, targets])
+    val_loss = loss / targets
     model.train()
-
-    questions = questions_of(run.validation_set.qa, run.validation_kept[:4].tolist())[:4]
-    answers = run.answerer.answer([Request(q.turns, q.images) for q in questions])
     samples = [
         {"id": q.id, "question": q.text, "answer": answer, "reference": q.reference}
         for q, answer in zip(questions, answers, strict=True)
@@ -282,7 +316,8 @@ def finish(run: Run) -> None:
         chosen = run.validation_kept[: run.config.train.score_samples].tolist()
         questions = questions_of(run.validation_set.qa, chosen)
         run.say(f"asking {len(questions)} held-out questions, with their pictures and with swapped ones")
-        scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
+        with gathered(run.built.model):
+            scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
         write_final(run, scores)
         run.say(score_table(scores))
     run.say(f"done: {run.config.output_dir / 'final'}")

@@ -51,6 +51,7 @@ class Checked:
     path: Path
     read: int = 0  # records, good or not
     wrong: Rows = field(default_factory=Rows)
+    bad_images: Rows = field(default_factory=Rows)  # good records otherwise, whose pictures cannot be read
     unfit: Rows = field(default_factory=Rows)  # what max_length leaves no use for
     unfit_records: array = field(default_factory=lambda: array("q"))  # their places among the records, from 0
     sources: dict[str, SourceCount] = field(default_factory=dict)
@@ -101,14 +102,16 @@ def check_file(
             content_hash = hash((record.images, record.conversations, record.alternatives))
             content_hashes.append(content_hash)
             _count(checked, record)
+            readable = True
             if record.images:
-                if not _check_paths(checked, item, record, folder, is_held_out, held_out):
-                    continue
+                readable = _check_paths(checked, item, record, folder, is_held_out, held_out)
             elif is_held_out:
                 checked.text_hashes.add(content_hash)
             elif held_out and content_hash in held_out.text_hashes:
                 checked.held_out_texts += 1
             if chat and not _fits(checked, item, record, chat, max_length):
+                continue
+            if not readable:
                 continue
             good += 1  # every good record has the same chance to be among the sample at the end
             if len(checked.sample) < sample_size:
@@ -126,14 +129,14 @@ def check_file(
 
 
 def check_pictures(checked: Checked) -> int:
-    """Decode every picture of the sample to its last pixel, in threads; what cannot be decoded is added to `wrong`. Returns
-    the number of pictures."""
+    """Decode every picture of the sample to its last pixel, in threads; what cannot be decoded is added to `bad_images`.
+    Returns the number of pictures."""
     folder = checked.path.parent
     pictures = [(place, folder / path) for place, record in checked.sample for path in record.images]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for (place, _), error in zip(pictures, pool.map(_picture_fault, (path for _, path in pictures)), strict=True):
             if error:
-                checked.wrong.add(place, error.reason, str(error))
+                checked.bad_images.add(place, error.reason, str(error))
     return len(pictures)
 
 
@@ -229,10 +232,12 @@ def _check_paths(
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             wrong = getattr(error, "strerror", None) or str(error)
         if wrong:
-            checked.wrong.add(_place(checked.path, item, record), "missing_image", f"{path}: {wrong}.")
+            checked.bad_images.add(_place(checked.path, item, record), "missing_image", f"{path}: {wrong}.")
             return False
         if state.st_size == 0:
-            checked.wrong.add(_place(checked.path, item, record), "unreadable_image", f"{path}: the file is empty.")
+            checked.bad_images.add(
+                _place(checked.path, item, record), "unreadable_image", f"{path}: the file is empty."
+            )
             return False
         if is_held_out:
             checked.picture_sizes.add(state.st_size)

@@ -4,9 +4,12 @@ it is handed a function that turns an image file into pixel_values.
 
 from __future__ import annotations
 
+import itertools
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,12 +17,22 @@ from torch.utils.data import DataLoader, Dataset
 from config import IGNORE_INDEX, InputError
 from dataset.conversation import ChatFormat
 from dataset.qa_file import QAFile
+from visual.images import ImageError
+
+REPLACEMENTS = 10  # records tried in one place before pictures are taken to be gone altogether
+
+
+class BadImage(InputError):
+    """A record whose pictures cannot be read."""
 
 
 class QADataset(Dataset):
-    """Samples by (epoch, record): {"id": str, "input_ids": [L], "labels": [L], "pixel_values": [m, 3, H, W], m >= 0}.
+    """Samples by (epoch, record): {"id": str, "input_ids": [L], "labels": [L], "pixel_values": [m, 3, H, W], m >= 0,
+    "replaced": None}.
 
-    read_pixels: image file -> [3, H, W] float32. A record that cannot be used raises InputError with its id.
+    read_pixels: image file -> [3, H, W] float32. kept: the records that may be used, None for all. A record that cannot
+    be used raises InputError with its id. skip_bad_images: where its pictures cannot be read, another one of `kept` takes
+    its place, which one being a function of (seed, epoch, record), and "replaced" says whose place and why.
     """
 
     def __init__(
@@ -29,22 +42,45 @@ class QADataset(Dataset):
         read_pixels: Callable[[Path], Tensor],
         max_length: int | None,
         seed: int,
+        kept: np.ndarray | None = None,
+        skip_bad_images: bool = False,
     ):
         self.qa, self.chat, self.read_pixels, self.max_length, self.seed = qa, chat, read_pixels, max_length, seed
+        self.kept = np.arange(len(qa)) if kept is None else kept
+        self.skip_bad_images = skip_bad_images
 
     def __len__(self) -> int:
         return len(self.qa)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
+        if not self.skip_bad_images:
+            return self._read(epoch, index)
+        places = np.random.default_rng((self.seed, epoch, index))
+        replaced = None
+        for _ in range(REPLACEMENTS):
+            try:
+                return self._read(epoch, index) | {"replaced": replaced}
+            except BadImage as error:
+                replaced = replaced or str(error)
+                index = int(self.kept[places.integers(len(self.kept))])
+        raise InputError(
+            f"{replaced} {REPLACEMENTS - 1} others in its place cannot be read either; are the pictures there?"
+        )
+
+    def _read(self, epoch: int, index: int) -> dict:
         record = self.qa[index]
         try:
             encoded = self.chat.encode(record.at_epoch(self.seed, epoch), self.max_length)
             pixels = [self.read_pixels(path) for path in self.qa.image_paths(record)]
+        except ImageError as error:
+            advice = "" if self.skip_bad_images else " With data.on_bad_image=skip another record takes its place."
+            raise BadImage(f'{self.qa.path} ("{record.id}"): {error}{advice}') from error
         except InputError as error:
             raise InputError(f'{self.qa.path} ("{record.id}"): {error}') from error
         return {
             "id": record.id,
+            "replaced": None,
             "input_ids": torch.tensor(encoded.input_ids),
             "labels": torch.tensor(encoded.labels),
             "pixel_values": torch.stack(pixels) if pixels else None,
@@ -53,7 +89,8 @@ class QADataset(Dataset):
 
 def collate(samples: Sequence[dict], pad_token_id: int) -> dict:
     """Pad on the right: input_ids, labels, attention_mask [B, L]; pixel_values [M, 3, H, W] of all images in reading order,
-    or None where the batch has no image; ids: the records' names."""
+    or None where the batch has no image; images_in_row [B]: how many of them each row has; ids: the records' names;
+    replaced: what was said of records whose place they took."""
     length = max(len(sample["input_ids"]) for sample in samples)
     shape = (len(samples), length)
     batch = {
@@ -70,8 +107,33 @@ def collate(samples: Sequence[dict], pad_token_id: int) -> dict:
     return {
         **batch,
         "pixel_values": torch.cat(pixels) if pixels else None,
+        "images_in_row": [0 if s["pixel_values"] is None else len(s["pixel_values"]) for s in samples],
         "ids": [sample["id"] for sample in samples],
+        "replaced": [sample["replaced"] for sample in samples if sample["replaced"]],
     }
+
+
+def split_batch(batch: dict, pieces: int) -> Iterator[dict]:
+    """A batch as `pieces` smaller ones (fewer where it has fewer rows) of consecutive rows, padded to their own length."""
+    rows = len(batch["ids"])
+    if pieces == 1:
+        yield batch
+        return
+    size = -(-rows // pieces)
+    images_before = [0, *itertools.accumulate(batch["images_in_row"])]
+    for first in range(0, rows, size):
+        last = min(first + size, rows)
+        length = int(batch["attention_mask"][first:last].sum(dim=1).max())
+        pixels = None
+        if images_before[first] < images_before[last]:
+            pixels = batch["pixel_values"][images_before[first] : images_before[last]]
+        yield {
+            **{key: batch[key][first:last, :length] for key in ("input_ids", "labels", "attention_mask")},
+            "pixel_values": pixels,
+            "images_in_row": batch["images_in_row"][first:last],
+            "ids": batch["ids"][first:last],
+            "replaced": [],
+        }
 
 
 def make_loader(
@@ -90,11 +152,29 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_leave_ctrl_c_to_the_parent,
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    count = 0
+    try:
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            count += 1
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a process that reads pictures was killed, at or before batch {count + 1} of this start ({error}). Mostly the "
+            "machine's memory was full: lower train.num_workers, or look for huge pictures; the same command goes on from "
+            "the last checkpoint."
+        ) from None
+
+
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    """A Ctrl-C reaches every process of a terminal; while the parent finishes its step, it needs its workers. (By SIGTERM
+    it ends them.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Batches(Dataset):

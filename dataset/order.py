@@ -52,6 +52,23 @@ class SampleOrder:
         return self.kept[generator.permutation(np.concatenate(taken))]
 
 
+def share_out(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
+    """(samples a micro-batch, micro-batches a step), for `processes` that share a step of batch_size x accumulation samples
+    evenly: as they are where that is possible, else the largest smaller micro-batches with which it is.
+
+    Raises InputError where the step's samples cannot be shared evenly.
+    """
+    samples = batch_size * accumulation
+    for size in range(batch_size, 0, -1):
+        if samples % (size * processes) == 0:
+            return size, samples // size
+    raise InputError(
+        f"a step has {samples} samples (train.per_device_train_batch_size {batch_size} x "
+        f"train.gradient_accumulation_steps {accumulation}), which {processes} processes cannot share evenly; make their "
+        f"product a multiple of {processes}."
+    )
+
+
 def micro_batches(
     order: SampleOrder, steps: range, batch_size: int, accumulation: int, rank: int, world_size: int
 ) -> Iterator[list[tuple[int, int]]]:

@@ -13,11 +13,10 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from assemble import open_processors, open_qa_file, source_weights
+from assemble import chat_format, open_processors, open_qa_file, source_weights
 from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
 from dataset.check import check_file
@@ -59,14 +58,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def show(config: Config, config_name: str, count: int) -> str:
     """The page of the first `count` samples that a run of `config` trains on, in its micro-batches."""
     processors = open_processors(config)
-    dataset = open_qa_file(config, processors, config.data.qa_file)
-    limit = config.data.max_length
-    checked = check_file(dataset.qa.path, chat=dataset.chat, max_length=limit, sample_size=0, seed=config.seed)
-    left_out = checked.unfit_records
-    if len(left_out) == len(dataset):
-        raise InputError(f'{dataset.qa.path}: no record fits into "data.max_length" ({limit}); allow more.')
-    kept = np.setdiff1d(np.arange(len(dataset)), left_out)  # as training does: the order depends on it
-    order = SampleOrder(kept, config.seed, source_weights(config, dataset)[kept])
+    path, limit = config.data.qa_file, config.data.max_length
+    chat = chat_format(config, processors)
+    left_out = check_file(path, chat=chat, max_length=limit, sample_size=0, seed=config.seed).unfit_records
+    dataset = open_qa_file(config, processors, path, left_out)
+    if not len(dataset.kept):
+        raise InputError(f'{path}: no record fits into "data.max_length" ({limit}); allow more.')
+    order = SampleOrder(dataset.kept, config.seed, source_weights(config, dataset)[dataset.kept])  # as training does
     words = vocabulary(processors)
     size = config.train.per_device_train_batch_size
     needed = -(-count // size)

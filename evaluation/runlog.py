@@ -1,7 +1,9 @@
-"""What a run writes down while it trains: metrics.jsonl, samples.jsonl, the progress bar, trackers, curves.png."""
+"""What a run writes down while it trains: metrics.jsonl, samples.jsonl, skipped.jsonl, the progress bar, trackers,
+curves.png."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from config import InputError
 
 
 class RunLog:
@@ -34,16 +38,29 @@ class RunLog:
         self.metrics = folder / "metrics.jsonl"
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in (self.metrics, folder / "samples.jsonl"):
+            for path in (self.metrics, folder / "samples.jsonl", folder / "skipped.jsonl"):
                 _keep_rows(path, start_step)
         self.start_interval()
 
     def step(
-        self, step: int, epoch: float, loss: float, grad_norm: float, rates: dict, targets: int, batches: list
+        self,
+        step: int,
+        epoch: float,
+        loss: float,
+        grad_norm: float,
+        targets: int,
+        is_bad: bool,
+        replaced: int,
+        rates: dict,
+        batches: list,
     ) -> dict:
-        """Note one optimizer step of this process's `batches`. Returns what the progress bar shows."""
-        self.loss_sum += loss * targets
-        self.targets += targets
+        """Note one optimizer step of this process's `batches`. is_bad: it was left out, because its loss or gradient was no
+        number. replaced: how many records were, for their pictures. Returns what the progress bar shows."""
+        if not is_bad:
+            self.loss_sum += loss * targets
+            self.targets += targets
+        self.skipped_steps += is_bad
+        self.replaced += replaced
         self.samples += sum(len(batch["ids"]) for batch in batches)
         self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
         seconds = max(time.perf_counter() - self.started, 1e-9)
@@ -55,7 +72,7 @@ class RunLog:
         self.pending = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": self.loss_sum / self.targets,
+            "loss": self.loss_sum / self.targets if self.targets else None,
             # fp16 overflows now and then, and JSON has no infinity
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             **rates,
@@ -63,6 +80,8 @@ class RunLog:
             "samples_per_s": round(self.samples * self.processes / seconds, 2),
             "tokens_per_s": round(self.tokens * self.processes / seconds, 1),
             "peak_memory_mb": round(peak_memory_mb(), 1),
+            "skipped_steps": self.skipped_steps,
+            "replaced_records": self.replaced,
         }
         if step == 1 or step % self.logging_steps == 0:
             self.flush()
@@ -75,6 +94,10 @@ class RunLog:
             self._write(self.metrics, self.pending)
         self.start_interval()
 
+    def skipped(self, step: int, reason: str, details: dict) -> None:
+        """Write down, in skipped.jsonl, what of a step was not learned from."""
+        self._write(self.folder / "skipped.jsonl", {"step": step, "reason": reason, **details})
+
     def validation(self, step: int, epoch: float, val_loss: float, samples: list[dict]) -> None:
         """Note an evaluation: the held-out loss, and a few generated answers. `flush` before it is made."""
         self._write(self.metrics, {"step": step, "epoch": round(epoch, 4), "val_loss": val_loss})
@@ -86,13 +109,13 @@ class RunLog:
         """Count from here."""
         self.pending: dict | None = None
         self.loss_sum, self.targets, self.samples, self.tokens = 0.0, 0, 0, 0
+        self.skipped_steps, self.replaced = 0, 0
         self.started = time.perf_counter()
 
     def _write(self, path: Path, row: dict) -> None:
         if not self.writes:
             return
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        _append(path, json.dumps(row, ensure_ascii=False).encode() + b"\n")
         if path == self.metrics:
             self.track({key: value for key, value in row.items() if key != "step"}, row["step"])
 
@@ -100,6 +123,21 @@ class RunLog:
         """Draw curves.png anew."""
         if self.writes:
             draw_curves(self.metrics, self.folder / "curves.png")
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a line, the whole of it or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            file.truncate(size)
+            raise InputError(
+                f"{path}: no row can be added ({error.strerror}); make room there, and the same command goes on from the "
+                "last checkpoint."
+            ) from None
 
 
 def peak_memory_mb() -> float:
@@ -133,7 +171,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = read_rows(metrics)
-    trained = [row for row in rows if "loss" in row]
+    trained = [row for row in rows if row.get("loss") is not None]
     held_out = [row for row in rows if "val_loss" in row]
     steps = [row["step"] for row in trained]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from config import InputError
 from model.folder import read_json
 from model.model import VisionLanguageModel
+from model.parallel import laid_out_as
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
@@ -187,7 +188,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
             raise InputError(f"{path}: {name!r} has not the optimizer state that AdamW keeps; use another checkpoint.")
         optimizer.state[trained[name]] = {
-            key: tensor if key == "step" else tensor.to(trained[name].device) for key, tensor in tensors.items()
+            key: tensor if key == "step" else laid_out_as(trained[name], tensor) for key, tensor in tensors.items()
         }
     return state
 

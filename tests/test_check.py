@@ -152,13 +152,14 @@ def test_a_fault_is_found_and_its_row_named(clean, tmp_path, fault):
     """With --check and by the quiet check at a start, before step 0, and nothing else is found."""
     (line,) = write_qa(clean.parent, [fault])
     _, reason, said = FAULTS[fault]
+    (tmp_path / "run").mkdir()
     for arguments in (["--check"], []):
         message = refused(clean, f"output_dir={tmp_path / 'run'}", *arguments)
         rows = re.findall(r"^    (line \d+)(.*)$", message, re.M)
         assert [row[0] for row in rows] == [f"line {line}"] and said in rows[0][1]
         assert f"{clean.parent / 'qa.jsonl'}\n  {reason}: 1 record\n" in message
         assert '("bad")' in message or fault in ("malformed JSON", "not UTF-8", "no object", "duplicate id")
-    assert not (tmp_path / "run").exists(), "nothing was trained"
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", "findings.jsonl"}, "nothing was trained"
 
 
 def test_all_faults_are_found_in_one_go(clean, tmp_path):
@@ -389,7 +390,7 @@ def test_pictures_outside_the_sample_are_looked_for_too(tmp_path):
     path = tmp_path / "qa.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = check_file(path, chat=None, max_length=8, sample_size=0, seed=0)
-    assert {reason: count for (_, reason), count in found.wrong.counts.items()} == {
+    assert {reason: count for (_, reason), count in found.bad_images.counts.items()} == {
         "unreadable_image": 1,
         "missing_image": 2,
     }

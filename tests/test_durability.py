@@ -441,7 +441,7 @@ def test_every_folder_says_how_it_came_about(opened_run, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a-secret")
     folder, optimizer = opened_run.config.output_dir, adam(opened_run)
     resume.record_start(opened_run, None, 0, ["train.py", "seed=1"])
-    resume.save_checkpoint(opened_run, optimizer, 3)
+    resume.save_checkpoint(opened_run, optimizer, 3, 0)
     resume.record_start(opened_run, folder / "checkpoint-3", 3, ["train.py"])
     resume.write_final(opened_run, None)
     text = (folder / "final" / "run.json").read_text()
@@ -493,7 +493,7 @@ def test_the_best_model_is_kept_beside_the_others(opened_run):
     with torch.no_grad():
         opened_run.built.model.projector.linear_1.bias += 1
     for step in (4, 5):
-        resume.save_checkpoint(opened_run, optimizer, step)
+        resume.save_checkpoint(opened_run, optimizer, step, 0)
     assert sorted(path.name for path in folder.iterdir()) == ["best", "checkpoint-5"]
     verify_folder(folder / "best")
     assert json.loads((folder / "best" / "best.json").read_text()) == {"step": 3, "val_loss": 0.75}
@@ -510,7 +510,7 @@ def test_a_checkpoint_says_beforehand_how_much_room_it_takes(opened_run, monkeyp
     folder, optimizer = opened_run.config.output_dir, adam(opened_run)
     asked, write = [], resume.write_folder
     monkeypatch.setattr(resume, "write_folder", lambda f, w, room: (asked.append(room), write(f, w, room)))
-    resume.save_checkpoint(opened_run, optimizer, 1)
+    resume.save_checkpoint(opened_run, optimizer, 1, 0)
     resume.write_final(opened_run, None)
     for name, room in zip(("checkpoint-1", "final"), asked, strict=True):
         saved = [load_file(path) for path in (folder / name).glob("*.safetensors")]
@@ -519,9 +519,9 @@ def test_a_checkpoint_says_beforehand_how_much_room_it_takes(opened_run, monkeyp
 
 def test_a_checkpoint_comes_back_bit_for_bit(opened_run):
     folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1)
+    resume.save_checkpoint(opened_run, optimizer, 1, 0)
     again = type("", (), {"optimizer": torch.optim.AdamW(optimizer.optimizer.param_groups[0]["params"])})()
-    assert resume.load_position(opened_run, again, folder / "checkpoint-1") == 1
+    assert resume.load_position(opened_run, again, folder / "checkpoint-1") == (1, 0)
     for parameter, state in optimizer.optimizer.state.items():
         assert all(torch.equal(state[key], again.optimizer.state[parameter][key]) for key in state)
 
@@ -531,7 +531,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(opened_run):
 )
 def test_a_step_that_cannot_be_is_refused(opened_run, step, message):
     folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1)
+    resume.save_checkpoint(opened_run, optimizer, 1, 0)
     path = folder / "checkpoint-1" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
     with pytest.raises(InputError, match=f"state.json.*{message}"):
@@ -550,7 +550,7 @@ def test_a_step_that_cannot_be_is_refused(opened_run, step, message):
 )
 def test_an_optimizer_state_that_does_not_fit_is_refused(opened_run, change, message):
     folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1)
+    resume.save_checkpoint(opened_run, optimizer, 1, 0)
     path = folder / "checkpoint-1" / "state.safetensors"
     tensors = load_file(path)
     name = "projector.linear_1.bias/exp_avg"
@@ -562,7 +562,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(opened_run, change, mes
 def test_another_loss_scaler_is_refused(opened_run):
     """fp16 keeps one; without it the run would not go on as it was."""
     folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1)
+    resume.save_checkpoint(opened_run, optimizer, 1, 0)
     path = folder / "checkpoint-1" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"scaler": {"scale": 1.0}}))
     with pytest.raises(InputError, match="scaler"):

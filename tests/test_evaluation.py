@@ -159,7 +159,7 @@ def test_a_logged_loss_is_the_mean_over_the_targets_since_the_last_row(tmp_path)
     log = RunLog(tmp_path, 0, 3, True, 2, lambda values, step: tracked.append((step, values)))
     batch = {"ids": ["a", "b"], "attention_mask": torch.ones(2, 5)}
     for step, (loss, targets) in enumerate([(4.0, 7), (1.0, 10), (2.0, 30), (9.0, 5)], start=1):
-        log.step(step, step / 4, loss, 0.5, {"lora_lr": 0.1}, targets, [batch, batch])
+        log.step(step, step / 4, loss, 0.5, targets, False, 0, {"lora_lr": 0.1}, [batch, batch])
     log.validation(4, 1.0, 3.5, [{"id": "a"}])
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row.get("loss"), row.get("targets")) for row in rows] == [

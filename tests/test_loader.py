@@ -197,7 +197,8 @@ def test_an_image_that_is_missing_stops_the_run_with_the_records_id(tmp_path, nu
     with pytest.raises(InputError) as caught:
         next(loader)
     qa, image = tmp_path / "qa.jsonl", tmp_path / "gone.png"
-    assert str(caught.value) == f'{qa} ("bad"): {image}: no such file.'  # and no traceback of a worker
+    advice = " With data.on_bad_image=skip another record takes its place."
+    assert str(caught.value) == f'{qa} ("bad"): {image}: no such file.{advice}'  # and no traceback of a worker
 
 
 def test_the_epoch_chooses_among_alternatives(tmp_path):

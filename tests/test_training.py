@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -57,7 +56,7 @@ def test_the_run_folder_is_as_promised(whole):
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     expected = {
         "step", "epoch", "loss", "grad_norm", "projector_lr", "lora_lr", "targets", "samples_per_s", "tokens_per_s",
-        "peak_memory_mb",
+        "peak_memory_mb", "skipped_steps", "replaced_records",
     }  # fmt: skip
     assert all(set(row) == expected for row in steps)
     assert [row["step"] for row in logged if "val_loss" in row] == [3, 6]
@@ -138,10 +137,13 @@ def test_two_processes_share_the_batch(project, tmp_path):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(project, whole, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    def times() -> dict:
+        return {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+
+    before = times()
     run_training(project)
     assert "finished" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert times() == before
 
 
 def test_a_run_of_another_config_is_not_continued(project, whole):
@@ -228,13 +230,6 @@ def test_every_step_is_in_a_row_however_seldom_rows_are_written(project, whole, 
         )  # fmt: skip
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(float("inf")))
-    with pytest.raises(InputError, match="step 1: the loss or its gradient is inf"):
-        run_training(project, f"output_dir={tmp_path}", *QUICK)
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
 def test_a_score_that_fails_does_not_lose_the_model(project, tmp_path, monkeypatch):
     def fail(*_):
         raise InputError("this picture cannot be read")
@@ -319,11 +314,6 @@ def test_a_tracker_that_is_not_installed_is_named(project, tmp_path, monkeypatch
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install wandb"):
         run_training(project, f"output_dir={tmp_path}", "train.report_to=wandb")
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_records():
-    with pytest.raises(InputError, match="step 3.*nan.*a, b"):
-        train.stop_if_not_finite(float("nan"), 3, [{"ids": ["a"]}, {"ids": ["b"]}])
 
 
 def test_the_learning_rate_warms_up_and_ends_at_nothing():

@@ -1,0 +1,98 @@
+"""The data and the model's processors, brought together before anything is trained: is every record what training takes it
+for? `dataset.check` finds out, this says so in the terms of a config and a run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from assemble import chat_format
+from config import Config
+from dataset.check import Checked, check_file, check_labels, check_leakage, check_pictures
+from dataset.check_report import describe, notes
+from dataset.findings import Findings
+from model.build import Processors
+
+# records whose pictures are decoded and whose labels are read back: at every start, and with --check
+START_SAMPLE, CHECK_SAMPLE = 64, 2000
+
+
+def check_data(
+    config: Config, processors: Processors | None, findings: Findings, thorough: bool, say: Callable[[str], None]
+) -> dict[Path, np.ndarray]:
+    """Look at every record of the training and the validation file; what is wrong goes to `findings`. Returns for each file
+    the records that are left out because max_length leaves no use for them: they are counted, and listed in a file of the
+    run. processors: None where they could not be opened; then nothing is said about tokens. thorough: take larger samples
+    and say what the files hold."""
+    data = config.data
+    chat = None
+    if processors is not None:
+        with findings.collect():
+            chat = chat_format(config, processors)
+    options = {"chat": chat, "max_length": data.max_length, "seed": config.seed}
+    options["sample_size"] = CHECK_SAMPLE if thorough else START_SAMPLE
+    held_out, left_out = None, {}
+    for path in [data.validation_file, data.qa_file]:  # the training data are looked up in what is held out
+        if path is None:
+            continue
+        if not path.exists():
+            findings.faults.append(
+                f'{path}: no such QA file; set "data.qa_file", or list "data.sources" to make it.'
+                if path == data.qa_file
+                else f'{path}: no such file; set "data.validation_file" to null to do without.'
+            )
+            continue
+        progress = functools.partial(tqdm, desc=f"checking {path.name}", unit=" records", delay=2, leave=False)
+        is_held_out = path != data.qa_file
+        checked = check_file(path, **options, is_held_out=is_held_out, held_out=held_out, progress=progress)
+        pictures = check_pictures(checked)
+        lengths = None
+        if chat is not None:
+            decode = functools.partial(
+                processors.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            lengths = check_labels(checked, chat, decode, data.max_length)
+        if held_out is not None:
+            check_leakage(checked, held_out)
+        if is_held_out:
+            held_out = checked
+        if checked.fault:
+            findings.faults.append(checked.fault)
+        findings.rows.extend(checked.wrong)
+        if data.on_bad_image == "stop":
+            findings.rows.extend(checked.bad_images)
+        elif checked.bad_images:
+            listing = config.output_dir / f"{path.stem}.bad_images.jsonl"
+            checked.bad_images.write(listing)
+            say(
+                f"note: {path.name}: others take the place of {len(checked.bad_images)} records with bad pictures: {listing}"
+            )
+        if thorough:
+            say(describe(checked, lengths, pictures, data.max_length) + "\n")
+        for note in notes(checked, data.max_refused, thorough):
+            say(f"note: {note}")
+        left_out[path] = leave_out(config, checked, findings, say)
+    return left_out
+
+
+def leave_out(config: Config, checked: Checked, findings: Findings, say: Callable[[str], None]) -> np.ndarray:
+    """The records that max_length leaves no use for: listed in a file of the run, and a finding where they are too many."""
+    path, count = checked.path, len(checked.unfit)
+    same_folder = config.output_dir == path.parent  # where the list of what preparing refused stands
+    listing = config.output_dir / f"{path.stem}{'.run' if same_folder else ''}.refused.jsonl"
+    if count == 0:
+        listing.unlink(missing_ok=True)  # of an earlier start
+    elif count > config.data.max_refused * checked.read or count == checked.read:
+        findings.faults.append(
+            f'{path}: {count} of {checked.read} records cannot be used, more than "data.max_refused" '
+            f"({config.data.max_refused:g}) allows. Raise data.max_length or data.max_refused."
+        )
+        findings.rows.extend(checked.unfit)
+    else:
+        checked.unfit.write(listing)
+        say(f"note: {path.name}: {count} records are longer than data.max_length allows and are left out: {listing}")
+    return np.array(checked.unfit_records, np.int64)

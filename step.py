@@ -1,0 +1,165 @@
+"""One optimizer step: the loss and the gradients of its micro-batches, on this process and summed over all, and what
+happens where that goes wrong: a loss that is no number, a memory that is full. Knows no file and no config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from config import IGNORE_INDEX, InputError
+from dataset.loader import split_batch
+from model.parallel import clip_grad_norm, sum_gradients
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step. The same on every process."""
+
+    loss: float  # per answer token
+    grad_norm: float  # before clipping
+    targets: int  # answer tokens
+    is_bad: bool  # the loss or the gradient was no number: the weights are as they were
+    replaced: int  # records in whose place others were taken, for their pictures
+
+
+class Stepper:
+    """Takes optimizer steps: `stepper(step, micros, rates, stop)`.
+
+    autocast: makes the context in which the model runs; seed: of dropout; max_grad_norm: None for no clipping.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        accelerator: Accelerator,
+        autocast: Callable[[], contextlib.AbstractContextManager],
+        seed: int,
+        max_grad_norm: float | None,
+    ):
+        self.model, self.optimizer, self.accelerator, self.autocast = model, optimizer, accelerator, autocast
+        self.seed, self.max_grad_norm = seed, max_grad_norm
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.pieces = 1  # into which each micro-batch is cut; doubled when memory was full
+
+    def __call__(self, step: int, micros: Sequence[dict], rates: Sequence[float], stop: bool) -> tuple[Outcome, bool]:
+        """Learn from this process's micro-batches of `step` (from 0) at one learning rate for each optimizer group. stop:
+        whether this process was asked to stop; returned is whether any was."""
+        counts = [sum(map(count_targets, micros)), sum(len(batch["replaced"]) for batch in micros)]
+        targets, replaced = map(int, total(self.accelerator, counts))
+        while (loss := self._try(step, micros, targets)) is None:
+            pass  # with smaller pieces
+        sum_gradients(self.parameters)
+        loss, stopping = total(self.accelerator, [loss, float(stop)])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        grad_norm = clip_grad_norm(self.parameters, self.max_grad_norm or math.inf)
+        # fp16's scaler leaves a step out by itself where only the scaled gradient was too large, and lowers its scale
+        is_bad = not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(grad_norm))
+        if not is_bad:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(loss, grad_norm, targets, is_bad, replaced), stopping > 0
+
+    def _try(self, step: int, micros: Sequence[dict], targets: int) -> float | None:
+        """Forward and backward; the loss's share of these micro-batches. None: memory was full, `pieces` is doubled and
+        nothing is left of the attempt."""
+        try:
+            return self._forward_and_backward(step, micros, targets)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows = max(len(batch["ids"]) for batch in micros)
+            if self.pieces >= rows:
+                raise InputError(
+                    f"memory is full with one sample at a time. {memory_advice(self.model, micros)}"
+                ) from None
+        # here the exception is gone, and with its traceback the tensors of the attempt
+        self.pieces *= 2
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(
+            f"memory was full with {-(-rows // (self.pieces // 2))} samples at once: going on with "
+            f"{-(-rows // self.pieces)} at once, accumulated to the same step. train.per_device_train_batch_size="
+            f"{-(-rows // self.pieces)} saves the attempt.",
+            flush=True,
+        )
+        return None
+
+    def _forward_and_backward(self, step: int, micros: Sequence[dict], targets: int) -> float:
+        loss = 0.0
+        for i, batch in enumerate(micros):
+            micro = i * self.accelerator.num_processes + self.accelerator.process_index
+            for piece, part in enumerate(split_batch(batch, self.pieces)):
+                if not count_targets(part):
+                    continue
+                seed_dropout(self.seed, step, micro, *([piece] if self.pieces > 1 else []))
+                with self.autocast():
+                    # every answer token of the step weighs the same, whoever computes it
+                    loss_sum = self.model(**on_device(part, self.accelerator.device))
+                self.accelerator.backward(loss_sum * (1.0 / targets))
+                loss += loss_sum.detach().double() / targets
+        return float(loss)
+
+
+def total(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Each value's sum over all processes."""
+    dtype = torch.float64 if accelerator.device.type != "mps" else torch.float32
+    return accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), reduction="sum").tolist()
+
+
+def count_targets(batch: dict) -> int:
+    """How many answer tokens a batch has: a label at position 0 has no logits before it."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def seed_dropout(seed: int, *place: int) -> None:
+    """Dropout's random numbers belong to the (step, micro-batch), whoever computes it and whenever: nothing to save, and the
+    same on one process or four."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]))
+
+
+def on_device(batch: dict, device: torch.device) -> dict:
+    """The tensors that the model takes, on its device."""
+    names = ("input_ids", "attention_mask", "labels", "pixel_values")
+    return {key: None if batch[key] is None else batch[key].to(device, non_blocking=True) for key in names}
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Also for the CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_advice(model: nn.Module, micros: Sequence[dict]) -> str:
+    """What would help where one sample does not fit, with how much each takes (estimated from the shapes)."""
+    config = model.causal_lm.config
+    length = max(batch["input_ids"].shape[1] for batch in micros)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = next(model.causal_lm.model.layers.parameters()).element_size()
+    # what a layer keeps for its backward: about eight tensors of the hidden size and four of the feed-forward's
+    kept = length * config.num_hidden_layers * (8 * config.hidden_size + 4 * config.intermediate_size) * width
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (
+        f"Of the longest sample ({length} tokens) the layers keep about {_gb(kept)}: train.activation_checkpointing=true "
+        f"takes nearly all of that away, a smaller data.max_length its share. The {trained / 1e6:.0f} million trained "
+        f"weights take {_gb(16 * trained)} with gradients and Adam: a smaller lora.r, or fewer parts that train. All "
+        f"weights take {_gb(weights)}: train.precision=bf16 halves what is frozen, a smaller language model more."
+    )
+
+
+def _gb(count: float) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**29 else f"{count / 2**20:.0f} MB"
