@@ -61,7 +61,8 @@ def run_script(main) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a config holds. The meaning of every key stands in config.yaml, beside the key.
+# What a config holds. The meaning of every key stands in config.yaml, beside the key. Upper bounds are far beyond use: a
+# checkpoint's config may be a stranger's, and a number in it must not fill the memory.
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class DataConfig:
     max_refused: float = bounds(0.01, low=0.0, high=1.0)
     verify_images: bool = True
     on_bad_image: Literal["stop", "skip"] = "stop"
-    max_length: int = bounds(1024, low=8)
+    max_length: int = bounds(1024, low=8, high=2**20)
     system_prompt: str | None = "You are a helpful assistant."
 
 
@@ -95,15 +96,15 @@ class ModelConfig:
     vision_tower: FolderOrHub
     language_model: FolderOrHub
     vision_feature_layer: int = -2
-    image_size: int | None = bounds(None, low=1)
+    image_size: int | None = bounds(None, low=1, high=2**13)
     projector: str = "mlp"
-    projector_hidden_size: int | None = bounds(None, low=1)
+    projector_hidden_size: int | None = bounds(None, low=1, high=2**16)
     start_from: Path | None = None
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    r: int = bounds(16, low=1)
+    r: int = bounds(16, low=1, high=2**16)
     alpha: float = bounds(32.0, low=0.0)
     dropout: float = bounds(0.0, low=0.0, high=0.99)
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -136,8 +137,8 @@ class TrainConfig:
     fsdp: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
-    num_threads: int | None = bounds(None, low=1)
-    num_workers: int = bounds(2, low=0)
+    num_threads: int | None = bounds(None, low=1, high=2**10)
+    num_workers: int = bounds(2, low=0, high=2**10)
     logging_steps: int = bounds(10, low=1)
     eval_steps: int | None = bounds(None, low=1)
     eval_samples: int | None = bounds(512, low=1)
@@ -151,9 +152,9 @@ class TrainConfig:
 class TestConfig:
     images: Path | None = None
     questions: tuple[str, ...] = ("Describe this image.",)
-    max_new_tokens: int = bounds(128, low=1)
-    batch_size: int = bounds(8, low=1)
-    num_beams: int = bounds(1, low=1)
+    max_new_tokens: int = bounds(128, low=1, high=2**20)
+    batch_size: int = bounds(8, low=1, high=2**16)
+    num_beams: int = bounds(1, low=1, high=2**10)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class VisionLanguageModel(nn.Module):
         """Generated ids [B, new]. input_ids, attention_mask [B,L]: prompts padded on the *left*; options: transformers'."""
         image_features = None if pixel_values is None else self.encode_images(pixel_values)
         ids = self.language_model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, image_features=image_features, synced_gpus=False, **options
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_features=image_features,
+            synced_gpus=False,
+            **options,
         )
         return ids[:, input_ids.shape[1] :]
