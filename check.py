@@ -65,11 +65,15 @@ def check_data(
         findings.rows.extend(checked.wrong)
         if data.on_bad_image == "stop":
             findings.rows.extend(checked.bad_images)
+            if checked.bad_images:
+                say(
+                    f"note: {path.name}: with data.on_bad_image=skip others take the place of records with bad pictures"
+                )
         elif checked.bad_images:
             listing = config.output_dir / f"{path.stem}.bad_images.jsonl"
             checked.bad_images.write(listing)
             say(
-                f"note: {path.name}: others take the place of {len(checked.bad_images)} records with bad pictures: {listing}"
+                f"note: {path.name}: records with bad pictures, {len(checked.bad_images)}, are replaced by others: {listing}"
             )
         if thorough:
             say(describe(checked, lengths, pictures, data.max_length) + "\n")

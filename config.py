@@ -96,7 +96,7 @@ class ModelConfig:
     vision_tower: FolderOrHub
     language_model: FolderOrHub
     vision_feature_layer: int = -2
-    image_size: int | None = bounds(None, low=1, high=2**13)
+    image_size: int | None = bounds(None, low=1, high=2**11)
     projector: str = "mlp"
     projector_hidden_size: int | None = bounds(None, low=1, high=2**16)
     start_from: Path | None = None
@@ -152,7 +152,7 @@ class TrainConfig:
 class TestConfig:
     images: Path | None = None
     questions: tuple[str, ...] = ("Describe this image.",)
-    max_new_tokens: int = bounds(128, low=1, high=2**20)
+    max_new_tokens: int = bounds(128, low=1, high=2**16)
     batch_size: int = bounds(8, low=1, high=2**16)
     num_beams: int = bounds(1, low=1, high=2**10)
 

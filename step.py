@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from config import IGNORE_INDEX, InputError
 from dataset.loader import split_batch
@@ -52,15 +53,15 @@ class Stepper:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.pieces = 1  # into which each micro-batch is cut; doubled when memory was full
 
-    def __call__(self, step: int, micros: Sequence[dict], rates: Sequence[float], stop: bool) -> tuple[Outcome, bool]:
+    def __call__(self, step: int, micros: Sequence[dict], rates: Sequence[float], stop: object) -> tuple[Outcome, bool]:
         """Learn from this process's micro-batches of `step` (from 0) at one learning rate for each optimizer group. stop:
-        whether this process was asked to stop; returned is whether any was."""
+        true once this process was asked to stop, looked at when the gradients are there; returned is whether any was."""
         counts = [sum(map(count_targets, micros)), sum(len(batch["replaced"]) for batch in micros)]
         targets, replaced = map(int, total(self.accelerator, counts))
         while (loss := self._try(step, micros, targets)) is None:
             pass  # with smaller pieces
         sum_gradients(self.parameters)
-        loss, stopping = total(self.accelerator, [loss, float(stop)])
+        loss, stopping = total(self.accelerator, [loss, float(bool(stop))])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.accelerator.scaler is not None:
@@ -70,6 +71,10 @@ class Stepper:
         is_bad = not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(grad_norm))
         if not is_bad:
             self.optimizer.step()
+            # no scale below 1 is too large: that gradient was no number before it was scaled
+            is_bad = self.optimizer.step_was_skipped and self.accelerator.scaler.get_scale() < 1
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # or it would refuse to unscale the next step
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(loss, grad_norm, targets, is_bad, replaced), stopping > 0
 
@@ -78,10 +83,16 @@ class Stepper:
         nothing is left of the attempt."""
         try:
             return self._forward_and_backward(step, micros, targets)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             rows = max(len(batch["ids"]) for batch in micros)
+            if any(isinstance(parameter, DTensor) for parameter in self.parameters):
+                raise InputError(
+                    f"memory is full with {rows} samples at once, and a sharded model cannot repeat a step: the other "
+                    "processes wait in the middle of it. Make train.per_device_train_batch_size smaller and "
+                    f"train.gradient_accumulation_steps larger (the same step). {memory_advice(self.model, micros)}"
+                ) from None
             if self.pieces >= rows:
                 raise InputError(
                     f"memory is full with one sample at a time. {memory_advice(self.model, micros)}"
@@ -140,8 +151,20 @@ def on_device(batch: dict, device: torch.device) -> dict:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Also for the CPU, whose allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Also where a plain RuntimeError says so: the CPU's allocator, CUDA and its libraries outside of torch's allocator."""
+    said = ("out of memory", "can't allocate memory", "_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+
+
+@contextlib.contextmanager
+def full_memory_named(advice: str) -> Iterator[None]:
+    """Inside, a full memory is an InputError with `advice`, not a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"memory is full ({str(error).splitlines()[0][:200]}). {advice}") from None
 
 
 def memory_advice(model: nn.Module, micros: Sequence[dict]) -> str:

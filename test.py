@@ -33,6 +33,7 @@ from evaluation.score import Question, is_correct, questions_of, score, score_ta
 from model.answer import Answerer, Request
 from model.build import resolve_precision
 from model.folder import verify_folder
+from step import full_memory_named
 from visual.images import ImageError, list_images
 
 
@@ -262,5 +263,11 @@ def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, outp
     )
 
 
+def main_within_memory() -> int:
+    """`main`, with a full memory as a message instead of a traceback."""
+    with full_memory_named("Make test.batch_size or test.max_new_tokens smaller."):
+        return main()
+
+
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main_within_memory)

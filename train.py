@@ -35,10 +35,10 @@ from dataprocess.process_image import prepare_from_config
 from dataprocess.report import summary
 from dataset.check_report import refused_rows
 from dataset.findings import Findings
-from dataset.loader import make_loader
+from dataset.loader import dead_workers_named, make_loader
 from evaluation.runlog import RunLog
 from evaluation.score import Question, questions_of, score, score_table
-from interrupt import StopRequest
+from interrupt import StopRequest, exit_on_sigterm
 from model.answer import Request
 from model.build import PRECISIONS, autocast, resolve_precision
 from model.folder import verify_folder
@@ -51,12 +51,14 @@ from resume import (
     is_finished,
     load_position,
     move_aside,
+    on_main,
     record_start,
     save_checkpoint,
     write_best,
     write_final,
 )
-from step import Stepper, count_targets, on_device, total
+from step import Stepper, count_targets, full_memory_named, on_device, total
+from visual.images import ImageError, verify_image
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,13 +151,14 @@ def train(run: Run, resume_from: Path | None) -> int:
     stepper = Stepper(model, optimizer, accelerator, context, config.seed, settings.max_grad_norm)
     batches = iter(open_loader(run, start_step))
     micros_here = run.cut[1] // processes  # of a step, in this process
+    done = start_step
     model.train()
     progress = tqdm(total=run.total_steps, initial=start_step, unit="step", disable=not accelerator.is_main_process)
-    with StopRequest() as asked:
+    with progress, StopRequest() as asked, dead_workers_named():
         for step in range(start_step, run.total_steps):
             micros = [next(batches) for _ in range(micros_here)]
             factor = learning_rate_factor(step, run.total_steps, settings.warmup_ratio)
-            outcome, stop = stepper(step, micros, [rate * factor for rate in base_rates], asked.signal is not None)
+            outcome, stop = stepper(step, micros, [rate * factor for rate in base_rates], asked)
             done = step + 1
             bad_steps = bad_steps + 1 if outcome.is_bad else 0
             if outcome.replaced:
@@ -186,21 +189,22 @@ def train(run: Run, resume_from: Path | None) -> int:
                 log.draw()
                 log.start_interval()
             if stop:
-                progress.close()
-                run.say(
-                    f"stopped after step {done} of {run.total_steps}. It is saved; the same command goes on from there."
-                )
-                return asked.signal or signal.SIGTERM  # another process may have been the one that was asked
-    progress.close()
-    return 0
+                break
+        else:  # its validation and its saving take long as well
+            stop = total(accelerator, [float(bool(asked))])[0] > 0
+    if not stop:
+        return 0
+    run.say(f"stopped after step {done} of {run.total_steps}. It is saved; the same command goes on from there.")
+    return asked.signal or signal.SIGTERM  # another process may have been the one that was asked
 
 
 def stop_for_bad_steps(run: Run, step: int, count: int, ids: list[str]) -> None:
     raise InputError(
-        f"step {step}: the loss or its gradient is no number, for the {count}. step in a row, here with records "
+        f"step {step}: the loss or its gradient is no number, {count} steps in a row now, here with records "
         f"{', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}; all are in {run.config.output_dir / 'skipped.jsonl'}. "
-        "These steps were left out, so the weights are whole. Lower the learning rates, or set train.precision to bf16 or "
-        "fp32; the same command goes on from the last checkpoint."
+        "These steps were left out, so the weights are whole. The same command meets the same numbers again: raise "
+        "train.max_bad_steps to pass over them, or start anew (--resume none) with lower learning rates or with "
+        "train.precision bf16 or fp32."
     )
 
 
@@ -294,8 +298,8 @@ def evaluate(run: Run, step: int) -> tuple[float, list[dict]]:
             with autocast(run.precision, accelerator.device)():
                 loss += float(model(**on_device(batch, accelerator.device)))
             targets += count_targets(batch)
-        questions = questions_of(run.validation_set.qa, run.validation_kept[:4].tolist())[:4]
-        answers = run.answerer.answer([Request(q.turns, q.images) for q in questions])
+        questions = held_out_questions(run, 4)[:4]
+        answers = run.answerer.answer([Request(q.turns, q.images) for q in questions]) if questions else []
     loss, targets = total(accelerator, [loss, targets])
     val_loss = loss / targets
     model.train()
@@ -309,12 +313,30 @@ def evaluate(run: Run, step: int) -> tuple[float, list[dict]]:
     return val_loss, samples
 
 
+def held_out_questions(run: Run, count: int | None) -> list[Question]:
+    """The questions of the first `count` held-out records; with data.on_bad_image=skip without those whose pictures cannot
+    be read, which the main process finds out for all."""
+    qa = run.validation_set.qa
+
+    def is_readable(record: int) -> bool:
+        try:
+            for path in qa.image_paths(qa[record]):
+                verify_image(path)
+        except ImageError:
+            return False
+        return True
+
+    records = run.validation_kept[:count].tolist()
+    if run.config.data.on_bad_image == "skip":
+        records = on_main(lambda: [record for record in records if is_readable(record)])
+    return questions_of(qa, records)
+
+
 def finish(run: Run) -> None:
     """Write final/ (the trained model), score the held-out questions, add the scores to it, print the table."""
     write_final(run, None)
     if run.validation_set is not None:
-        chosen = run.validation_kept[: run.config.train.score_samples].tolist()
-        questions = questions_of(run.validation_set.qa, chosen)
+        questions = held_out_questions(run, run.config.train.score_samples)
         run.say(f"asking {len(questions)} held-out questions, with their pictures and with swapped ones")
         with gathered(run.built.model):
             scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
@@ -334,15 +356,13 @@ def answer_shared(run: Run, questions: list[Question]) -> list[str]:
 
 
 def main_within_memory() -> int:
-    """`main`, with a full GPU as a message instead of a traceback."""
-    try:
+    """`main`, with a full memory as a message instead of a traceback, and SIGTERM as well."""
+    exit_on_sigterm()
+    with full_memory_named(
+        "Make train.per_device_train_batch_size smaller and train.gradient_accumulation_steps larger (the same step), set "
+        "train.activation_checkpointing to true, or make data.max_length smaller."
+    ):
         return main()
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"the GPU's memory is full ({str(error).split('.')[0]}). Make train.per_device_train_batch_size smaller and "
-            "train.gradient_accumulation_steps larger (the same step), set train.activation_checkpointing to true, or "
-            "make data.max_length smaller."
-        ) from None
 
 
 if __name__ == "__main__":

@@ -4,8 +4,12 @@ it is handed a function that turns an image file into pixel_values.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -152,29 +156,42 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_leave_ctrl_c_to_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
-    count = 0
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+@contextlib.contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Inside, a loader's process that was killed is an InputError. torch notices it in a signal handler, so the error comes
+    wherever this process happens to be, not only where it asks for a batch."""
     try:
-        for batch in loader:
-            if isinstance(batch, InputError):
-                raise batch
-            count += 1
-            yield batch
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise InputError(
-            f"a process that reads pictures was killed, at or before batch {count + 1} of this start ({error}). Mostly the "
-            "machine's memory was full: lower train.num_workers, or look for huge pictures; the same command goes on from "
-            "the last checkpoint."
+            f"a process that reads pictures was killed ({str(error).strip()}). Mostly the machine's memory was full: lower "
+            "train.num_workers, or look for huge pictures; the same command goes on from the last checkpoint."
         ) from None
 
 
-def _leave_ctrl_c_to_the_parent(worker: int) -> None:
-    """A Ctrl-C reaches every process of a terminal; while the parent finishes its step, it needs its workers. (By SIGTERM
-    it ends them.)"""
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A Ctrl-C reaches every process of a terminal, and a SIGTERM every process of a job (torchrun, timeout, Slurm and
+    systemd send it so); while the parent finishes its step, it needs its workers. It ends them by a SIGTERM of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_the_parents_sigterm, daemon=True).start()
+
+
+def _await_the_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
 
 
 class _Batches(Dataset):

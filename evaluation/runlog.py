@@ -73,8 +73,7 @@ class RunLog:
             "step": step,
             "epoch": round(epoch, 4),
             "loss": self.loss_sum / self.targets if self.targets else None,
-            # fp16 overflows now and then, and JSON has no infinity
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "grad_norm": _number(grad_norm),  # fp16 overflows now and then
             **rates,
             "targets": self.targets,
             "samples_per_s": round(self.samples * self.processes / seconds, 2),
@@ -100,7 +99,7 @@ class RunLog:
 
     def validation(self, step: int, epoch: float, val_loss: float, samples: list[dict]) -> None:
         """Note an evaluation: the held-out loss, and a few generated answers. `flush` before it is made."""
-        self._write(self.metrics, {"step": step, "epoch": round(epoch, 4), "val_loss": val_loss})
+        self._write(self.metrics, {"step": step, "epoch": round(epoch, 4), "val_loss": _number(val_loss)})
         for sample in samples:
             self._write(self.folder / "samples.jsonl", {"step": step, **sample})
         self.start_interval()
@@ -122,7 +121,11 @@ class RunLog:
     def draw(self) -> None:
         """Draw curves.png anew."""
         if self.writes:
-            draw_curves(self.metrics, self.folder / "curves.png")
+            picture = self.folder / "curves.png"
+            try:
+                draw_curves(self.metrics, picture)
+            except OSError as error:
+                raise _not_written(picture, error) from None
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -134,10 +137,19 @@ def _append(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             file.truncate(size)
-            raise InputError(
-                f"{path}: no row can be added ({error.strerror}); make room there, and the same command goes on from the "
-                "last checkpoint."
-            ) from None
+            raise _not_written(path, error) from None
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: cannot be written ({error.strerror}); make room there, and the same command goes on from the last "
+        "checkpoint."
+    )
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def peak_memory_mb() -> float:
@@ -159,8 +171,12 @@ def _keep_rows(path: Path, last_step: int) -> None:
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= last_step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _not_written(path, error) from None
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
@@ -178,14 +194,15 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     loss, rate, norm, speed = axes.flat
     loss.plot(steps, [row["loss"] for row in trained], label="training", color="#4c72b0")
     if held_out:
-        val_loss = [row["val_loss"] for row in held_out]
+        val_loss = [row["val_loss"] or math.nan for row in held_out]
         loss.plot([row["step"] for row in held_out], val_loss, "o-", label="held out", color="#dd8452")
     loss.set(title="loss per answer token", yscale="log")
     loss.legend()
     for name in [key for key in (trained[0] if trained else ()) if key.endswith("_lr")]:
         rate.plot(steps, [row[name] for row in trained], label=name)
     rate.set(title="learning rates")
-    rate.legend()
+    if trained:
+        rate.legend()
     norm.plot(steps, [row["grad_norm"] or math.nan for row in trained], color="#55a868")
     norm.set(title="gradient norm before clipping", yscale="log")
     speed.plot(steps, [row["samples_per_s"] for row in trained], color="#8172b3")

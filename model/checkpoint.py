@@ -45,6 +45,10 @@ def save_trained(model: VisionLanguageModel, folder: Path) -> None:
         # save_embedding_layers would ask the hub for the base model's config
         model.language_model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card: an empty form
+        path = folder / "adapter_config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["target_modules"].sort()  # PEFT keeps a set, whose order is another one in each process
+        path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def trained_bytes(model: VisionLanguageModel) -> int:

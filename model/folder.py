@@ -83,7 +83,7 @@ def replace_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         _flush(partial)
         partial.replace(path)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
         if (reason := disk_full(error)) is None:
             raise

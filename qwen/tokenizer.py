@@ -42,6 +42,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         except Exception as error:  # on damaged files transformers and tokenizers raise nearly anything
             reason = (str(error).splitlines() or [""])[0]
             raise InputError(f"tokenizer {path}: cannot be read ({type(error).__name__}: {reason:.200}).") from error
+    kind = type(tokenizer.backend_tokenizer.model).__name__
+    if kind != "BPE":  # others have an unknown token, and may fail on a text
+        raise InputError(f"tokenizer {path}: a {kind}, not a byte-level BPE as Qwen's; give a Qwen model's folder.")
     missing = [token for token in CHAT_TOKENS if not _knows(tokenizer, token)]
     if missing:
         raise InputError(f"tokenizer {path}: {', '.join(missing)} not in the vocabulary; give a Qwen model's folder.")

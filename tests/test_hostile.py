@@ -11,10 +11,13 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import test as script
@@ -23,6 +26,7 @@ from model.checkpoint import load_adapter, load_trained
 from model.folder import MANIFEST, verify_folder
 from tests.toy_project import run_training, write_project
 
+ROOT = Path(__file__).parent.parent
 QUICK = ("train.eval_steps=null", "train.max_steps=1", "train.save_steps=1", "train.score_samples=1")
 
 
@@ -234,6 +238,151 @@ def test_the_adapters_config_is_not_read(final, capsys):
     (final / "adapter_config.json").write_text('{"peft_type": "evil", "auto_mapping": {"parent_library": "evil"}}')
     sign(final)
     assert script.main(["--checkpoint", str(final), "--no-image", "--question", "What is it?"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged or absurd, but signed: through the scripts
+
+
+def change_json(path: Path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def be_bert(values: dict) -> None:
+    values["tokenizer_class"] = "BertTokenizer"
+
+
+def rename_vocabulary(values: dict) -> None:
+    values["model"]["vocab"] = {word: number + 2**30 for word, number in values["model"]["vocab"].items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_text(""),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_bytes(path.read_bytes()[:3000]),
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: change_json(path, rename_vocabulary),
+        lambda path: change_json(path, lambda values: values["model"].update(merges=[["no", "such"]])),
+        lambda path: change_json(path, lambda values: values["model"].update(type="WordPiece")),
+        lambda path: change_json(path.with_name("tokenizer_config.json"), be_bert),
+        lambda path: change_json(path.with_name("tokenizer_config.json"), lambda v: v.update(pad_token=5)),
+    ],
+    ids=["empty", "list", "cut", "deep", "ids", "merges", "model", "class", "token"],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_one_message(final, capsys, change):
+    change(final / "tokenizer" / "tokenizer.json")
+    sign(final)
+    refused(final, capsys, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"crop_size": {"height": 10_000, "width": 10_000}, "size": {"shortest_edge": 10_000}},
+        {"crop_size": {"height": 2**62, "width": 2**62}}, {"crop_size": {"height": "28", "width": "28"}},
+        {"size": {"shortest_edge": 10_000}}, {"size": {"shortest_edge": 10**9}}, {"size": {"shortest_edge": 0}},
+        {"size": {"shortest_edge": -5}}, {"size": {"shortest_edge": "28"}}, {"size": "big"},
+        {"size": {"height": 10**6, "width": 10**6}}, {"do_pad": True, "pad_size": {"height": 10**5, "width": 10**5}},
+        {"image_std": [0, 1, 1]}, {"image_std": ["a", "b", "c"]}, {"image_std": None}, {"image_std": [1e-320] * 3},
+        {"image_std": [float("nan")] * 3}, {"image_mean": "abc"}, {"image_mean": [[1], [2], [3]]},
+        {"image_mean": [float("inf")] * 3}, {"rescale_factor": "x"}, {"rescale_factor": float("nan")}, {"resample": 99},
+    ],
+    ids=lambda values: json.dumps(values)[:60],
+)  # fmt: skip
+def test_an_absurd_image_processor_is_one_message_before_a_picture_is_read(final, capsys, values):
+    change_json(final / "image_processor" / "preprocessor_config.json", lambda found: found.update(values))
+    sign(final)
+    refused(final, capsys, "image_processor")
+
+
+BOMB = "a0: &a0 [x, x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i},' * 8}]\n" for i in range(9))
+ABSURD = {
+    "lora.r": 10**9,
+    "model.projector_hidden_size": 10**12,
+    "model.image_size": 10**6,
+    "model.vision_feature_layer": 10**9,
+    "train.num_threads": 10**9,
+    "test.num_beams": 10**9,
+    "test.batch_size": 10**12,
+    "test.max_new_tokens": 10**12,
+}
+
+
+def set_key(folder: Path, key: str, value: object) -> None:
+    section, name = key.split(".")
+    path = folder / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    values[section][name] = value
+    path.write_text(yaml.safe_dump(values))
+
+
+@pytest.mark.parametrize("key", ABSURD)
+def test_a_number_that_would_fill_the_memory_is_refused_by_its_name(final, capsys, key):
+    set_key(final, key, ABSURD[key])
+    sign(final)
+    refused(final, capsys, key, str(ABSURD[key]))
+
+
+def test_aliases_in_yaml_are_refused(final, capsys):
+    """A few lines that stand for a billion words."""
+    (final / "config.yaml").write_text(BOMB)
+    sign(final)
+    refused(final, capsys, "config.yaml", "alias")
+
+
+def script_refuses(words: list[str], *said: str) -> None:
+    """`python ...`: exit code 2 and one message."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and all(word in last for word in said), done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+
+
+def test_test_py_refuses_it(final):
+    set_key(final, "model.projector_hidden_size", 65536)  # allowed, but not what the tensors are
+    sign(final)
+    script_refuses(["test.py", "--checkpoint", str(final), "--no-image"], "projector.safetensors", "of another shape")
+
+
+def test_train_py_refuses_it(project, tmp_path):
+    folder = tmp_path / "run" / "checkpoint-1"
+    shutil.copytree(project.parent / "run" / "checkpoint-1", folder)
+    (folder / "tokenizer" / "tokenizer.json").write_text("[]")
+    sign(folder)
+    before = tree(folder)
+    output = f"output_dir={tmp_path / 'run'}"
+    script_refuses(["train.py", "--config", str(project), *QUICK, "train.save_steps=2", output], "tokenizer")
+    assert tree(folder) == before and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda f: change_json(f / "image_processor" / "preprocessor_config.json", lambda v: v.update(size=10**6)),
+         "preprocessor_config.json"),
+        (lambda f: change_tensors(f / "projector.safetensors", lambda tensor: tensor[..., None].clone()), "projector"),
+        (lambda f: change_tensors(f / "state.safetensors", lambda tensor: tensor[..., None].clone()), "state"),
+        (lambda f: (f / "config.yaml").write_text(BOMB), "alias"),
+        (lambda f: set_key(f, "lora.r", 10**9), "lora.r"),
+    ],
+    ids=["processor", "projector", "state", "bomb", "lora.r"],
+)  # fmt: skip
+def test_training_does_not_go_on_from_it(project, tmp_path, capsys, change, word):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(project.parent / "run" / "checkpoint-1", folder)
+    change(folder)
+    sign(folder)
+    before = tree(folder)
+    words = [*QUICK, "train.save_steps=2", f"output_dir={tmp_path / 'run'}", "--resume", str(folder)]
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: run_training(project, *words))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and word in error.splitlines()[-1] and error.count("error:") == 1
+    assert "Traceback" not in error and tree(folder) == before and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from config import IGNORE_INDEX, InputError
 from dataset.conversation import ChatFormat
-from dataset.loader import QADataset, collate, make_loader
+from dataset.loader import REPLACEMENTS, QADataset, collate, make_loader, split_batch
 from dataset.order import SampleOrder, micro_batches
 from dataset.qa_file import QAFile
 from visual.images import ImageError
@@ -122,9 +122,9 @@ def record(name: str, images: list, answer: str = "yes", **more) -> dict:
     return {"id": name, "image": [f"{i}.png" for i in images], "conversations": talk, **more}
 
 
-def dataset_of(qa: QAFile, max_length=None) -> QADataset:
+def dataset_of(qa: QAFile, max_length=None, seed=0, **options) -> QADataset:
     chat = ChatFormat(lambda text: list(text.encode()), 256, 257, 258, 2, None)
-    return QADataset(qa, chat, Pixels(), max_length, seed=0)
+    return QADataset(qa, chat, Pixels(), max_length, seed, **options)
 
 
 MIXED = [
@@ -214,3 +214,81 @@ def test_a_record_that_does_not_fit_is_an_error_with_its_id(tmp_path):
     assert len(dataset[0, 0]["input_ids"]) <= 50
     with pytest.raises(InputError, match='"image too far"'):
         dataset[0, 1]
+
+
+# --- a batch in pieces
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [1, 3], [2], [4, 1, 2, 0]])
+def test_the_pieces_of_a_batch_hold_its_rows_as_if_they_had_been_made_alone(tmp_path, pieces, rows):
+    """Rows with no picture, one and three among them: each keeps its own, and no piece is wider than its longest row."""
+    dataset = dataset_of(write_qa(tmp_path, MIXED))
+    samples = [dataset[0, i] for i in rows]
+    found = list(split_batch(collate(samples, PAD), pieces))
+    assert len(found) <= pieces and len(found) >= min(pieces, len(rows)) / 2
+    assert max(len(piece["ids"]) for piece in found) == -(-len(rows) // pieces)
+    first = 0
+    for piece in found:
+        last = first + len(piece["ids"])
+        assert same([piece], [collate(samples[first:last], PAD)])
+        first = last
+    assert first == len(rows)
+
+
+# --- pictures that cannot be read, replaced
+
+
+def replaced_dataset(folder, seed=0, gone=(1, 4), records=12, kept=None) -> QADataset:
+    rows = [record(f"r{i}", ["gone" if i in gone else i]) for i in range(records)]
+    return dataset_of(write_qa(folder, rows), seed=seed, kept=kept, skip_bad_images=True)
+
+
+def test_what_takes_a_records_place_is_a_function_of_seed_epoch_and_record(tmp_path):
+    dataset = replaced_dataset(tmp_path)
+    taken = {(epoch, i): dataset[epoch, i]["id"] for epoch in range(30) for i in (1, 4)}
+    again = replaced_dataset(tmp_path)
+    assert {place: again[place]["id"] for place in reversed(taken)} == taken  # whatever was asked before
+    assert not {"r1", "r4"} & set(taken.values()) and len(set(taken.values())) > 5
+    assert {place: replaced_dataset(tmp_path, seed=1)[place]["id"] for place in taken} != taken
+    assert any(taken[epoch, 1] != taken[epoch, 4] for epoch in range(30))
+
+
+def test_it_is_said_whose_place_was_taken_and_why(tmp_path):
+    dataset = replaced_dataset(tmp_path)
+    batch = collate([dataset[0, i] for i in (0, 1, 2, 4)], PAD)
+    qa, image = tmp_path / "qa.jsonl", tmp_path / "gone.png"
+    assert batch["replaced"] == [f'{qa} ("r{i}"): {image}: no such file.' for i in (1, 4)]
+    assert [batch["ids"][0], batch["ids"][2]] == ["r0", "r2"]
+    for row, name in enumerate(batch["ids"]):  # its own picture stands with it
+        assert batch["pixel_values"][row, 0, 0, 0] == int(name[1:])
+    assert list(split_batch(batch, 2))[0]["replaced"] == [], "counted once, with the whole batch"
+
+
+def test_only_records_that_may_be_used_take_a_place(tmp_path):
+    """A record that max_length leaves no use for does not come back this way."""
+    kept = np.array([1, 2, 3, 4])
+    dataset = replaced_dataset(tmp_path, kept=kept)
+    assert {dataset[epoch, i]["id"] for epoch in range(40) for i in (1, 4)} == {"r2", "r3"}
+
+
+def test_replacing_ends_where_nothing_can_be_read(tmp_path):
+    dataset = replaced_dataset(tmp_path, gone=range(12))
+    with pytest.raises(InputError, match=f'"r3".*gone.png.*{REPLACEMENTS - 1} others .* cannot be read either'):
+        dataset[0, 3]
+
+
+def test_only_pictures_are_a_reason_to_replace_a_record(tmp_path):
+    """A record that does not fit stops the run: it was to be left out before."""
+    dataset = dataset_of(write_qa(tmp_path, [record("wide", [1] * 40), record("good", [1])]), 50, skip_bad_images=True)
+    with pytest.raises(InputError, match='"wide"'):
+        dataset[0, 0]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_replace_as_the_process_itself_does(tmp_path, num_workers):
+    dataset = replaced_dataset(tmp_path)
+    batches = list(micro_batches(order_of([1] * 12), range(6), 2, 2, 0, 1))
+    alone = load(dataset, batches)
+    assert same(alone, load(dataset, batches, num_workers))
+    assert sum(len(batch["replaced"]) for batch in alone) == 4  # two epochs with two such records each

@@ -35,6 +35,7 @@ _PROCESSORS: dict[str, tuple[type[BaseImageProcessor], dict]] = {
         },
     ),
 }
+MAX_SIDE = 4096  # pixels that an image may have a side, while it is resized too
 
 
 class ImageProcessor:
@@ -118,7 +119,22 @@ def _processor_from(found: dict, path: str | Path, image_size: int | None) -> Im
             f"{path}/preprocessor_config.json: image_mean {processor.image_mean}, image_std {processor.image_std}; "
             "expected three numbers each, none of image_std 0."
         )
-    return ImageProcessor(processor)
+    _refuse_absurd_sizes(processor, f"{path}/preprocessor_config.json")
+    made = ImageProcessor(processor)
+    if not made([Image.new("RGB", (3, 2))]).isfinite().all():  # an error here is one of the file's other values
+        raise ValueError("it makes pixels that are no numbers")
+    return made
+
+
+def _refuse_absurd_sizes(processor: BaseImageProcessor, where: str) -> None:
+    """A checkpoint's file may be a stranger's: resizing must not fill the memory."""
+    made = _output_size(processor, where)
+    limit = min(4 * made, MAX_SIDE)  # sensible files resize to a little more than what they cut out
+    sides = {name: side for name, side in dict(processor.size).items() if side is not None}
+    if not all(type(side) is int and 0 < side <= limit for side in [made, *sides.values()]):
+        raise InputError(f"{where}: makes {made} pixels a side of size {sides}; expected whole numbers, 1 to {limit}.")
+    if getattr(processor, "do_pad", None):
+        raise InputError(f"{where}: do_pad is on; use the encoder's own file, in which it is off.")
 
 
 def _output_size(processor: BaseImageProcessor, where: str) -> int:
