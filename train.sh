@@ -1,7 +1,7 @@
 #!/bin/sh
 # Train what config.yaml says:   sh train.sh [--config FILE] [--resume auto|none|DIR] [--check] [key=value ...]
-# Several GPUs share a step's micro-batches:
-#   LAUNCHER="torchrun --nproc_per_node 4" sh train.sh train.gradient_accumulation_steps=4
+# Several GPUs share each step's samples; the config stays as it is:
+#   LAUNCHER="torchrun --nproc_per_node 4" sh train.sh
 set -eu
 ROOT=$(cd "$(dirname "$0")" && pwd)
 REQUIREMENTS="requirements.txt"
