@@ -3,15 +3,22 @@ Knows nothing of models or data."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 
-def exit_on_sigterm() -> None:
-    """From here on SIGTERM ends the process as Ctrl-C does: what is open is closed, what is half written is removed."""
-    signal.signal(signal.SIGTERM, _terminate)
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process as Ctrl-C does: what is open is closed, what is half written is removed."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -357,11 +357,11 @@ def answer_shared(run: Run, questions: list[Question]) -> list[str]:
 
 def main_within_memory() -> int:
     """`main`, with a full memory as a message instead of a traceback, and SIGTERM as well."""
-    exit_on_sigterm()
-    with full_memory_named(
+    advice = (
         "Make train.per_device_train_batch_size smaller and train.gradient_accumulation_steps larger (the same step), set "
         "train.activation_checkpointing to true, or make data.max_length smaller."
-    ):
+    )
+    with exit_on_sigterm(), full_memory_named(advice):
         return main()
 
 
