@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from assemble import chat_format
 from config import Config
-from dataset.check import Checked, check_file, check_labels, check_leakage, check_pictures
+from dataset.check import Checked, check_file, check_leakage
 from dataset.check_report import describe, notes
+from dataset.check_sample import check_labels, check_pictures
 from dataset.findings import Findings
 from model.build import Processors
 

@@ -36,6 +36,7 @@ from dataprocess.report import summary
 from dataset.check_report import refused_rows
 from dataset.findings import Findings
 from dataset.loader import dead_workers_named, make_loader
+from dataset.order import share_out
 from evaluation.runlog import RunLog
 from evaluation.score import Question, questions_of, score, score_table
 from interrupt import StopRequest, exit_on_sigterm
@@ -79,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(
             f"{accelerator.distributed_type} is not supported: launch with torchrun, without FSDP or DeepSpeed."
         )
+    sizes = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    share_out(*sizes, accelerator.num_processes)  # what cannot be shared is refused before anything is opened
     say = functools.partial(accelerator.print, flush=True)
     with contextlib.nullcontext() if arguments.check else RunLock(config.output_dir, say):
         return run_locked(arguments, config, accelerator, precision, say)

@@ -89,10 +89,6 @@ class ImageVerifier:
             self._cache.commit()
         return [verdicts[path] for path in paths]
 
-    def verify_bytes(self, data: bytes) -> Verdict:
-        """The verdict on a picture file's content."""
-        return _verify(data)[0]
-
     def changed(self) -> bool:
         """Whether any file in the cache is gone, or has another size or modification time than when it was verified."""
         return self._cache.stale()

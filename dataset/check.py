@@ -1,34 +1,31 @@
 """Is a QA file what training takes it for? Every record is looked at before the first step, and all that is wrong is found
-in one go: records that do not follow the format, ids given twice, pictures that are missing or damaged, text that does not
-fit, labels that are not the answers, held-out pictures among the training data.
+in one go: records that do not follow the format, ids given twice, pictures that are missing, text that does not fit,
+held-out pictures among the training data. What takes longer, `dataset.check_sample` does to a sample.
 
 Reads records one at a time and keeps numbers of them, no objects. Knows no tokenizer class and no model.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import os
 import random
 import re
 import stat
-import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from config import IGNORE_INDEX, InputError
+from config import InputError
 from dataset.conversation import ChatFormat, TooLong
 from dataset.findings import Place, Rows
 from dataset.json_stream import Item, NotJson, stream_json
 from dataset.record import IMAGE_MARK, Conversation, Record, RecordError, parse_record
-from visual.images import ImageError, verify_image
 
 LANGUAGES = ("en", "zh", "other")  # told by script
 
@@ -82,7 +79,7 @@ def check_file(
     """Look at every record of a QA file.
 
     chat: None where there is no tokenizer to ask, then nothing is said about lengths. sample_size: how many records are
-    kept for `check_pictures` and `check_labels`. held_out: the other file, checked before with `is_held_out`.
+    kept for `dataset.check_sample`. held_out: the other file, checked before with `is_held_out`.
     progress: wraps the records, for example tqdm.
     """
     checked, generator = Checked(path), random.Random(seed)
@@ -128,46 +125,6 @@ def check_file(
     return checked
 
 
-def check_pictures(checked: Checked) -> int:
-    """Decode every picture of the sample to its last pixel, in threads; what cannot be decoded is added to `bad_images`.
-    Returns the number of pictures."""
-    folder = checked.path.parent
-    pictures = [(place, folder / path) for place, record in checked.sample for path in record.images]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for (place, _), error in zip(pictures, pool.map(_picture_fault, (path for _, path in pictures)), strict=True):
-            if error:
-                checked.bad_images.add(place, error.reason, str(error))
-    return len(pictures)
-
-
-@dataclass
-class Lengths:
-    """Of every conversation of the sample: tokens [n] before max_length cuts, supervised share [n] of what is left."""
-
-    tokens: np.ndarray
-    supervised: np.ndarray
-
-
-def check_labels(checked: Checked, chat: ChatFormat, decode: Callable[[list[int]], str], max_length: int) -> Lengths:
-    """Tokenise the sample. Each stretch of supervised tokens must decode to an answer and its `<|im_end|>`, all of them in
-    order: where it does not, `labels_are_not_the_answers` is added to `wrong`."""
-    tokens, supervised = array("q"), array("d")
-    for place, record in checked.sample:
-        for turns in (record.conversations, *record.alternatives):
-            encoded = chat.encode(turns)
-            spoken = [decode(ids[:-1]) for ids in _stretches(encoded.labels) if ids[-1] == chat.im_end_id]
-            answers = [_plain(turn.content) for turn in turns if turn.role == "assistant"]
-            if list(map(_composed, spoken)) != list(map(_composed, answers)):
-                said, meant = (json.dumps(texts, ensure_ascii=False)[:200] for texts in (spoken, answers))
-                detail = f"the supervised tokens say {said}, the answers {meant}. Is this the model's own tokenizer?"
-                checked.wrong.add(place, "labels_are_not_the_answers", detail)
-            tokens.append(len(encoded.input_ids))
-            if tokens[-1] > max_length:
-                encoded = chat.encode(turns, max_length)
-            supervised.append(encoded.num_targets / len(encoded.input_ids))
-    return Lengths(np.array(tokens, np.int64), np.array(supervised))
-
-
 def check_leakage(train: Checked, held_out: Checked) -> None:
     """Adds to `train.wrong` each record with a picture whose bytes a held-out record shows as well, under whatever name."""
     if not train.suspects:
@@ -180,8 +137,9 @@ def check_leakage(train: Checked, held_out: Checked) -> None:
             for path in record.images:
                 place = _place(held_out.path, item, record)
                 by_digest.setdefault(_digest(held_out.path.parent / path), (place, path))
+    digest = functools.cache(_digest)  # a picture is often asked about more than once
     for place, path, _ in train.suspects:
-        if match := by_digest.get(_digest(path)):
+        if match := by_digest.get(digest(path)):
             train.wrong.add(
                 place,
                 "leaked_image",
@@ -292,30 +250,15 @@ def _language(record: Record) -> str:
             break
     else:
         return "en"
-    text = " ".join(_plain(turn.content)[:200] for turn in record.conversations[:4])
+    text = " ".join(plain_text(turn.content)[:200] for turn in record.conversations[:4])
     if 10 * len(_FOREIGN.findall(text)) > len(text):
         return "other"
     return "zh" if 10 * len(_HAN.findall(text)) > len(text) else "en"
 
 
-def _plain(content: str | tuple) -> str:
+def plain_text(content: str | tuple) -> str:
     """The text of a turn's content."""
     return content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
-
-
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)  # the tokenizers of Qwen do this first
-
-
-def _stretches(labels: list[int]) -> Iterator[list[int]]:
-    """The supervised ids, cut where something unsupervised stands between them."""
-    ids: list[int] = []
-    for label in [*labels, IGNORE_INDEX]:
-        if label != IGNORE_INDEX:
-            ids.append(label)
-        elif ids:
-            yield ids
-            ids = []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,14 +283,6 @@ def _digest(path: str | Path) -> bytes:
             return hashlib.file_digest(file, "blake2b").digest()
     except OSError:
         return os.urandom(16)  # equal to nothing
-
-
-def _picture_fault(path: Path) -> ImageError | None:
-    try:
-        verify_image(path)
-    except ImageError as error:
-        return error
-    return None
 
 
 def _equal_pairs(places: np.ndarray, hashes: np.ndarray) -> np.ndarray:

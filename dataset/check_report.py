@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.check import LANGUAGES, Checked, Lengths
+from dataset.check import LANGUAGES, Checked
+from dataset.check_sample import Lengths
 from dataset.findings import SHOWN, printable
 from dataset.json_stream import stream_json
 

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import InputError
-from dataset.check import check_file, check_labels
+from dataset.check import check_file
 from dataset.check_report import histogram
+from dataset.check_sample import check_labels
 from dataset.conversation import ChatFormat, TooLong
 from dataset.findings import SHOWN, Findings, Place, Rows
 from dataset.record import IMAGE_MARK, parse_record

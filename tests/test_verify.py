@@ -92,8 +92,8 @@ def test_equal_bytes_have_equal_digests_under_any_name(tmp_path):
         (tmp_path / name).write_bytes(photo(0))
     with ImageVerifier(tmp_path / "c.sqlite") as verifier:
         verdicts = verifier.verify([str(tmp_path / name) for name in ("a.jpg", "b.png", "c")])
-        assert verdicts == [verifier.verify_bytes(photo(0))] * 3
-        assert verdicts[0].digest != verifier.verify_bytes(photo(1)).digest
+    digest = hashlib.blake2b(photo(0), digest_size=16).hexdigest()
+    assert verdicts == [Verdict(digest, "", "")] * 3
 
 
 def test_changed_tells_whether_any_verified_file_is_another_one(tmp_path, paths):
