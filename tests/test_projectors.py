@@ -1,0 +1,305 @@
+"""The projectors: what each makes of patches, how many tokens, that each trains, saves, goes on and answers.
+
+python -m pytest tests/test_projectors.py
+"""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import test
+from assemble import answerer, build, chat_format, open_processors
+from config import InputError, load_config, run_script
+from dataset.conversation import question_parts
+from model.answer import Request
+from model.build import read_pixels
+from model.projector import PROJECTORS, MLPProjector, build_projector, count_tokens, grid_positions
+from tests.toy_project import run_training, write_project
+from tests.toy_towers import write_clip
+
+IN, OUT, SIDE = 128, 24, 4  # two attention heads
+TOKENS = {"mlp": 16, "low_rank_mlp": 16, "pixel_shuffle": 4, "resampler": 32}  # of 4 x 4 patches
+
+
+def make(kind: str, in_features: int = IN, **options) -> nn.Module:
+    """With every weight random, those of the norms too."""
+    torch.manual_seed(0)
+    projector = build_projector(kind, in_features, None, OUT, **options)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    return projector
+
+
+def patches(images: int = 3, side: int = SIDE, width: int = IN) -> torch.Tensor:
+    return torch.randn(images, side * side, width, generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes and counts
+
+
+@pytest.mark.parametrize("images", [3, 0])
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_the_tokens_are_as_many_as_was_said_without_weights(kind, images):
+    features = make(kind)(patches(images))
+    assert features.shape == (images, count_tokens(kind, SIDE * SIDE), OUT)
+    assert count_tokens(kind, SIDE * SIDE) == TOKENS[kind]
+
+
+def test_a_resampler_makes_as_many_tokens_as_it_has_queries_of_any_grid():
+    projector = make("resampler", num_queries=5)
+    assert count_tokens("resampler", 729, 5) == 5
+    assert {projector(patches(side=side)).shape for side in (1, 3, 8)} == {(3, 5, OUT)}
+
+
+@pytest.mark.parametrize("width", [30, 33])
+def test_a_resampler_takes_an_encoder_of_any_width(width):
+    assert make("resampler", width)(patches(width=width)).shape == (3, 32, OUT)
+
+
+def test_the_middle_is_as_wide_as_said_and_each_kind_has_its_default():
+    widths = {kind: build_projector(kind, 8, None, OUT) for kind in ("mlp", "low_rank_mlp", "pixel_shuffle")}
+    assert {kind: p.linear_1.out_features for kind, p in widths.items()} == {
+        "mlp": OUT, "low_rank_mlp": 384, "pixel_shuffle": OUT,
+    }  # fmt: skip
+    assert build_projector("resampler", 8, None, OUT).mlp.linear_1.out_features == OUT
+    assert build_projector("low_rank_mlp", 8, 10, OUT).linear_1.out_features == 10
+
+
+@pytest.mark.parametrize("kind", ["mlp", "low_rank_mlp", "pixel_shuffle"])
+def test_the_names_of_an_mlps_tensors_are_llavas(kind):
+    assert set(make(kind).state_dict()) == {f"linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_a_picture_does_not_depend_on_those_beside_it(kind):
+    projector, features = make(kind), patches()
+    torch.testing.assert_close(projector(features)[1:2], projector(features[1:2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixel shuffle
+
+
+def test_a_token_of_pixel_shuffle_is_four_neighbours_in_reading_order():
+    """Each token, by plain loops: the patches at (2r, 2c), (2r, 2c + 1), (2r + 1, 2c), (2r + 1, 2c + 1), then the MLP."""
+    side, projector = 6, make("pixel_shuffle", 8)
+    features = patches(side=side, width=8)
+    mlp = MLPProjector(4 * 8, None, OUT)
+    mlp.load_state_dict(projector.state_dict())
+    expected = []
+    for row in range(0, side, 2):
+        for column in range(0, side, 2):
+            four = [features[:, (row + i) * side + column + j] for i in (0, 1) for j in (0, 1)]
+            expected.append(mlp(torch.cat(four, dim=-1)))
+    torch.testing.assert_close(projector(features), torch.stack(expected, dim=1))
+
+
+@pytest.mark.parametrize("patch", range(16))
+def test_a_patch_reaches_the_token_of_its_square_alone(patch):
+    projector, features = make("pixel_shuffle"), patches(1)
+    changed = features.clone()
+    changed[0, patch] += 1
+    differs = (projector(features) != projector(changed)).any(-1)[0]
+    row, column = divmod(patch, SIDE)
+    assert differs.nonzero().flatten().tolist() == [row // 2 * (SIDE // 2) + column // 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resampler
+
+
+def test_the_resampler_is_torchs_attention_with_the_same_weights():
+    """Normalised queries ask, normalised patches with their places answer, the patches themselves are what is told; the
+    queries are added, normalised, and put through the MLP."""
+    ours, features = make("resampler"), patches()
+    attention = nn.MultiheadAttention(IN, IN // 64, batch_first=True)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
+        attention.in_proj_bias.zero_()
+        attention.out_proj.load_state_dict(ours.output.state_dict())
+    values = ours.norm_patches(features)
+    queries = ours.norm_queries(ours.queries).repeat(len(features), 1, 1)
+    seen, _ = attention(queries, values + grid_positions(SIDE, IN), values)
+    torch.testing.assert_close(ours(features), ours.mlp(ours.norm(ours.queries + seen)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_resampler_sees_where_a_patch_stands():
+    """Shuffled, mirrored or transposed, the same patches are another picture; without their places they would not be."""
+    projector, features = make("resampler"), patches(1)
+    grid = features.unflatten(1, (SIDE, SIDE))
+    moved = {
+        "shuffled": features[:, torch.randperm(SIDE * SIDE, generator=torch.Generator().manual_seed(2))],
+        "mirrored": grid.flip(2).flatten(1, 2),
+        "upside down": grid.flip(1).flatten(1, 2),
+        "transposed": grid.transpose(1, 2).flatten(1, 2),
+    }
+    for how, other in moved.items():
+        assert (projector(features) - projector(other)).abs().max() > 0.01, how
+
+
+def test_queries_in_another_order_give_the_same_tokens_in_that_order():
+    projector, features = make("resampler"), patches()
+    before, order = projector(features), torch.randperm(32, generator=torch.Generator().manual_seed(2))
+    projector.queries.data = projector.queries.data[order]
+    torch.testing.assert_close(projector(features), before[:, order])
+    assert (before - before[:, order]).abs().max() > 0.01  # the tokens differ, or nothing was shown
+
+
+def test_places_are_sines_and_cosines_of_row_and_column():
+    width, found = 8, grid_positions(3, 8)
+    for place in range(9):
+        waves = []
+        for coordinate in divmod(place, 3):
+            angles = [coordinate / 10_000 ** (i / 2) for i in range(2)]
+            waves += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        torch.testing.assert_close(found[place], torch.tensor(waves))
+    distances = torch.cdist(grid_positions(27, width), grid_positions(27, width)) + torch.eye(27 * 27)
+    assert distances.min() > 0.01  # no two places are alike
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_gradients_reach_every_weight_the_queries_included(kind):
+    projector = make(kind)
+    projector(patches()).pow(2).sum().backward()
+    still = [name for name, p in projector.named_parameters() if p.grad is None or not p.grad.abs().sum() > 1e-3]
+    assert still == [] and all(p.requires_grad for p in projector.parameters())
+    if kind == "resampler":
+        assert (projector.queries.grad.abs().sum(1) > 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a run
+
+KINDS = {"low_rank_mlp": [], "pixel_shuffle": [], "resampler": ["model.num_queries=3"]}
+TOY_TOKENS = {"low_rank_mlp": 16, "pixel_shuffle": 4, "resampler": 3}
+PATCHES, WIDTH = 16, 32  # of the toy project's encoder
+PICTURES_SEEN = 8  # in two steps of four
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, project):
+    """(kind, the overrides that chose it, the folder of a run of two steps)."""
+    kind = request.param
+    words = [
+        f"model.projector={kind}",
+        *KINDS[kind],
+        "train.max_steps=2",
+        "train.save_steps=1",
+        "train.eval_steps=null",
+    ]
+    folder = project.parent / kind
+    run_training(project, *words, f"output_dir={folder}", "train.cache_features=on")
+    return kind, words, folder
+
+
+def test_each_kind_trains_and_every_tensor_of_it_moves(trained):
+    kind, _, folder = trained
+    first, last = (load_file(folder / name / "projector.safetensors") for name in ("checkpoint-1", "final"))
+    assert first.keys() == last.keys() == make(kind).state_dict().keys()
+    assert [name for name in first if torch.equal(first[name], last[name])] == []
+
+
+def test_each_kind_goes_on_from_a_checkpoint_bit_for_bit_and_answers(trained, project, tmp_path):
+    kind, words, folder = trained
+    again = tmp_path / "run"
+    shutil.copytree(folder / "checkpoint-1", again / "checkpoint-1")
+    run_training(project, *words, f"output_dir={again}", "train.cache_features=on")
+    for name in ("projector.safetensors", "adapter_model.safetensors"):
+        whole, resumed = load_file(folder / "final" / name), load_file(again / "final" / name)
+        assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole), name
+
+    answers = []
+    for final in (folder / "final", again / "final"):
+        output = tmp_path / f"answers-{len(answers)}"
+        assert test.main(["--checkpoint", str(final), str(project.parent / "images"), "--output", str(output)]) == 0
+        rows = [json.loads(line) for line in (output / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        answers.append([(row["image"], row["answer"]) for row in rows])
+    assert len(answers[0]) == 12 and answers[0] == answers[1]
+
+
+def test_a_picture_takes_the_projectors_tokens_in_the_prompt_and_is_answered_from_them(trained, project):
+    """The Answerer's text is what plain greedy decoding gives with the features put in by hand."""
+    kind, _, folder = trained
+    config = load_config(folder / "final" / "config.yaml")
+    processors = open_processors(config, folder / "final")
+    assert processors.num_image_tokens == TOY_TOKENS[kind]
+    built = build(config, "fp32", processors, folder / "final")
+    model, path = built.model.eval(), project.parent / "images" / "1.png"
+    turns = [("user", question_parts("Which colour?", num_images=1))]
+    ids = torch.tensor([chat_format(config, processors).encode_prompt(turns)])
+    assert (ids == model.causal_lm.config.image_token_id).sum() == TOY_TOKENS[kind]
+
+    ask = answerer(config, built, "fp32", torch.device("cpu"))
+    with torch.no_grad():
+        features = model.projector(model.vision_tower(read_pixels(built.image_processor, path)[None]))
+        assert features.shape == (1, TOY_TOKENS[kind], model.causal_lm.config.hidden_size)
+        prompt = ids.shape[1]
+        for _ in range(config.test.max_new_tokens):
+            logits = model.causal_lm(input_ids=ids, image_features=features, use_cache=False).logits[0, -1]
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+            if ids[0, -1] in model.causal_lm.generation_config.eos_token_id:
+                break
+    expected = built.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True).strip()
+    assert ask.answer([Request(turns, [path])]) == [expected]
+
+
+def test_the_feature_cache_holds_the_encoders_patches_whatever_the_projector(trained, project):
+    """So that another projector needs no picture to be encoded again: every kind here shares one cache."""
+    (rows,) = (project.parent / "qa.features").glob("*/features.bin")
+    assert rows.stat().st_size == PICTURES_SEEN * PATCHES * WIDTH * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.fixture
+def unbuilt(tmp_path):
+    """A project whose encoder has a grid of 3 x 3 and no weights: whatever is refused, is refused before they are read."""
+    path = write_project(tmp_path, pictures=4)
+    write_clip(tmp_path / "tower", image_size=21)
+    for part in ("tower", "lm"):
+        (tmp_path / part / "model.safetensors").unlink()
+    return path
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["model.projector=resampel"], ['"resampel" is unknown', 'did you mean "resampler"', "pixel_shuffle"]),
+        (["model.projector=pixel_shuffle"], ["3 x 3", "even", "model.projector"]),
+        (["model.num_queries=8"], ["model.num_queries", "8", "mlp", "null"]),
+        (["model.projector=resampler", "model.num_queries=0"], ["model.num_queries", "0"]),
+        (["model.projector=resampler", "model.num_queries=4097"], ["model.num_queries", "4096"]),
+        (["model.projector=resampler", "data.max_length=32"], ["data.max_length", "32 tokens", "projector"]),
+    ],
+)
+def test_a_mistake_is_one_message_before_a_weight_is_read(unbuilt, capsys, overrides, words):
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: run_training(unbuilt, *overrides))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("error:") == 1
+    last = said.splitlines()[-1]
+    assert [word for word in words if word not in last] == [], last
+
+
+def test_a_checkpoint_does_not_fit_another_projector(trained, project):
+    kind, words, folder = trained
+    for other in set(KINDS) - {kind}:
+        config = load_config(
+            project, [f"model.projector={other}", *KINDS[other], f"model.start_from={folder / 'final'}"]
+        )
+        with pytest.raises(InputError, match=r"final/projector.safetensors: .* another .*projector"):
+            build(config, "fp32", open_processors(config))
