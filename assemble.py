@@ -16,11 +16,13 @@ from accelerate import Accelerator
 from config import RATE_KEYS, Config, InputError
 from dataset.conversation import ChatFormat
 from dataset.loader import QADataset, make_loader
-from dataset.order import SampleOrder, micro_batches, share_out
+from dataset.order import SampleOrder, micro_batches, share_out, shares
 from dataset.qa_file import QAFile
 from model.answer import Answerer
 from model.build import PRECISIONS, Built, Processors, autocast, build_model, load_processors, read_pixels
+from model.features import CachedEncoder
 from model.folder import verify_folder
+from qwen.attention import PACKED_SDPA
 
 
 def trainable_words(config: Config) -> dict[str, str]:
@@ -31,10 +33,23 @@ def trainable_words(config: Config) -> dict[str, str]:
 def open_processors(config: Config, checkpoint: Path | None = None) -> Processors:
     """What reads pictures and text for the config's model. With a `checkpoint` of this config: its own."""
     model = config.model
-    return load_processors(model.vision_tower, model.image_size, model.language_model, checkpoint)
+    return load_processors(
+        model.vision_tower,
+        model.image_size,
+        model.language_model,
+        checkpoint,
+        projector=model.projector,
+        num_queries=model.num_queries,
+    )
 
 
-def build(config: Config, precision: str, processors: Processors, checkpoint: Path | None = None) -> Built:
+def build(
+    config: Config,
+    precision: str,
+    processors: Processors,
+    checkpoint: Path | None = None,
+    attn_implementation: str = PACKED_SDPA,
+) -> Built:
     """The model as the config says. With a `checkpoint` of this config, which the caller has verified: its weights."""
     if checkpoint is None and config.model.start_from is not None:
         verify_folder(config.model.start_from)
@@ -46,17 +61,17 @@ def build(config: Config, precision: str, processors: Processors, checkpoint: Pa
         dtype=PRECISIONS[precision],
         seed=config.seed,
         checkpoint=checkpoint or config.model.start_from,
-        activation_checkpointing=config.train.activation_checkpointing,
+        attn_implementation=attn_implementation,
     )
 
 
 def chat_format(config: Config, processors: Processors) -> ChatFormat:
-    """The prompt format for the tokenizer and the encoder."""
+    """The prompt format for the tokenizer, the encoder and the projector."""
     chat = ChatFormat(**processors.chat_values(), system_prompt=config.data.system_prompt)
     if processors.num_image_tokens >= config.data.max_length:
         raise InputError(
             f'"data.max_length" is {config.data.max_length}, but one image alone takes '
-            f"{processors.num_image_tokens} tokens with this encoder; allow more."
+            f"{processors.num_image_tokens} tokens with this encoder and projector; allow more."
         )
     return chat
 
@@ -113,6 +128,8 @@ class Run:
     precision: str
     identity: dict  # what the config does not say and a run must not change on the way
     say: Callable[[str], None]
+    packed: bool = False  # samples stand in rows without padding
+    encoder: CachedEncoder | None = None  # where the pictures' features are kept
 
     @property
     def samples_per_step(self) -> int:
@@ -131,6 +148,10 @@ class Run:
         by_epochs = math.ceil(self.config.train.num_train_epochs * self.order.epoch_length / self.samples_per_step)
         limit = self.config.train.max_steps
         return by_epochs if limit is None else min(limit, by_epochs) if by_epochs else limit
+
+    @property
+    def datasets(self) -> list[QADataset]:
+        return [self.train_set] if self.validation_set is None else [self.train_set, self.validation_set]
 
     def epoch(self, step: int) -> float:
         return step * self.samples_per_step / self.order.epoch_length
@@ -173,6 +194,10 @@ def open_loader(run: Run, start_step: int) -> Iterable[dict]:
     """This process's micro-batches from `start_step` to the end. It seeks: nothing before `start_step` is read."""
     accelerator, workers = run.accelerator, run.config.train.num_workers
     steps = range(start_step, run.total_steps)
-    batches = micro_batches(run.order, steps, *run.cut, accelerator.process_index, accelerator.num_processes)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    if run.packed:
+        batches = shares(run.order, steps, run.samples_per_step, run.cut[1], rank, world_size)
+    else:
+        batches = micro_batches(run.order, steps, *run.cut, rank, world_size)
     pin = accelerator.device.type == "cuda"
-    return make_loader(run.train_set, batches, run.built.tokenizer.pad_token_id, workers, pin)
+    return make_loader(run.train_set, batches, run.built.tokenizer.pad_token_id, workers, pin, run.packed)

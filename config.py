@@ -15,7 +15,18 @@ from typing import Literal
 
 import yaml
 
-from typed_yaml import FolderOrHub, InputError, Trainable, apply_override, bounds, build, kind_of, nearest, read_yaml
+from typed_yaml import (
+    FolderOrHub,
+    InputError,
+    Switch,
+    Trainable,
+    apply_override,
+    bounds,
+    build,
+    kind_of,
+    nearest,
+    read_yaml,
+)
 
 DEFAULT_CONFIG = Path(__file__).parent / "config.yaml"  # the one that train.sh and test.sh take
 CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions a picture
@@ -99,6 +110,7 @@ class ModelConfig:
     image_size: int | None = bounds(None, low=1, high=2**11)
     projector: str = "mlp"
     projector_hidden_size: int | None = bounds(None, low=1, high=2**16)
+    num_queries: int | None = bounds(None, low=1, high=2**12)
     start_from: Path | None = None
 
 
@@ -136,7 +148,13 @@ class TrainConfig:
     max_bad_steps: int = bounds(3, low=1)
     fsdp: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    activation_checkpointing: bool = False
+    packing: Switch = Switch("auto")
+    cache_features: Switch = Switch("auto")
+    fused_lora: Switch = Switch("auto")
+    compile: Switch = Switch("auto")
+    activation_checkpointing: Switch = Switch("auto")
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    liger_kernels: Switch = Switch("auto")
     num_threads: int | None = bounds(None, low=1, high=2**10)
     num_workers: int = bounds(2, low=0, high=2**10)
     logging_steps: int = bounds(10, low=1)
@@ -210,7 +228,8 @@ FREE_KEYS = (
     "output_dir test.* data.max_refused data.demo_folder data.on_bad_image model.start_from train.max_bad_steps "
     "train.fsdp train.num_threads train.num_workers "
     "train.logging_steps train.eval_steps train.eval_samples train.score_samples train.save_steps train.save_total_limit "
-    "train.report_to train.activation_checkpointing"
+    "train.report_to train.packing train.cache_features train.fused_lora train.compile train.activation_checkpointing "
+    "train.attn_implementation train.liger_kernels"
 ).split()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from config import IGNORE_INDEX, InputError
@@ -36,7 +36,9 @@ class Outcome:
 class Stepper:
     """Takes optimizer steps: `stepper(step, micros, rates, stop)`.
 
-    autocast: makes the context in which the model runs; seed: of dropout; max_grad_norm: None for no clipping.
+    autocast: makes the context in which the model runs; seed: of dropout; max_grad_norm: None for no clipping;
+    pad_token_id: for the smaller batches that a full memory asks for; encoder: batch -> patch features, where they are
+    cached, else None: then the model makes them.
     """
 
     def __init__(
@@ -47,9 +49,12 @@ class Stepper:
         autocast: Callable[[], contextlib.AbstractContextManager],
         seed: int,
         max_grad_norm: float | None,
+        pad_token_id: int,
+        encoder: Callable[[dict], Tensor | None] | None = None,
     ):
         self.model, self.optimizer, self.accelerator, self.autocast = model, optimizer, accelerator, autocast
         self.seed, self.max_grad_norm = seed, max_grad_norm
+        self.pad_token_id, self.encoder = pad_token_id, encoder
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.pieces = 1  # into which each micro-batch is cut; doubled when memory was full
 
@@ -115,13 +120,13 @@ class Stepper:
         loss = 0.0
         for i, batch in enumerate(micros):
             micro = i * self.accelerator.num_processes + self.accelerator.process_index
-            for piece, part in enumerate(split_batch(batch, self.pieces)):
+            for piece, part in enumerate(split_batch(batch, self.pieces, self.pad_token_id)):
                 if not count_targets(part):
                     continue
                 seed_dropout(self.seed, step, micro, *([piece] if self.pieces > 1 else []))
                 with self.autocast():
                     # every answer token of the step weighs the same, whoever computes it
-                    loss_sum = self.model(**on_device(part, self.accelerator.device))
+                    loss_sum = self.model(**on_device(part, self.accelerator.device, self.encoder))
                 self.accelerator.backward(loss_sum * (1.0 / targets))
                 loss += loss_sum.detach().double() / targets
         return float(loss)
@@ -144,10 +149,15 @@ def seed_dropout(seed: int, *place: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]))
 
 
-def on_device(batch: dict, device: torch.device) -> dict:
-    """The tensors that the model takes, on its device."""
-    names = ("input_ids", "attention_mask", "labels", "pixel_values")
-    return {key: None if batch[key] is None else batch[key].to(device, non_blocking=True) for key in names}
+def on_device(
+    batch: dict, device: torch.device, encoder: Callable[[dict], Tensor | None] | None = None
+) -> dict[str, Tensor | Sequence[int] | None]:
+    """What the model takes, on its device; pictures as pixels, or as the features that `encoder` has of them."""
+    names = ("input_ids", "attention_mask") if encoder else ("input_ids", "attention_mask", "pixel_values")
+    inputs = {key: None if batch[key] is None else batch[key].to(device, non_blocking=True) for key in names}
+    if encoder:
+        inputs["patch_features"] = encoder(batch)
+    return inputs | {"labels": batch["labels"], "lengths": batch["lengths"]}
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -170,14 +180,14 @@ def full_memory_named(advice: str) -> Iterator[None]:
 def memory_advice(model: nn.Module, micros: Sequence[dict]) -> str:
     """What would help where one sample does not fit, with how much each takes (estimated from the shapes)."""
     config = model.causal_lm.config
-    length = max(batch["input_ids"].shape[1] for batch in micros)
+    length = max(max(batch["lengths"] or batch["input_ids"].shape[1:]) for batch in micros)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = next(model.causal_lm.model.layers.parameters()).element_size()
     # what a layer keeps for its backward: about eight tensors of the hidden size and four of the feed-forward's
     kept = length * config.num_hidden_layers * (8 * config.hidden_size + 4 * config.intermediate_size) * width
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return (
-        f"Of the longest sample ({length} tokens) the layers keep about {_gb(kept)}: train.activation_checkpointing=true "
+        f"Of the longest sample ({length} tokens) the layers keep about {_gb(kept)}: train.activation_checkpointing=on "
         f"takes nearly all of that away, a smaller data.max_length its share. The {trained / 1e6:.0f} million trained "
         f"weights take {_gb(16 * trained)} with gradients and Adam: a smaller lora.r, or fewer parts that train. All "
         f"weights take {_gb(weights)}: train.precision=bf16 halves what is frozen, a smaller language model more."

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -161,24 +162,29 @@ def answer_questions(
     that cannot be read is listed and passed over."""
     rows: list[dict] = []
     unreadable: list[dict] = []
-    asked = read_requests(ask, pictures, questions, unreadable)
-    count = len(questions) * (1 if pictures is None else len(pictures))
-    with open(output / "answers.jsonl", "w", encoding="utf-8") as file, tqdm(total=count, unit="answer") as progress:
-        for batch in batched(asked, batch_size):
-            for (image, question, _), answer in zip(
-                batch, ask.answer_all([r for *_, r in batch], batch_size), strict=True
-            ):
-                row = {
-                    "image": None if image is None else str(image),
-                    "question": question,
-                    "answer": answer.text,
-                    "seconds": round(answer.seconds, 4),
-                }
-                rows.append(row)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                tqdm.write(f"{'' if image is None else f'{image.name}: '}{question}  ->  {answer.text}")
+    shown = [None] if pictures is None else list(named_in_utf8(pictures, unreadable))
+    count = len(shown) * len(questions)
+    requests = (
+        Request([("user", question_parts(question, 0 if image is None else 1))], [] if image is None else [image])
+        for image, question in itertools.product(shown, questions)
+    )
+    given = tqdm(ask.stream(requests, batch_size), total=count, unit="answer")
+    with open(output / "answers.jsonl", "w", encoding="utf-8") as file:
+        for (image, question), answer in zip(itertools.product(shown, questions), given, strict=True):
+            if isinstance(answer, ImageError):
+                if not unreadable or unreadable[-1]["image"] != str(image):  # one line a picture
+                    unreadable.append({"image": str(image), "problem": str(answer)})
+                continue
+            row = {
+                "image": None if image is None else str(image),
+                "question": question,
+                "answer": answer.text,
+                "seconds": round(answer.seconds, 4),
+            }
+            rows.append(row)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-            progress.update(len(batch))
+            tqdm.write(f"{'' if image is None else f'{image.name}: '}{question}  ->  {answer.text}")
     for entry in unreadable:
         print(f"not read: {entry['problem']}")
     if unreadable:
@@ -191,34 +197,16 @@ def answer_questions(
         raise InputError(f"none of the {len(unreadable)} pictures can be read; {output / 'unreadable.jsonl'} says why.")
 
 
-def read_requests(
-    ask: Answerer, pictures: list[Path] | None, questions: Sequence[str], unreadable: list[dict]
-) -> Iterator[tuple[Path | None, str, Request]]:
-    """(picture, question, request) one after the other; each picture is read once, when its turn comes."""
-    for picture in [None] if pictures is None else pictures:
+def named_in_utf8(pictures: Sequence[Path], unreadable: list[dict]) -> Iterator[Path]:
+    """The pictures whose names can be written down; the others are added to `unreadable`."""
+    for picture in pictures:
         try:
             str(picture).encode()
-            images = [] if picture is None else [ask.read_pixels(picture)]
         except UnicodeEncodeError:
             name = os.fsencode(picture).decode(errors="replace")
             unreadable.append({"image": name, "problem": f"{name}: the file's name is not UTF-8 text; rename it."})
-            continue
-        except ImageError as error:
-            unreadable.append({"image": str(picture), "problem": str(error)})
-            continue
-        for question in questions:
-            yield picture, question, Request([("user", question_parts(question, len(images)))], images)
-
-
-def batched(items: Iterator, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        else:
+            yield picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +222,7 @@ def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, outp
 
     def answers(asked: Sequence[Question]) -> list[str]:
         requests = [Request(question.turns, question.images) for question in asked]
-        given = ask.answer_all(requests, config.test.batch_size, functools.partial(tqdm, unit="batch"))
+        given = ask.answer_all(requests, config.test.batch_size, functools.partial(tqdm, unit="answer"))
         seconds.append([answer.seconds for answer in given])
         return [answer.text for answer in given]
 

@@ -58,6 +58,7 @@ from resume import (
     write_best,
     write_final,
 )
+from speed import attention, attention_name, make_fast, table
 from step import Stepper, count_targets, full_memory_named, on_device, total
 from visual.images import ImageError, verify_image
 
@@ -107,10 +108,13 @@ def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accel
         findings.stop()  # at once: weights take long to read
     if processors is not None:
         with findings.collect():
-            built = build(config, precision, processors, resume_from)
+            flash = attention(config, accelerator.device, precision)
+            built = build(config, precision, processors, resume_from, attention_name(flash))
     findings.stop()
     run = open_run(config, accelerator, precision, built, left_out, say)
     say(trainable_table(run.built.model, trainable_words(config), rates(config)))
+    run, choices = make_fast(run, flash)
+    say(table(choices))
     say(
         f"{len(run.order.kept):,} records, {run.order.epoch_length:,} samples an epoch; {run.total_steps:,} steps of "
         f"{run.samples_per_step} samples; {precision} on {accelerator.device}; results in {config.output_dir}"
@@ -151,7 +155,8 @@ def train(run: Run, resume_from: Path | None) -> int:
     )
     lowest = best_val_loss(run)
     context = autocast(run.precision, accelerator.device)
-    stepper = Stepper(model, optimizer, accelerator, context, config.seed, settings.max_grad_norm)
+    pad = run.built.tokenizer.pad_token_id
+    stepper = Stepper(model, optimizer, accelerator, context, config.seed, settings.max_grad_norm, pad, run.encoder)
     batches = iter(open_loader(run, start_step))
     micros_here = run.cut[1] // processes  # of a step, in this process
     done = start_step
@@ -297,9 +302,9 @@ def evaluate(run: Run, step: int) -> tuple[float, list[dict]]:
     batches = ([(0, int(i)) for i in mine[start : start + size]] for start in range(0, len(mine), size))
     loss, targets = 0.0, 0
     with gathered(model):
-        for batch in make_loader(run.validation_set, batches, run.built.tokenizer.pad_token_id, 0, False):
+        for batch in make_loader(run.validation_set, batches, run.built.tokenizer.pad_token_id, 0, False, run.packed):
             with autocast(run.precision, accelerator.device)():
-                loss += float(model(**on_device(batch, accelerator.device)))
+                loss += float(model(**on_device(batch, accelerator.device, run.encoder)))
             targets += count_targets(batch)
         questions = held_out_questions(run, 4)[:4]
         answers = run.answerer.answer([Request(q.turns, q.images) for q in questions]) if questions else []
@@ -350,7 +355,9 @@ def finish(run: Run) -> None:
 
 def answer_shared(run: Run, questions: list[Question]) -> list[str]:
     """The answers to `questions`, shared out among the processes, in their order on every process."""
-    mine = range(run.accelerator.process_index, len(questions), run.accelerator.num_processes)
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    # neighbours stay together: the questions about one picture share its reading
+    mine = range(len(questions) * rank // processes, len(questions) * (rank + 1) // processes)
     requests = [Request(questions[i].turns, questions[i].images) for i in mine]
     hidden = not run.accelerator.is_main_process
     answers = run.answerer.answer_all(requests, run.config.test.batch_size, functools.partial(tqdm, disable=hidden))
@@ -362,7 +369,7 @@ def main_within_memory() -> int:
     """`main`, with a full memory as a message instead of a traceback, and SIGTERM as well."""
     advice = (
         "Make train.per_device_train_batch_size smaller and train.gradient_accumulation_steps larger (the same step), set "
-        "train.activation_checkpointing to true, or make data.max_length smaller."
+        "train.activation_checkpointing to on, or make data.max_length smaller."
     )
     with exit_on_sigterm(), full_memory_named(advice):
         return main()

@@ -40,6 +40,12 @@ class Trainable(str):
         return self.split(":")[0]
 
 
+class Switch(str):
+    """auto, on or off. YAML 1.1 reads on and off as true and false, which mean the same here."""
+
+    WORDS = ("auto", "on", "off")
+
+
 def bounds(default, low=None, high=None, **kwargs):
     """A field that must lie in [low, high]; either end may be open (None)."""
     return field(default=default, metadata={"low": low, "high": high}, **kwargs)
@@ -201,6 +207,13 @@ def _convert(hint, value, folder: Path, where: str, root):
         if not isinstance(value, str) or not Trainable.WORDS.fullmatch(value):
             raise InputError(f'"{where}": {value!r} is not one of frozen, lora, full, top:N (N >= 1).')
         return Trainable(value)
+    if hint is Switch:
+        word = {True: "on", False: "off"}.get(value, value) if isinstance(value, (bool, str)) else value
+        if word not in Switch.WORDS:
+            raise InputError(
+                f'"{where}": {value!r} is not one of {", ".join(Switch.WORDS)}{nearest(value, Switch.WORDS)}'
+            )
+        return Switch(word)
     if hint is bool:
         if not isinstance(value, bool):
             raise InputError(f'"{where}": expected true or false, found {kind_of(value)}.')

@@ -53,7 +53,7 @@ def question_parts(question: str, num_images: int) -> list[Part]:
 
 
 class ChatFormat:
-    """ChatML for one tokenizer and one encoder.
+    """ChatML for one tokenizer, one encoder and one projector.
 
     encode_text: text -> ids, with special tokens disallowed; num_image_tokens: how many `image_token_id` an image takes;
     system_prompt: put before conversations that do not start with a system turn; None for no system segment.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,3 +83,20 @@ def micro_batches(
         for micro in range(rank, accumulation, world_size):
             first = (step * accumulation + micro) * batch_size
             yield [order.at(position) for position in range(first, first + batch_size)]
+
+
+class Share(NamedTuple):
+    """One of the `rows` rows into which the samples of a step are packed."""
+
+    keys: list[tuple[int, int]]  # the (epoch, record) pairs of the whole step
+    rows: int
+    row: int
+
+
+def shares(order: SampleOrder, steps: range, samples: int, rows: int, rank: int, world_size: int) -> Iterator[Share]:
+    """This process's rows of each step, for packed rows: `rank`, rank + world_size, ... of `rows`. A step takes the next
+    `samples` samples of the stream, as in `micro_batches`; which of them stand in which row goes by their lengths."""
+    for step in steps:
+        keys = [order.at(position) for position in range(step * samples, (step + 1) * samples)]
+        for row in range(rank, rows, world_size):
+            yield Share(keys, rows, row)

@@ -26,7 +26,7 @@ KINDS = {  # what a token can be -> what that means
     "prompt": "read, not learned",
     "supervised": "learned",
     "mislabelled": "the label is another token than the one that stands here",
-    "padding": "fills the row, masked",
+    "padding": "fills the row; no sample sees it",
 }
 WIDTH = 240  # of a picture on the page; a smaller one is enlarged by a whole number, its pixels kept visible
 

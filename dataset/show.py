@@ -2,15 +2,14 @@
 
     python -m dataset.show --config config.yaml [--count 24] [--output FILE.html] [key=value ...]
 
-They are read, encoded, ordered and padded by the code that training uses; each picture is made back out of its
-pixel_values. A script: like those at the root it reads the config.
+They are read, encoded, ordered and packed (or padded) by the code that training uses, on one process; each picture is
+made back out of its pixel_values. A script: like those at the root it reads the config.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,10 +20,12 @@ from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
 from dataset.check import check_file
 from dataset.loader import QADataset, make_loader
-from dataset.order import SampleOrder, micro_batches
+from dataset.order import SampleOrder, Share, micro_batches, shares
+from dataset.packing import pack
 from dataset.page import Row, Vocabulary, write_page, write_row
 from model.build import Processors
 from qwen import image_token_id
+from speed import packing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +57,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def show(config: Config, config_name: str, count: int) -> str:
-    """The page of the first `count` samples that a run of `config` trains on, in its micro-batches."""
+    """The page of the first `count` samples that a run of `config` trains on, in its micro-batches; packed rows are shown
+    whole, so the last one may bring some more."""
     processors = open_processors(config)
     path, limit = config.data.qa_file, config.data.max_length
     chat = chat_format(config, processors)
@@ -66,21 +68,25 @@ def show(config: Config, config_name: str, count: int) -> str:
         raise InputError(f'{path}: no record fits into "data.max_length" ({limit}); allow more.')
     order = SampleOrder(dataset.kept, config.seed, source_weights(config, dataset)[dataset.kept])  # as training does
     words = vocabulary(processors)
-    size = config.train.per_device_train_batch_size
-    needed = -(-count // size)
-    stream = micro_batches(order, range(needed), size, config.train.gradient_accumulation_steps, 0, 1)
-    keys = list(islice(stream, needed))
+    size, accumulation = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    steps, packed = range(-(-count // (size * accumulation))), packing(config).is_on
+    if packed:
+        micros = list(shares(order, steps, size * accumulation, accumulation, 0, 1))
+    else:
+        micros = list(micro_batches(order, steps, size, accumulation, 0, 1))
+    loader = make_loader(dataset, micros, processors.tokenizer.pad_token_id, 0, pin_memory=False, packed=packed)
     counts: Counter = Counter()
-    batches = []
-    loader = make_loader(dataset, keys, processors.tokenizer.pad_token_id, num_workers=0, pin_memory=False)
-    for number, (batch_keys, batch) in enumerate(zip(keys, loader, strict=True)):
-        rows = rows_of(batch, batch_keys, dataset, processors, words)[: count - number * size]
+    batches, shown = [], 0
+    for number, (micro, batch) in enumerate(zip(micros, loader, strict=True), start=1):
+        rows = rows_of(batch, keys_of(micro, dataset), dataset, processors, words)[: count - shown]
         for row in rows:
             counts.update(row.kinds(words.image_token_id))
-        pictures = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
-        remark = f"{size} samples × {batch['input_ids'].shape[1]} tokens, {pictures} pictures"
-        remark += f"; {len(rows)} of the samples are shown" if len(rows) < size else ""
-        batches.append((f"Micro-batch {number + 1}", remark, [write_row(row, words) for row in rows]))
+        samples = sum(len(row.names) for row in rows)
+        remark = describe(batch) + (f"; {samples} of the samples are shown" if samples < len(batch["ids"]) else "")
+        batches.append((f"Micro-batch {number}", remark, [write_row(row, words) for row in rows]))
+        shown += samples
+        if shown >= count:
+            break
     side = processors.image_processor.image_size
     about = {
         "config": config_name,
@@ -88,7 +94,7 @@ def show(config: Config, config_name: str, count: int) -> str:
         "language model": str(config.model.language_model),
         "max_length": f"{limit:,} tokens"
         + (f"; left out as they do not fit: {len(left_out):,} of {len(dataset):,} records" if left_out else ""),
-        "samples": f"the first {count:,} that training reads, of {order.epoch_length:,} an epoch; seed {config.seed}",
+        "samples": f"the first {shown:,} that training reads, of {order.epoch_length:,} an epoch; seed {config.seed}",
     }
     return write_page("What the model gets", about, counts, batches)
 
@@ -105,23 +111,46 @@ def vocabulary(processors: Processors) -> Vocabulary:
     )
 
 
+def keys_of(micro: list[tuple[int, int]] | Share, dataset: QADataset) -> list[tuple[int, int]]:
+    """The (epoch, record) pairs of a micro-batch, in its order."""
+    if not isinstance(micro, Share):
+        return micro
+    lengths = [len(dataset.encode(key)[1].input_ids) for key in micro.keys]
+    return [micro.keys[place] for place in pack(lengths, micro.rows)[micro.row]]
+
+
+def describe(batch: dict) -> str:
+    samples, tokens = len(batch["ids"]), batch["input_ids"].shape[1]
+    pictures = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
+    size = (
+        f"{samples} samples × {tokens} tokens" if batch["lengths"] is None else f"{samples} samples in {tokens} tokens"
+    )
+    return f"{size}, {pictures} pictures"
+
+
 def rows_of(
     batch: dict, keys: list[tuple[int, int]], dataset: QADataset, processors: Processors, words: Vocabulary
 ) -> list[Row]:
-    """The rows of a batch that `make_loader` made for `keys`, each with the pictures that its image tokens stand for."""
-    input_ids = batch["input_ids"]
-    positions = torch.arange(input_ids.shape[1])  # padding stands on the right: the model counts from 0 in every row
+    """The rows of a batch that `make_loader` made of `keys`, each with the pictures that its image tokens stand for."""
+    input_ids, labels, lengths = batch["input_ids"], batch["labels"], batch["lengths"]
     pixels = batch["pixel_values"]
-    images = ((input_ids == words.image_token_id).sum(1) // words.num_image_tokens).tolist()
-    shown = torch.empty(0) if pixels is None else processors.image_processor.denormalise(pixels)
-    rows = []
-    for i, (pictures, (epoch, index)) in enumerate(zip(shown.split(images), keys, strict=True)):
+    pictures = torch.empty(0) if pixels is None else processors.image_processor.denormalise(pixels)
+    names = []
+    for name, (epoch, index) in zip(batch["ids"], keys, strict=True):
         record = dataset.qa[index]
         about = (("source", record.source), ("type", record.type), ("epoch", epoch + 1))
-        remark = " · ".join(f"{key} {value}" for key, value in about if value)
-        tensors = (input_ids[i], batch["labels"][i], batch["attention_mask"][i], positions)
-        rows.append(Row(*tensors, pictures.numpy(), [(batch["ids"][i], remark)]))
-    return rows
+        names.append((name, " · ".join(f"{key} {value}" for key, value in about if value)))
+    if lengths is not None:  # the model counts from 0 in every document; those after the samples are padding
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        is_read = torch.arange(len(positions)) < sum(lengths[: len(names)])
+        return [Row(input_ids[0], labels[0], is_read.long(), positions, pictures.numpy(), names)]
+    positions = torch.arange(input_ids.shape[1])  # padding stands on the right: it counts from 0 in every row
+    images = ((input_ids == words.image_token_id).sum(1) // words.num_image_tokens).tolist()
+    tensors = zip(input_ids, labels, batch["attention_mask"], strict=True)
+    return [
+        Row(*row, positions, shown.numpy(), [name])
+        for row, shown, name in zip(tensors, pictures.split(images), names, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from config import InputError
+from dataset.loader import count_tokens
 
 
 class RunLog:
@@ -62,7 +63,7 @@ class RunLog:
         self.skipped_steps += is_bad
         self.replaced += replaced
         self.samples += sum(len(batch["ids"]) for batch in batches)
-        self.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.tokens += sum(map(count_tokens, batches))
         seconds = max(time.perf_counter() - self.started, 1e-9)
         shown = {
             "loss": f"{loss:.3f}",

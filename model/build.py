@@ -17,8 +17,9 @@ import qwen
 from config import InputError
 from model.checkpoint import has_adapter, load_adapter, load_trained
 from model.model import VisionLanguageModel
-from model.projector import build_projector
+from model.projector import build_projector, count_tokens
 from model.trainable import add_lora, set_trainable
+from qwen.attention import PACKED_SDPA
 from visual.encoders import count_image_tokens, load_vision_tower
 from visual.images import read_image
 from visual.processor import ImageProcessor, load_image_processor
@@ -53,10 +54,16 @@ class Built(Processors):
 
 
 def load_processors(
-    vision_tower: str, image_size: int | None, language_model: str, checkpoint: Path | None = None
+    vision_tower: str,
+    image_size: int | None,
+    language_model: str,
+    checkpoint: Path | None = None,
+    projector: str = "mlp",
+    num_queries: int | None = None,
 ) -> Processors:
     """Tokenizer and image processor of the encoder and the language model (folders or hub names), in seconds, whatever
-    the size of the two. checkpoint: its own are used instead of those beside the weights. Raises InputError."""
+    the size of the two, and how many tokens the projector makes of an image. checkpoint: its own are used instead of those
+    beside the weights. Raises InputError."""
     tokenizer = qwen.load_tokenizer(str(checkpoint / "tokenizer") if checkpoint else language_model)
     image_processor = load_image_processor(vision_tower, image_size=image_size)
     if checkpoint:
@@ -67,7 +74,8 @@ def load_processors(
                 f"{size}; the checkpoint was trained with another encoder, or is damaged."
             )
         image_processor = own
-    return Processors(tokenizer, image_processor, count_image_tokens(vision_tower, image_size))
+    num_patches = count_image_tokens(vision_tower, image_size)
+    return Processors(tokenizer, image_processor, count_tokens(projector, num_patches, num_queries))
 
 
 def build_model(
@@ -83,7 +91,8 @@ def build_model(
     dtype: torch.dtype,
     seed: int,
     checkpoint: Path | None = None,
-    activation_checkpointing: bool = False,
+    attn_implementation: str = PACKED_SDPA,
+    num_queries: int | None = None,
 ) -> Built:
     """Load encoder and language model (folders or hub names) in `dtype`, make the projector, add LoRA, fill in what
     `checkpoint`, which the caller has verified, trained, and let train what `trainable` (part -> word) says, in float32.
@@ -93,13 +102,13 @@ def build_model(
     """
     transformers.utils.logging.disable_progress_bar()  # one bar a part of the model says nothing
     tower = load_vision_tower(vision_tower, feature_layer=vision_feature_layer, image_size=image_size, dtype=dtype)
-    lm = qwen.load_language_model(language_model, dtype=dtype)
+    lm = qwen.load_language_model(language_model, dtype, attn_implementation)
     qwen.attach_tokenizer(lm, processors.tokenizer)
 
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)  # the projector's and LoRA's first weights depend on the seed and on nothing before
-    width = lm.config.hidden_size
-    model = VisionLanguageModel(tower, build_projector(projector, tower.hidden_size, projector_hidden_size, width), lm)
+    widths = tower.hidden_size, projector_hidden_size, lm.config.hidden_size
+    model = VisionLanguageModel(tower, build_projector(projector, *widths, num_queries), lm)
     if checkpoint is not None:
         load_trained(model, checkpoint)
     if trainable["language_model"] == "lora":
@@ -115,11 +124,14 @@ def build_model(
     torch.set_rng_state(generator_state)
 
     set_trainable(model, trainable)
-    if activation_checkpointing:
-        with warnings.catch_warnings():  # the newer name of this method is not in every version 5
-            warnings.simplefilter("ignore", FutureWarning)
-            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return Built(**vars(processors), model=model.train())
+
+
+def checkpoint_activations(model: VisionLanguageModel) -> None:
+    """Let each of the language model's layers be computed a second time in the backward, instead of kept."""
+    with warnings.catch_warnings():  # the newer name of this method is not in every version 5
+        warnings.simplefilter("ignore", FutureWarning)
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def read_pixels(image_processor: ImageProcessor, path: Path) -> torch.Tensor:

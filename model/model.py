@@ -3,15 +3,16 @@ Knows no file, no tokenizer and no training loop."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from config import IGNORE_INDEX
+from model.loss import summed_cross_entropy
 
 
 class VisionLanguageModel(nn.Module):
-    """vision_tower: pixel_values [M,3,H,W] -> [M,N,Dv]; projector: [M,N,Dv] -> [M,N,D]; language_model: a causal language
+    """vision_tower: pixel_values [M,3,H,W] -> [M,N,Dv]; projector: [M,N,Dv] -> [M,K,D]; language_model: a causal language
     model of `qwen`, bare or wrapped by PEFT."""
 
     def __init__(self, vision_tower: nn.Module, projector: nn.Module, language_model: nn.Module):
@@ -32,47 +33,59 @@ class VisionLanguageModel(nn.Module):
         return hasattr(self.language_model, "peft_config")
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """[M,3,H,W] -> image_features [M,N,D]."""
-        features = self.vision_tower(pixel_values.to(self.vision_tower.model.dtype))
-        return self.projector(features.to(self.projector.linear_1.weight.dtype))
+        """[M,3,H,W] -> image_features [M,K,D]."""
+        return self.project(self.patch_features(pixel_values))
+
+    def patch_features(self, pixel_values: Tensor) -> Tensor:
+        """[M,3,H,W] -> what the tower makes of them, [M,N,Dv]: what may be kept while the tower is frozen."""
+        if (
+            self.vision_tower.device.type != pixel_values.device.type
+        ):  # it had left (model.features), and is needed again
+            self.vision_tower.to(pixel_values.device)
+        return self.vision_tower(pixel_values.to(self.vision_tower.model.dtype))
+
+    def project(self, patch_features: Tensor) -> Tensor:
+        """[M,N,Dv] -> image_features [M,K,D]."""
+        return self.projector(patch_features.to(next(self.projector.parameters()).dtype))
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pixel_values: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        pixel_values: Tensor | None = None,
+        patch_features: Tensor | None = None,
     ) -> Tensor:
-        """The summed cross entropy of the supervised tokens (float32 scalar). input_ids, attention_mask, labels: [B,L];
-        labels are unshifted. The caller divides by the number of targets of its whole optimizer step.
+        """The summed cross entropy of the supervised tokens (float32 scalar). input_ids, labels [B,L]; labels are unshifted.
+        The caller divides by the number of targets of its whole optimizer step.
 
+        Rows are padded, and attention_mask [B,L] says where; or B is 1 and the row is documents of `lengths`, the first
+        token of each without a label. Of pictures come the pixels, or what the frozen tower made of them.
         The vocabulary's logits are made only where there is a label: of [B,L,V] that is what costs the memory.
         """
-        if pixel_values is None:
+        if pixel_values is not None:
+            patch_features = self.patch_features(pixel_values)
+        if patch_features is None:
             image_features, anchor = None, self._zero_from_image_side()
         else:
-            image_features, anchor = self.encode_images(pixel_values), 0.0
+            image_features, anchor = self.project(patch_features), 0.0
         hidden = self.causal_lm.model(
-            input_ids=input_ids, attention_mask=attention_mask, image_features=image_features, use_cache=False
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            lengths=lengths,
+            image_features=image_features,
+            use_cache=False,
         ).last_hidden_state  # [B, L, D]
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logits = self.causal_lm.lm_head(hidden[:, :-1][supervised])  # [targets, V]
-        return F.cross_entropy(logits.float(), targets[supervised], reduction="sum") + anchor
+        # labels may stay on the CPU: to look for the supervised places on a GPU would wait for all that it has to do
+        rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        places = (rows * labels.shape[1] + columns).to(hidden.device, non_blocking=True)
+        targets = labels[rows, columns + 1].to(hidden.device, non_blocking=True)
+        supervised = hidden.flatten(0, 1).index_select(0, places)  # [targets, D]
+        return summed_cross_entropy(supervised, self.causal_lm.lm_head, targets) + anchor
 
     def _zero_from_image_side(self) -> Tensor | float:
         """0, computed from what trains in projector and tower: a batch without any image then has zero gradients there
         instead of none, so that every process of a distributed step has the same gradients to add up."""
         parameters = [*self.projector.parameters(), *self.vision_tower.parameters()]
         return sum(parameter.sum() for parameter in parameters if parameter.requires_grad) * 0.0
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None, **options
-    ) -> Tensor:
-        """Generated ids [B, new]. input_ids, attention_mask [B,L]: prompts padded on the *left*; options: transformers'."""
-        image_features = None if pixel_values is None else self.encode_images(pixel_values)
-        ids = self.language_model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            image_features=image_features,
-            synced_gpus=False,
-            **options,
-        )
-        return ids[:, input_ids.shape[1] :]

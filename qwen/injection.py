@@ -9,7 +9,11 @@ M images in the batch, row by row and from left to right; N features an image; D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from qwen.attention import PACKED_SDPA
 
 
 class ImageInjection:
@@ -24,13 +28,20 @@ class ImageInjection:
         inputs_embeds=None,
         use_cache=None,
         image_features=None,
+        lengths=None,
         **kwargs,
     ):
         """The library's forward, on embeddings that hold the images.
 
         `image_features` may be None or have M = 0 for text. ValueError if the image tokens do not match the features,
         or if there are none for the image tokens of a prompt: of anything but one token after a filled cache.
+        `lengths`: how the one row is made of documents that do not see each other; instead of a mask and positions.
         """
+        if lengths is not None:
+            attention_mask = dict.fromkeys(self.config.layer_types)  # no masks: the attention is told the documents
+            positions = torch.cat([torch.arange(length) for length in lengths])
+            position_ids = positions.to(input_ids.device, non_blocking=True)[None]
+            kwargs |= self.documents(lengths, input_ids.device)
         if input_ids is not None and inputs_embeds is None:
             is_step = input_ids.shape[1] == 1 and past_key_values is not None and past_key_values.get_seq_length() > 0
             inputs_embeds, input_ids = self.embed_with_images(input_ids, image_features, not is_step), None
@@ -45,6 +56,17 @@ class ImageInjection:
             use_cache=use_cache,
             **kwargs,
         )
+
+    def documents(self, lengths: Sequence[int], device: torch.device) -> dict:
+        """What the model's attention takes to keep documents apart. ValueError for one that cannot."""
+        attention = self.config._attn_implementation
+        if attention == PACKED_SDPA:
+            return {"lengths": lengths}
+        if attention.startswith("flash_attention"):  # flash-attn's own form: where each document starts, and the end
+            starts = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+            of_both = {"cu_seq_lens": starts, "max_length": max(lengths)}
+            return {f"{name}_{side}": value for name, value in of_both.items() for side in "qk"}
+        raise ValueError(f'attention "{attention}" cannot keep documents in a row apart')
 
     def embed_with_images(self, input_ids, image_features, is_prompt):
         """input_ids [B, L], image_features [M, N, D] or None -> embeddings [B, L, D]."""

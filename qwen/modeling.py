@@ -16,6 +16,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from config import InputError, choose, how_to_convert
+from qwen.attention import PACKED_SDPA
 from qwen.configuration import QWenConfig
 from qwen.injection import ImageGeneration, ImageInjection
 from qwen.tokenizer import STOP_TOKENS, image_token, image_token_id
@@ -57,10 +58,11 @@ class QWenModel(Qwen2Model):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
+        lengths=None,
         **kwargs,
     ):
         """As Qwen2Model's. InputError if a position lies past `seq_length`."""
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        length = max(lengths) if lengths else (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if past_key_values is not None:
             length += past_key_values.get_seq_length()
         if length > self.config.max_position_embeddings:  # else no position can be too large: nothing to look up
@@ -73,6 +75,7 @@ class QWenModel(Qwen2Model):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            lengths=lengths,
             **kwargs,
         )
 
@@ -106,11 +109,12 @@ def refuse_past_seq_length(length: int, config: QWenConfig, prompt: int | None =
 LANGUAGE_MODELS = {"qwen": QWenLMHeadModel, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 
-def load_language_model(path: str, dtype=None, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_language_model(path: str, dtype=None, attn_implementation: str = PACKED_SDPA) -> PreTrainedModel:
     """A local folder or a hub name -> one of LANGUAGE_MODELS, in eval mode.
 
     dtype: a torch dtype or its name; None keeps the checkpoint's. attn_implementation: transformers' names ("sdpa",
-    "eager", "flash_attention_2", ...); None lets it choose. Only safetensors are read.
+    "eager", "flash_attention_2", ...); by default sdpa that also takes documents packed into a row.
+    Only safetensors are read.
     Every weight is accounted for: InputError names those that are missing, unexpected or of another shape (a tied
     lm_head may be absent). InputError also for an unknown path, a model type that is not in LANGUAGE_MODELS, quantised
     weights, and what transformers refuses, such as an attention whose package is not installed.

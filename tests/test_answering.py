@@ -4,13 +4,16 @@ python -m pytest tests/test_answering.py
 """
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+import model.answer
 import test
 import train
 from config import run_script
@@ -101,6 +104,36 @@ def test_a_folder_with_its_subfolders_and_a_file_that_is_no_picture(final, image
     (folder / "sub" / "broken.jpg").unlink()
     assert [r["answer"] for r in ask(output, *arguments)] == [r["answer"] for r in found]
     assert not (output / "unreadable.jsonl").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_listed_once_whatever_is_asked_about_it(final, images, tmp_path):
+    folder, output = tmp_path / "folder", tmp_path / "out"
+    folder.mkdir()
+    for i, name in enumerate(("a.png", "c.png", "e.png")):
+        shutil.copy(images / f"{i}.png", folder / name)
+    for name in ("b.jpg", "d.jpg"):
+        (folder / name).write_bytes(b"no picture")
+    (folder / os.fsdecode(b"\xff.png")).write_bytes((images / "3.png").read_bytes())
+    arguments = ["--checkpoint", final, "--images", folder, *(f"--question={q}" for q in QUESTIONS)]
+    found = ask(output, *arguments, "test.batch_size=4")
+    assert [(r["image"], r["question"]) for r in found] == [
+        (str(folder / f"{n}.png"), q) for n in "ace" for q in QUESTIONS
+    ]
+    unreadable = rows(output, "unreadable.jsonl")
+    assert sorted(Path(entry["image"]).name for entry in unreadable) == ["b.jpg", "d.jpg", "\ufffd.png"]
+    assert [entry["image"] for entry in unreadable if "not UTF-8" in entry["problem"]] == [str(folder / "\ufffd.png")]
+
+
+def test_an_answer_is_on_disk_before_the_next_batch_is_asked(final, images, tmp_path, monkeypatch):
+    written = []
+    generate = model.answer.generate
+    monkeypatch.setattr(
+        model.answer,
+        "generate",
+        lambda *a, **options: (written.append(len(rows(tmp_path))), generate(*a, **options))[1],
+    )
+    ask(tmp_path, "--checkpoint", final, "--images", images, "--question", QUESTIONS[0], "test.batch_size=4")
+    assert written == [0, 4, 8]
 
 
 def test_no_picture_that_can_be_read_is_an_error(final, tmp_path, capsys):

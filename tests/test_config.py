@@ -21,7 +21,7 @@ from config import (
     run_script,
     to_yaml,
 )
-from typed_yaml import all_keys
+from typed_yaml import Switch, all_keys
 
 ROOT = DEFAULT_CONFIG.parent
 SOURCE = {"format": "llava", "images": "images"}
@@ -113,7 +113,11 @@ def test_the_config_does_not_depend_on_the_working_folder(path, monkeypatch, tmp
         ("train.eval_steps=null", "train.eval_steps", None),
         ("train.eval_steps=", "train.eval_steps", None),
         ("data.system_prompt='a = b: c'", "data.system_prompt", "a = b: c"),
-        ("train.activation_checkpointing=true", "train.activation_checkpointing", True),
+        ("train.fsdp=true", "train.fsdp", True),
+        ("train.packing=on", "train.packing", Switch("on")),  # true to YAML 1.1
+        ("train.packing=false", "train.packing", Switch("off")),
+        ("train.packing='off'", "train.packing", Switch("off")),
+        ("train.packing=auto", "train.packing", Switch("auto")),
         ("train.trainable.language_model=top:3", "train.trainable.language_model", "top:3"),
         ("lora.target_modules=[q_proj, v_proj]", "lora.target_modules", ("q_proj", "v_proj")),
         ("lora.target_modules=q_proj", "lora.target_modules", ("q_proj",)),

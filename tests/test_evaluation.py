@@ -157,9 +157,10 @@ def test_without_any_question_there_is_nothing_to_divide_by():
 def test_a_logged_loss_is_the_mean_over_the_targets_since_the_last_row(tmp_path):
     tracked = []
     log = RunLog(tmp_path, 0, 3, True, 2, lambda values, step: tracked.append((step, values)))
-    batch = {"ids": ["a", "b"], "attention_mask": torch.ones(2, 5)}
+    padded = {"ids": ["a", "b"], "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]), "lengths": None}
+    packed = {"ids": ["a", "b"], "attention_mask": None, "lengths": [7, 3, 6]}  # the last 6 are padding
     for step, (loss, targets) in enumerate([(4.0, 7), (1.0, 10), (2.0, 30), (9.0, 5)], start=1):
-        log.step(step, step / 4, loss, 0.5, targets, False, 0, {"lora_lr": 0.1}, [batch, batch])
+        log.step(step, step / 4, loss, 0.5, targets, False, 0, {"lora_lr": 0.1}, [padded, packed])
     log.validation(4, 1.0, 3.5, [{"id": "a"}])
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row.get("loss"), row.get("targets")) for row in rows] == [

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
@@ -32,6 +33,7 @@ from config import InputError, load_config, run_script
 from dataset.loader import collate
 from evaluation import runlog
 from evaluation.runlog import RunLog
+from model import answer
 from model.model import VisionLanguageModel
 from step import Stepper, is_out_of_memory, memory_advice, on_device
 from tests.toy_project import run_training, write_project
@@ -43,7 +45,12 @@ BAD = "3.png"  # the picture of the record train:r3
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return write_project(tmp_path_factory.mktemp("project"))
+    """Its pictures are read and encoded anew in every run: what a test makes of them must not be kept for the next."""
+    path = write_project(tmp_path_factory.mktemp("project"))
+    values = yaml.safe_load(path.read_text())
+    values["train"]["cache_features"] = "off"
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -243,7 +250,7 @@ def test_fp16s_scaler_goes_on_after_a_bad_step(project, monkeypatch):
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         optimizer = AcceleratedOptimizer(torch.optim.AdamW(parameters, lr=0.0), scaler=accelerator.scaler)
         accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(wrapped.optimizer)
-        stepper = Stepper(model, optimizer, accelerator, contextlib.nullcontext, 1, 1.0)
+        stepper = Stepper(model, optimizer, accelerator, contextlib.nullcontext, 1, 1.0, pad_token_id=0)
         batch = make_batch(project)
         broken = batch | {"pixel_values": batch["pixel_values"] * math.nan}
         micros = [batch, broken, broken, *[batch] * 6]
@@ -300,7 +307,7 @@ class Crowd(torch.autograd.Function):
 def roomy(project, tmp_path_factory):
     """A run in which micro-batches of four rows fit."""
     folder = tmp_path_factory.mktemp("roomy")
-    run_training(project, f"output_dir={folder}", *CROWDED)
+    run_training(project, f"output_dir={folder}", *CROWDED, "train.packing=off")
     return folder
 
 
@@ -329,7 +336,7 @@ def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_else(
         return forward(self, **batch)
 
     monkeypatch.setattr(VisionLanguageModel, "forward", patched)
-    run_training(project, f"output_dir={tmp_path}", *CROWDED)
+    run_training(project, f"output_dir={tmp_path}", *CROWDED, "train.packing=off")
     said = [line for line in capsys.readouterr().out.splitlines() if "memory was full" in line]
     for line, rows_before in zip(said, (4, 2), strict=False):
         assert f"with {rows_before} samples at once: going on with {rows_before // 2} at once" in line
@@ -341,6 +348,28 @@ def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_else(
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
     assert [row["targets"] for row in found] == [row["targets"] for row in expected]
     assert [row["epoch"] for row in found] == [row["epoch"] for row in expected]
+    assert_close(tensors(roomy / "checkpoint-4"), tensors(tmp_path / "checkpoint-4"))
+
+
+def test_a_packed_row_that_is_too_long_is_cut_into_shorter_ones(project, roomy, tmp_path, monkeypatch, capsys):
+    """Also against padded rows that fit: the same step, however its samples stand in rows. Every record has a picture."""
+    sizes, forward = [], VisionLanguageModel.forward
+
+    def patched(self, **batch):
+        if self.training:
+            assert len(batch["input_ids"]) == 1
+            sizes.append(len(batch["pixel_values"]))
+            if sizes[-1] > 2:
+                raise cuda_is_full()
+        return forward(self, **batch)
+
+    monkeypatch.setattr(VisionLanguageModel, "forward", patched)
+    run_training(project, f"output_dir={tmp_path}", *CROWDED, "train.packing=on")
+    assert "memory was full" in capsys.readouterr().out and sizes[0] > 2
+    assert max(sizes[4:]) <= 2 and sum(size for size in sizes if size <= 2) >= 4 * 8
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in rows(tmp_path)] == pytest.approx([row[key] for row in rows(roomy)], rel=1e-6)
+    assert [row["targets"] for row in rows(tmp_path)] == [row["targets"] for row in rows(roomy)]
     assert_close(tensors(roomy / "checkpoint-4"), tensors(tmp_path / "checkpoint-4"))
 
 
@@ -365,7 +394,7 @@ def test_a_full_memory_outside_of_steps_is_a_message(project, tmp_path, monkeypa
             return forward(self, *arguments, **batch)
         raise cuda_is_full() if part == "evaluation" else cpu_is_full()
 
-    monkeypatch.setattr(VisionLanguageModel, "forward" if part == "evaluation" else "generate", full)
+    monkeypatch.setattr(*((VisionLanguageModel, "forward") if part == "evaluation" else (answer, "generate")), full)
     assert exit_status(project, monkeypatch, f"output_dir={tmp_path}", "train.max_steps=3") == 2
     message = capsys.readouterr().err
     assert "error: memory is full" in message and "Traceback" not in message and "per_device" in message
@@ -474,7 +503,9 @@ def damage(config: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:60])
 
 
-SKIP = (*QUICK, "data.on_bad_image=skip", "data.sources=[]", "train.save_steps=3")
+SKIP = (
+    *QUICK, "data.on_bad_image=skip", "data.sources=[]", "train.save_steps=3", "train.cache_features=on",
+)  # fmt: skip
 
 
 def test_a_picture_that_vanished_is_replaced_the_same_way_however_it_is_read(own, tmp_path, capsys):

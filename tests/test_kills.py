@@ -21,12 +21,14 @@ from tests.toy_project import run_training, write_project
 # Samples a step (4) do not divide those of an epoch (9); rows and checkpoints come together with validations and apart.
 RUN = ("train.max_steps=12", "train.save_steps=2", "train.eval_steps=3", "train.logging_steps=2", "lora.dropout=0.2")
 KILLED = -9
-KINDS = [("fp32", 0), ("fp32", 2), ("bf16", 0), ("bf16", 2)]
+PLAIN = ("train.packing=off", "train.cache_features=off")  # else rows are packed, and features kept from the first on
+KINDS = [("fp32", 0), ("fp32", 2), ("bf16", 0), ("bf16", 2), ("plain", 2)]
 KILLS = 5  # at random moments, of each kind
 
 
-def arguments(precision: str, workers: int) -> tuple[str, ...]:
-    return (*RUN, f"train.precision={precision}", f"train.num_workers={workers}")
+def arguments(kind: str, workers: int) -> tuple[str, ...]:
+    more = ("train.precision=fp32", *PLAIN) if kind == "plain" else (f"train.precision={kind}",)
+    return (*RUN, *more, f"train.num_workers={workers}")
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +39,16 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def references(project, tmp_path_factory) -> dict[str, tuple[Path, float]]:
-    """The folder of a run without a kill, by precision, and the seconds that it took."""
+    """The folder of a run without a kill, by kind, and the seconds that it took."""
     found = {}
     assert Start(project, "--help").end() == 0  # from here on a start is a fork
-    for precision in ("fp32", "bf16"):
+    for kind in ("fp32", "bf16", "plain"):
         config = copied(project, tmp_path_factory.mktemp("whole") / "project")
         began = time.perf_counter()
-        start = Start(config, *arguments(precision, 0))
+        start = Start(config, *arguments(kind, 0))
         assert start.end() == 0, start.output()
-        found[precision] = config.parent, time.perf_counter() - began
+        assert (config.parent / "qa.features").exists() == (kind != "plain")
+        found[kind] = config.parent, time.perf_counter() - began
     return found
 
 
@@ -86,16 +89,16 @@ def assert_same_end(folder: Path, reference: Path, saved=("checkpoint-10", "chec
     assert names == {path.name for path in expected.iterdir()}
 
 
-@pytest.mark.parametrize("precision, workers", KINDS)
-def test_kills_at_random_moments(project, references, tmp_path, precision, workers):
-    reference, seconds = references[precision]
-    moments = random.Random(f"{precision}-{workers}")
+@pytest.mark.parametrize("kind, workers", KINDS)
+def test_kills_at_random_moments(project, references, tmp_path, kind, workers):
+    reference, seconds = references[kind]
+    moments = random.Random(f"{kind}-{workers}")
     kills = attempts = 0
     while kills < KILLS:
         attempts += 1
         config = copied(project, tmp_path / str(attempts))
         while kills < KILLS:
-            start = Start(config, *arguments(precision, workers))
+            start = Start(config, *arguments(kind, workers))
             code = start.wait(moments.uniform(0, seconds))
             if code is not None:  # it came to its end before
                 assert code == 0, start.output()
@@ -103,7 +106,7 @@ def test_kills_at_random_moments(project, references, tmp_path, precision, worke
             start.send(9)
             start.process.join()
             kills += 1
-        assert Start(config, *arguments(precision, workers)).end() == 0
+        assert Start(config, *arguments(kind, workers)).end() == 0
         assert_same_end(config.parent, reference)
 
 
@@ -115,6 +118,10 @@ MOMENTS = [
     At("os.rename */qa.report.json"),  # all but the report
     At("os.rename */qa.jsonl.index.*"),  # its index is made
     At("os.rename */run.json"),  # the start is written down
+    At(
+        "zlib.crc32", 3
+    ),  # the features of the first micro-batch are kept, the bytes of the next one's first are written
+    At("zlib.crc32", 3),  # the same one micro-batch later, in the middle of the first epoch
     At("open */metrics.jsonl", 2),  # the first row is there
     At("open */.checkpoint-2.partial/state.json"),  # weights and optimizer are written
     At("open */.checkpoint-2.partial/manifest.json"),  # the whole checkpoint but its manifest, which is not flushed
@@ -168,9 +175,11 @@ def test_a_start_in_the_middle_reads_nothing_before_it(project, tmp_path, monkey
     run_training(config, *options)
     shutil.rmtree(config.parent / "run" / "checkpoint-6")
     positions, read = [], []
-    at, getitem = SampleOrder.at, QADataset.__getitem__
+    at, read_sample = SampleOrder.at, QADataset.read
     monkeypatch.setattr(SampleOrder, "at", lambda order, position: (positions.append(position), at(order, position))[1])
-    monkeypatch.setattr(QADataset, "__getitem__", lambda data, key: (read.append(key), getitem(data, key))[1])
+    monkeypatch.setattr(
+        QADataset, "read", lambda data, key, *rest: (read.append(key), read_sample(data, key, *rest))[1]
+    )
     run_training(config, *options)
     assert positions == list(range(4 * 4, 6 * 4)), "two steps of four samples"
     assert len(read) == len(positions)

@@ -225,7 +225,7 @@ def test_the_pieces_of_a_batch_hold_its_rows_as_if_they_had_been_made_alone(tmp_
     """Rows with no picture, one and three among them: each keeps its own, and no piece is wider than its longest row."""
     dataset = dataset_of(write_qa(tmp_path, MIXED))
     samples = [dataset[0, i] for i in rows]
-    found = list(split_batch(collate(samples, PAD), pieces))
+    found = list(split_batch(collate(samples, PAD), pieces, PAD))
     assert len(found) <= pieces and len(found) >= min(pieces, len(rows)) / 2
     assert max(len(piece["ids"]) for piece in found) == -(-len(rows) // pieces)
     first = 0
@@ -262,7 +262,7 @@ def test_it_is_said_whose_place_was_taken_and_why(tmp_path):
     assert [batch["ids"][0], batch["ids"][2]] == ["r0", "r2"]
     for row, name in enumerate(batch["ids"]):  # its own picture stands with it
         assert batch["pixel_values"][row, 0, 0, 0] == int(name[1:])
-    assert list(split_batch(batch, 2))[0]["replaced"] == [], "counted once, with the whole batch"
+    assert list(split_batch(batch, 2, PAD))[0]["replaced"] == [], "counted once, with the whole batch"
 
 
 def test_only_records_that_may_be_used_take_a_place(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from config import IGNORE_INDEX, InputError
-from model.build import build_model, load_processors
+from model.build import build_model, checkpoint_activations, load_processors
 from model.trainable import param_groups, trainable_parameters, trainable_table
 from tests.toy_project import LANGUAGE_MODELS, TOWERS
 
@@ -188,12 +188,8 @@ def test_the_first_weights_depend_on_the_seed_alone(folders):
 
 def test_activation_checkpointing_changes_nothing_but_memory(folders):
     plain = build(folders)
-    values = {"vision_feature_layer": -2, "image_size": None, "projector": "mlp", "projector_hidden_size": None}
-    saving = build_model(
-        load_processors(str(folders / "clip"), None, str(folders / "qwen2")),
-        str(folders / "clip"), language_model=str(folders / "qwen2"), trainable=FROZEN | {"language_model": "lora"},
-        lora=LORA, dtype=torch.float32, seed=0, activation_checkpointing=True, **values,
-    )  # fmt: skip
+    saving = build(folders)
+    checkpoint_activations(saving.model)
     for built in (plain, saving):
         built.model(**batch_for(built)).backward()
     assert saving.model.causal_lm.model.layers[0].gradient_checkpointing

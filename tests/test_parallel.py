@@ -21,9 +21,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from config import IGNORE_INDEX, InputError
-from model.build import autocast, build_model, load_processors
+from model.build import autocast, build_model, checkpoint_activations, load_processors
 from model.checkpoint import load_state, save_state, save_trained
 from model.folder import write_folder
+from model.generate import Prompt, generate
 from model.parallel import (
     check_equal_weights,
     clip_grad_norm,
@@ -56,12 +57,14 @@ def build(folder: Path, kind: str, checkpoint: Path | None = None, dtype=torch.f
     language_model, words = KINDS[kind]
     paths = {"vision_tower": str(folder / "tower"), "language_model": str(folder / language_model)}
     processors = load_processors(image_size=None, checkpoint=None, **paths)
-    return build_model(
+    model = build_model(
         processors, **paths, vision_feature_layer=-2, image_size=None, projector="mlp", projector_hidden_size=None,
         trainable={"projector": "full", "embeddings": "frozen"} | words, dtype=dtype, seed=3, checkpoint=checkpoint,
         lora={"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "up_proj"]},
-        activation_checkpointing=kind == "lora",
     ).model  # fmt: skip
+    if kind == "lora":
+        checkpoint_activations(model)
+    return model
 
 
 def micro_batch(step: int, micro: int, image_token_id: int) -> dict:
@@ -146,12 +149,12 @@ def answer(model) -> list[list[int]]:
     """Answers to as many questions as the process has a rank, each of another length, as after a validation."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     image = model.causal_lm.config.image_token_id
-    ids = torch.tensor([[5, *[image] * 16, 6, 7]])
+    prompt = Prompt([5, *[image] * 16, 6, 7], [0])
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(9))
     model.eval()
     with gathered(model), torch.inference_mode():
         answers = [
-            model.generate(ids, torch.ones_like(ids), pixels, max_new_tokens=length, do_sample=False)[0].tolist()
+            generate(model, [prompt], pixels, max_new_tokens=length, do_sample=False)[0].tolist()
             for length in range(2, 4 + rank)
         ]
     model.train()

@@ -9,6 +9,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import assemble
 from config import IGNORE_INDEX, load_config, run_script
 from dataset import show
 from dataset.loader import make_loader
-from dataset.order import SampleOrder, micro_batches
+from dataset.order import SampleOrder, micro_batches, shares
 from dataset.page import Row, Vocabulary, write_row
 from tests.toy_project import write_project
 
@@ -78,17 +79,27 @@ def make_page(path, *arguments) -> Page:
     return Page(output.read_text(encoding="utf-8"))
 
 
-def batches_of(path, number: int) -> list[dict]:
+def batches_of(path, number: int, packed: bool = False) -> list[dict]:
     """The first micro-batches as train.py gets them."""
     config = load_config(path)
     processors = assemble.open_processors(config)
     dataset = assemble.open_qa_file(config, processors, config.data.qa_file)
     order = SampleOrder(np.arange(len(dataset)), config.seed, assemble.source_weights(config, dataset))
-    train = config.train
-    keys = micro_batches(
-        order, range(number), train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, 1
-    )
-    return list(make_loader(dataset, list(keys)[:number], processors.tokenizer.pad_token_id, 0, False))
+    size, accumulation = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    if packed:
+        keys = shares(order, range(number), size * accumulation, accumulation, 0, 1)
+    else:
+        keys = micro_batches(order, range(number), size, accumulation, 0, 1)
+    return list(make_loader(dataset, list(keys)[:number], processors.tokenizer.pad_token_id, 0, False, packed))
+
+
+def padded_project(folder, *kind) -> Path:
+    """Whose batches are padded; `train.packing=on` on the command line packs them."""
+    path = write_project(folder, *kind)
+    values = yaml.safe_load(path.read_text())
+    values["train"]["packing"] = "off"
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def write_qa(path, records: list[dict], **data) -> None:
@@ -107,12 +118,12 @@ def talk(question: str, answer: str) -> list[dict]:
 
 @pytest.fixture(scope="module", params=PROJECTS, ids="-".join)
 def project(request, tmp_path_factory):
-    return write_project(tmp_path_factory.mktemp("project"), *request.param)
+    return padded_project(tmp_path_factory.mktemp("project"), *request.param)
 
 
 @pytest.fixture
 def fresh(tmp_path):
-    return write_project(tmp_path / "project", *PROJECTS[0])
+    return padded_project(tmp_path / "project", *PROJECTS[0])
 
 
 # --- what the batch holds is what the page shows
@@ -145,6 +156,51 @@ def test_the_page_counts_what_the_batches_hold(project):
         assert f", {expected['supervised'] / int(mask.sum()):.1%} learned: " in article["text"]
         padded += expected["padding"]
     assert padded > 0
+
+
+def test_a_packed_row_is_one_article_with_all_that_training_gets_in_it(project):
+    """Every row of a step, in order; a sample's own counts are in its part of the row, the padding after the last."""
+    page = make_page(project, "--count", "12", "train.packing=on")
+    batches = batches_of(project, 6, packed=True)
+    token = show.vocabulary(assemble.open_processors(load_config(project))).image_token_id
+    processor = assemble.open_processors(load_config(project)).image_processor
+    assert len(page.articles) == len(batches) == 6 and sum(len(batch["ids"]) for batch in batches) == 12
+    for article, batch in zip(page.articles, batches, strict=True):
+        ids, labels, supervised = batch["input_ids"][0], batch["labels"][0], batch["labels"][0] != IGNORE_INDEX
+        padding = sum(batch["lengths"][len(batch["ids"]) :])
+        expected = {
+            "image": int((ids == token).sum()),
+            "supervised": int(supervised.sum()),
+            "padding": padding,
+            "prompt": len(ids) - padding - int(supervised.sum()) - int((ids == token).sum()),
+            "mislabelled": 0,
+        }
+        assert {kind: count_of(article, kind) for kind in expected} == expected
+        assert article["name"] == "".join(batch["ids"]) and f"padding × {padding}" in article["text"]
+        for name, length, own in zip(batch["ids"], batch["lengths"], labels.split(batch["lengths"]), strict=False):
+            share = f"{int((own != IGNORE_INDEX).sum()) / length:.1%}"
+            assert re.search(
+                rf"{name}source train · type colour · epoch \d{length} tokens, {share} learned", article["text"]
+            )
+        shown = processor.denormalise(batch["pixel_values"]).numpy()
+        assert all(np.array_equal(a, b) for a, b in zip(article["pictures"], shown, strict=True))
+    assert sum("position 0 " in tip for article in page.articles for _, tip, _ in article["tokens"]) == 12 + 6
+
+
+def test_a_packed_row_is_shown_whole_and_each_sample_under_its_own_name(fresh):
+    """Text of four lengths, so that rows of a step are not made of neighbours; the last row may bring a sample more."""
+    write_qa(fresh, [{"type": f"kind{i}", "conversations": talk("Q", "A" * (1 + 9 * (i % 4)))} for i in range(8)])
+    more = ("train.packing=on", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2")
+    for count, rows in ((1, 1), (5, 2), (9, 3)):
+        page = make_page(fresh, "--count", str(count), *more)
+        assert len(page.articles) == rows
+        for article in page.articles:
+            assert re.findall(r"r(\d)type kind(\d)", article["text"]) == [
+                (i, i) for i in re.findall(r"\d", article["name"])
+            ]
+    assert f"the first {sum(len(article['name']) // 2 for article in page.articles)} that training" in (
+        fresh.parent / "page.html"
+    ).read_text(encoding="utf-8")
 
 
 def test_what_is_supervised_reads_as_the_answers_and_their_stop_tokens(project):

@@ -130,6 +130,10 @@ class VisionTower(nn.Module):
         return super().train(mode and self.trains)
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     def trains(self) -> bool:
         """Whether anything in the tower is trainable. `requires_grad` is the one switch: no flag beside it."""
         return any(parameter.requires_grad for parameter in self.parameters())

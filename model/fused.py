@@ -1,0 +1,210 @@
+"""LoRA computed where the products are: each wrapped linear layer, and each feed-forward block of three, as one step of
+autograd instead of PEFT's chain of casts, scalings and additions. The same sums in another order, hence equal to rounding.
+
+Modules keep their parameters, names, state_dict and PEFT's methods (save, load, merge, disable): only `forward` is
+another, and it is PEFT's own wherever the case is not the plain one (`_plain`). Knows no config and no loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+from model.compiled import Elementwise
+
+
+def fuse_lora(language_model: nn.Module) -> int:
+    """Let every LoRA linear layer of `language_model`, and every feed-forward block whose three linear layers have LoRA,
+    compute fused. Returns how many linear layers that is. To be called once LoRA is there; in place."""
+    layers = [module for module in language_model.modules() if type(module) is lora.Linear]
+    for layer in layers:
+        layer.__class__ = FusedLoraLinear
+    for module in language_model.modules():
+        if type(module) in _MLPS and module.config.hidden_act == "silu":
+            module.__class__ = _MLPS[type(module)]
+    return len(layers)
+
+
+class FusedLoraLinear(lora.Linear):
+    """PEFT's linear layer, with base and LoRA computed together."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x: [..., in] -> [..., out]."""
+        dtype = _compute_dtype(x)
+        weights = None if args or kwargs else _plain(self, dtype)
+        if weights is None:
+            return super().forward(x, *args, **kwargs)
+        x = x.to(dtype)
+        dropped = self.lora_dropout[self.active_adapters[0]](x) if _drops(self) else None
+        return _LoraLinear.apply(x, dropped, weights.scaling, *weights[1:])
+
+
+class FusedMLP(nn.Module):
+    """Mixin before Qwen2's or Qwen3's feed-forward block: down(silu(gate(x)) * up(x)) with LoRA, together."""
+
+    elementwise = Elementwise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> [..., D]."""
+        dtype = _compute_dtype(x)
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        weights = [_plain(layer, dtype) for layer in layers]
+        if any(one is None or one.bias is not None for one in weights) or any(map(_drops, layers)):
+            return super().forward(x)
+        scalings = tuple(one.scaling for one in weights)
+        return _LoraMLP.apply(
+            x.to(dtype), self.elementwise, scalings, *(w for one in weights for w in (one.base, one.a, one.b))
+        )
+
+
+class FusedQwen2MLP(FusedMLP, Qwen2MLP):
+    """Qwen2's, and Qwen v1's."""
+
+
+class FusedQwen3MLP(FusedMLP, Qwen3MLP):
+    """Qwen3's."""
+
+
+_MLPS = {Qwen2MLP: FusedQwen2MLP, Qwen3MLP: FusedQwen3MLP}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plain case
+
+
+class Weights(NamedTuple):
+    """y = x base^T + bias + scaling (x a^T) b^T. base: [out, in]; bias: [out] or None; a: [r, in]; b: [out, r]."""
+
+    scaling: float
+    base: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes in: autocast's type inside of autocast, else the input's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype) -> Weights | None:
+    """The layer's weights where all it does is `Weights`' sum, over a frozen base of type `dtype`; else None."""
+    if type(layer) is not FusedLoraLinear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name, base = layer.active_adapters[0], layer.base_layer
+    if name not in layer.lora_A or name in layer.lora_variant or type(base) is not nn.Linear:
+        return None
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if b.bias is not None:
+        return None
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    # LoRA in another type than the base, outside of autocast, is PEFT's to cast: it computes in LoRA's own
+    is_cast = torch.is_autocast_enabled(weight.device.type)
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype) or not (is_cast or a.weight.dtype == dtype):
+        return None
+    return Weights(layer.scaling[name], weight, bias, a.weight, b.weight)
+
+
+def _drops(layer: lora.Linear) -> bool:
+    """Whether LoRA's input passes a dropout now."""
+    return layer.training and getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0.0) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The products, forward and backward. T tokens, r the rank; everything here is of one type, but for the gradients of
+# LoRA's two matrices, which are computed in it and returned in the parameters' own. The base is frozen.
+
+
+def _forward(x: Tensor, base: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [T, in] -> y [T, out], x a^T [T, r]. b is scaled already."""
+    low = x @ a.t()
+    return F.linear(x, base, bias).addmm_(low, b.t()), low
+
+
+def _input_gradient(dy: Tensor, dlow: Tensor, base: Tensor, a: Tensor) -> Tensor:
+    """dy: [T, out], dlow: dy b [T, r] -> [T, in]."""
+    return (dy @ base).addmm_(dlow, a)
+
+
+def _weight_gradients(dy: Tensor, dlow: Tensor, x: Tensor, low: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """-> the gradients of a [r, in] and b [out, r], in float32 or wider."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return (dlow.t() @ x).to(wide), (low.t() @ dy).t().to(wide).mul_(scaling)
+
+
+def _cast(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return a.to(dtype), (b * scaling).to(dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """dropped: what LoRA reads in the place of x, whose own gradient autograd takes on from here; None for x."""
+
+    @staticmethod
+    def forward(ctx, x, dropped, scaling, base, bias, a, b):
+        rows = x.reshape(-1, x.shape[-1])
+        read = rows if dropped is None else dropped.reshape(rows.shape)
+        low_a, low_b = _cast(a, b, scaling, x.dtype)
+        low = read @ low_a.t()
+        y = F.linear(rows, base, bias).addmm_(low, low_b.t())
+        ctx.save_for_backward(read, low, base, low_a, low_b)
+        ctx.scaling, ctx.shape, ctx.is_dropped = scaling, x.shape, dropped is not None
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        read, low, base, a, b = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        dlow = dy @ b
+        dx = ddropped = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ base if ctx.is_dropped else _input_gradient(dy, dlow, base, a)
+            dx = dx.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            ddropped = (dlow @ a).view(ctx.shape)
+        return dx, ddropped, None, None, None, *_weight_gradients(dy, dlow, read, low, ctx.scaling)
+
+
+class _LoraMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, elementwise, scalings, *weights):
+        rows = x.reshape(-1, x.shape[-1])
+        bases, cast = weights[::3], []
+        for a, b, scaling in zip(weights[1::3], weights[2::3], scalings, strict=True):
+            cast += _cast(a, b, scaling, x.dtype)
+        gate, low_gate = _forward(rows, bases[0], None, *cast[0:2])
+        up, low_up = _forward(rows, bases[1], None, *cast[2:4])
+        y, low_down = _forward(elementwise.silu_mul(gate, up), bases[2], None, *cast[4:6])
+        ctx.save_for_backward(rows, gate, up, low_gate, low_up, low_down, *bases, *cast)
+        ctx.elementwise, ctx.scalings, ctx.shape = elementwise, scalings, x.shape
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate, up, low_gate, low_up, low_down, *saved = ctx.saved_tensors
+        (base_gate, base_up, base_down), (a_gate, b_gate, a_up, b_up, a_down, b_down) = saved[:3], saved[3:]
+        s_gate, s_up, s_down = ctx.scalings
+        dy = dy.reshape(-1, dy.shape[-1])
+        dlow = dy @ b_down
+        dhidden = _input_gradient(dy, dlow, base_down, a_down)
+        dgate, dup, hidden = ctx.elementwise.silu_mul_backward(dhidden, gate, up)  # hidden again, instead of kept
+        down = _weight_gradients(dy, dlow, hidden, low_down, s_down)
+        dlow_gate, dlow_up = dgate @ b_gate, dup @ b_up
+        of_gate = _weight_gradients(dgate, dlow_gate, x, low_gate, s_gate)
+        of_up = _weight_gradients(dup, dlow_up, x, low_up, s_up)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _input_gradient(dgate, dlow_gate, base_gate, a_gate)
+            dx = dx.addmm_(dup, base_up).addmm_(dlow_up, a_up).view(ctx.shape)
+        return dx, None, None, None, *of_gate, None, *of_up, None, *down

@@ -1,0 +1,199 @@
+"""Patch features from the cache and from the tower: the same features in reading order, the same training.
+`sh tests/run.sh tests/test_features.py`"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dataset.loader import QADataset, collate
+from model import features as module
+from model.features import CachedEncoder
+from model.model import VisionLanguageModel
+from step import on_device
+from tests.toy_project import run_training, write_pictures, write_project
+from visual.encoders import VisionTower
+from visual.feature_cache import FeatureCache
+
+CPU, AWAY = torch.device("cpu"), torch.device("meta")  # meta stands for where the model does not run
+TOKENS, WIDTH = 3, 5
+
+
+class Tower(nn.Module):
+    """A stub: a picture of sevens has features of sevens. Remembers where it was sent, and what it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(1, 1, bias=False)
+        self.model.dtype = torch.float32
+        self.device, self.moves, self.calls = CPU, [], []
+
+    def to(self, device):
+        self.moves.append(torch.device(device))
+        self.device = self.moves[-1]
+        return self
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        assert self.device == CPU
+        self.calls.append(pixel_values[:, 0, 0, 0].tolist())
+        return pixel_values[:, 0, 0, 0].view(-1, 1, 1).expand(-1, TOKENS, WIDTH)
+
+
+@pytest.fixture
+def encoder(tmp_path) -> CachedEncoder:
+    model = VisionLanguageModel(Tower(), nn.Identity(), nn.Identity())
+    cache = FeatureCache(tmp_path / "features", TOKENS, WIDTH, torch.float32)
+    return CachedEncoder(model, cache, CPU, contextlib.nullcontext)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    write_pictures(tmp_path / "images", 8)
+    return [tmp_path / "images" / f"{i}.png" for i in range(8)]
+
+
+def batch_of(encoder: CachedEncoder, pictures: list[Path], *samples: list[int]) -> dict:
+    """A batch of samples with these pictures, each looked up as a loader does."""
+
+    def sample(numbers: list[int]) -> dict:
+        found = [encoder.cache.find(pictures[i]) for i in numbers]
+        pixels = [
+            torch.full((3, 2, 2), float(i)) for i, (stored, _) in zip(numbers, found, strict=True) if stored is None
+        ]
+        stored = [tensor for tensor, _ in found if tensor is not None]
+        return {
+            "id": "s", "replaced": None, "input_ids": torch.ones(4).long(), "labels": torch.ones(4).long(),
+            "pixel_values": torch.stack(pixels) if pixels else None,
+            "patch_features": torch.stack(stored) if stored else None,
+            "image_keys": [key for tensor, key in found if tensor is None],
+            "is_cached": [tensor is not None for tensor, _ in found],
+        }  # fmt: skip
+
+    return collate([sample(numbers) for numbers in samples], 0, packed=True)
+
+
+def numbers(features: Tensor) -> list[int]:
+    assert features.shape[1:] == (TOKENS, WIDTH) and (features == features[:, :1, :1]).all()
+    return features[:, 0, 0].int().tolist()
+
+
+def test_stored_and_new_pictures_stand_in_reading_order(encoder, pictures):
+    """None stored, some, all; each is encoded once, and one that comes twice in a batch as well."""
+    tower = encoder.model.vision_tower
+    assert numbers(encoder(batch_of(encoder, pictures, [5, 1], [3]))) == [5, 1, 3]
+    mixed = batch_of(encoder, pictures, [2, 1, 7], [], [3, 4], [2])
+    assert mixed["is_cached"] == [False, True, False, True, False, False]
+    assert numbers(encoder(mixed)) == [2, 1, 7, 3, 4, 2]
+    assert tower.calls == [[5, 1, 3], [2, 7, 4]]
+    stored = batch_of(encoder, pictures, [7], [2, 5])
+    assert stored["pixel_values"] is None and numbers(encoder(stored)) == [7, 2, 5] and len(tower.calls) == 2
+    assert not encoder(stored).requires_grad
+
+
+def test_a_batch_without_pictures_has_no_features(encoder, pictures):
+    batch = batch_of(encoder, pictures, [], [])
+    assert encoder(batch) is None and on_device(batch, CPU, encoder)["patch_features"] is None
+
+
+def test_what_the_model_is_given_are_features_instead_of_pixels(encoder, pictures):
+    inputs = on_device(batch_of(encoder, pictures, [3], [6]), CPU, encoder)
+    assert numbers(inputs["patch_features"]) == [3, 6] and "pixel_values" not in inputs
+    assert set(on_device(batch_of(encoder, pictures, [0]), CPU)) >= {"pixel_values", "lengths"}
+
+
+def test_a_tower_with_nothing_to_do_leaves_and_comes_back_for_a_new_picture(encoder, pictures, monkeypatch):
+    """After as many batches without a new picture in a row; once, not with every batch."""
+    monkeypatch.setattr(module, "IDLE_BATCHES", 3)
+    tower = encoder.model.vision_tower
+    encoder(batch_of(encoder, pictures, [0]))
+    known, new = batch_of(encoder, pictures, [0]), batch_of(encoder, pictures, [1])
+    for batch, moves in ((known, 0), (known, 0), (new, 0), (known, 0), (known, 0), (known, 1), (known, 1)):
+        encoder(batch)
+        assert tower.moves == [CPU] * moves
+    tower.device = AWAY  # seen from a GPU
+    assert numbers(encoder(batch_of(encoder, pictures, [2, 0]))) == [2, 0]
+    assert tower.moves == [CPU] * 2 and tower.device == CPU
+
+
+# --- a run
+
+
+RUN = ("train.eval_steps=null", "train.score_samples=1", "train.max_steps=4", "train.save_steps=4", "lora.dropout=0")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    saved = folder / "checkpoint-4"
+    return {
+        f"{path.name}/{key}": tensor for path in saved.glob("*.safetensors") for key, tensor in load_file(path).items()
+    }
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def count_encoded(monkeypatch) -> list[int]:
+    counts, forward = [], VisionTower.forward
+    monkeypatch.setattr(
+        VisionTower, "forward", lambda self, pixels: (counts.append(len(pixels)), forward(self, pixels))[1]
+    )
+    return counts
+
+
+def test_a_run_with_cached_features_is_the_one_without_to_the_last_bit(project, tmp_path, monkeypatch):
+    """With one picture a micro-batch the tower always computes the same shapes. The second run reads all of them."""
+    alone = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4")
+    counts = count_encoded(monkeypatch)
+    monkeypatch.setattr("train.finish", lambda run: None)
+    encoded = {}
+    for name, word in (("without", "off"), ("first", "on"), ("second", "on")):
+        run_training(project, f"output_dir={tmp_path / name}", f"train.cache_features={word}", *RUN, *alone)
+        encoded[name], counts[:] = len(counts), []
+    assert encoded == {"without": 16, "first": 9, "second": 0}
+    for name in ("first", "second"):
+        found, expected = state(tmp_path / name), state(tmp_path / "without")
+        assert found.keys() == expected.keys() and len(found) > 20
+        assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+        assert losses(tmp_path / name) == losses(tmp_path / "without")
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_pictures_are_encoded_in_other_company_only_rounding_differs(project, tmp_path, packing, workers):
+    common = (*RUN, f"train.packing={packing}", f"train.num_workers={workers}")
+    shutil.rmtree(project.parent / "qa.features", ignore_errors=True)
+    for word in ("off", "on"):
+        run_training(project, f"output_dir={tmp_path / word}", f"train.cache_features={word}", *common)
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-6)
+
+
+def test_a_picture_that_is_stored_is_not_read(project, tmp_path, monkeypatch):
+    """Nor decoded nor scaled: that is most of what a loader does."""
+    run_training(project, f"output_dir={tmp_path / 'a'}", *RUN)
+    read, sample = [], QADataset._sample
+
+    def watched(self, record, encoded):
+        pixels = self.read_pixels
+        self.read_pixels = lambda path: read.append(path) or pixels(path)
+        try:
+            return sample(self, record, encoded)
+        finally:
+            self.read_pixels = pixels
+
+    monkeypatch.setattr(QADataset, "_sample", watched)
+    run_training(project, f"output_dir={tmp_path / 'b'}", *RUN)
+    assert read == []
+    run_training(project, f"output_dir={tmp_path / 'c'}", *RUN, "train.cache_features=off")
+    assert len(read) == 16 and losses(tmp_path / "b") == losses(tmp_path / "a")

@@ -1,0 +1,208 @@
+"""The head and the cross entropy in chunks: the plain way's numbers, without its memory.
+`sh tests/run.sh tests/test_loss.py`"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from model import loss as module
+from model.loss import chunk_rows, summed_cross_entropy
+
+WIDTH, VOCABULARY = 24, 160
+TARGETS = [1, 63, 64, 65, 200]  # below, at and above one chunk of 64; several, the last one not full
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """64 tokens at once, the least that there is."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    assert chunk_rows(VOCABULARY) == 64
+
+
+def make(count: int, dtype=torch.float64, head=nn.Linear) -> tuple[Tensor, nn.Module, Tensor]:
+    """hidden [count, D], a head and targets [count]; logits of some size, so that the softmax is not flat."""
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(count, WIDTH, generator=generator).to(dtype).requires_grad_()
+    lm_head = head(WIDTH, VOCABULARY, bias=False).to(dtype)
+    with torch.no_grad():
+        lm_head.weight.copy_(torch.randn(VOCABULARY, WIDTH, generator=generator) * 0.7)
+    return hidden, lm_head, torch.randint(VOCABULARY, (count,), generator=generator)
+
+
+def plain(hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
+    return F.cross_entropy(lm_head(hidden).float(), targets, reduction="sum")
+
+
+def exact(hidden: Tensor, lm_head: nn.Linear, targets: Tensor) -> list[Tensor]:
+    """The loss and the gradients of hidden and of the head in float64, for a loss that is multiplied by 1/7."""
+    hidden = hidden.detach().double().requires_grad_()
+    weight = lm_head.weight.detach().double().requires_grad_()
+    loss = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    return [loss.detach(), *torch.autograd.grad(loss / 7, (hidden, weight))]
+
+
+def values(function, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> list[Tensor]:
+    loss = function(hidden, lm_head, targets)
+    return [loss.detach(), *torch.autograd.grad(loss / 7, (hidden, lm_head.weight))]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, in the norm."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+# --- the same numbers
+
+
+@pytest.mark.parametrize("count", TARGETS)
+def test_value_and_gradients_are_those_of_the_full_logits(count):
+    given = make(count, torch.float32)
+    found = values(summed_cross_entropy, *given)
+    assert found[0].dtype == torch.float32 and found[0].shape == ()
+    assert [error(*pair) < 1e-6 for pair in zip(found, exact(*given), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("count", TARGETS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_half_precision_is_no_worse_than_the_plain_way(count, mixed):
+    """Against float64. mixed: float32 weights under autocast, as what trains is kept; else all in bfloat16."""
+    given = make(count, torch.float32 if mixed else torch.bfloat16)
+    reference = exact(*given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        found, usual = values(summed_cross_entropy, *given), values(plain, *given)
+    for name, ours, theirs, true in zip(("loss", "hidden", "head"), found, usual, reference, strict=True):
+        assert ours.dtype == theirs.dtype, name
+        assert error(ours, true) <= 1.1 * error(theirs, true) + 1e-6, name
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden"])
+def test_only_what_trains_has_a_gradient(frozen):
+    hidden, lm_head, targets = make(130, torch.float32)
+    reference = exact(hidden, lm_head, targets)
+    (lm_head.weight if frozen == "head" else hidden).requires_grad_(False)
+    (summed_cross_entropy(hidden, lm_head, targets) / 7).backward()
+    grads = {"hidden": hidden.grad, "head": lm_head.weight.grad}
+    assert grads.pop(frozen) is None
+    for name, grad in grads.items():
+        assert error(grad, reference[1 if name == "hidden" else 2]) < 1e-6
+
+
+def test_nothing_trains_or_nothing_is_asked_for():
+    hidden, lm_head, targets = make(130, torch.float32)
+    with torch.no_grad():
+        loss = summed_cross_entropy(hidden, lm_head, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(hidden, lm_head, targets).detach(), rtol=1e-6, atol=0)
+
+
+def test_tied_embeddings_get_the_gradients_of_both_their_uses():
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    ids = torch.randint(VOCABULARY, (2, 90))
+    grads = []
+    for function in (summed_cross_entropy, plain):
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
+        function(hidden, model.lm_head, ids[:, 1:].flatten()).backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    assert grads[0].keys() == grads[1].keys() and "model.embed_tokens.weight" in grads[0]
+    for name, grad in grads[0].items():
+        assert error(grad, grads[1][name].double()) < 1e-6, name
+
+
+class WithBias(nn.Linear):
+    def __init__(self, width, vocabulary, bias=False):
+        super().__init__(width, vocabulary, bias=True)
+
+
+class WithLora(nn.Module):
+    """PEFT around a head that is called lm_head, whose LoRA is not zero."""
+
+    def __new__(cls, width, vocabulary, bias=False):
+        inner = nn.ModuleDict({"lm_head": nn.Linear(width, vocabulary, bias=False)})
+        head = get_peft_model(inner, LoraConfig(r=4, target_modules=["lm_head"])).base_model.model["lm_head"]
+        nn.init.normal_(head.lora_B["default"].weight)
+        return head
+
+
+@pytest.mark.parametrize("head", [WithBias, WithLora])
+def test_a_head_that_is_more_than_a_matrix_counts_whole(head):
+    """Its bias and its LoRA are in the loss, and they learn."""
+    hidden, lm_head, targets = make(130, torch.float32, head)
+    grads, losses = [], []
+    for function in (summed_cross_entropy, plain):
+        losses.append(function(hidden, lm_head, targets))
+        losses[-1].backward()
+        grads.append(
+            {name: p.grad for name, p in [*lm_head.named_parameters(), ("hidden", hidden)] if p.grad is not None}
+        )
+        lm_head.zero_grad(set_to_none=True)
+        hidden.grad = None
+    assert losses[0] == losses[1] and grads[0].keys() == grads[1].keys() and len(grads[0]) >= 3
+    assert all(error(grad, grads[1][name].double()) < 1e-6 for name, grad in grads[0].items())
+
+
+def test_no_target_at_all_is_zero_with_zero_gradients():
+    hidden, lm_head, targets = make(3, torch.float32)
+    loss = summed_cross_entropy(hidden[:0], lm_head, targets[:0])
+    loss.backward()
+    assert loss == 0 and lm_head.weight.grad.abs().sum() == 0 and hidden.grad.abs().sum() == 0
+
+
+def test_a_large_loss_scale_does_not_overflow_the_heads_gradient_in_half_precision():
+    """It multiplies the float32 sum over all chunks; float16 ends at 65,504."""
+    hidden, lm_head, targets = make(130, torch.float32)
+    expected = exact(hidden, lm_head, targets)[2] * 7
+    with torch.autocast("cpu", torch.float16):
+        loss = summed_cross_entropy(hidden, lm_head, targets)
+    grad = torch.autograd.grad(loss * 2.0**20, lm_head.weight)[0]
+    assert error(grad / 2.0**20, expected) < 1e-2
+
+
+# --- without its memory
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor had that was made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, positional=(), named=None):
+        made = function(*positional, **(named or {}))
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_no_more_than_a_chunk_of_logits_is_ever_made(trains):
+    """Forward and backward, of 640 tokens: what stands beside is of the size of hidden or of the head."""
+    hidden, lm_head, targets = make(640, torch.float32)
+    lm_head.weight.requires_grad_(trains)
+    chunk, beside = 64 * VOCABULARY, max(hidden.numel(), lm_head.weight.numel())
+    with Largest() as ours:
+        summed_cross_entropy(hidden, lm_head, targets).backward()
+    with Largest() as usual:
+        plain(hidden, lm_head, targets).backward()
+    assert ours.elements <= max(chunk, beside) < usual.elements == 640 * VOCABULARY
+
+
+@pytest.mark.parametrize("vocabulary, mib", [(420, 96), (151_936, 96), (151_936, 1), (10**6, 200)])
+def test_a_chunk_is_as_large_as_is_allowed_but_at_least_64_tokens(monkeypatch, vocabulary, mib):
+    monkeypatch.setattr(module, "CHUNK_BYTES", mib * 2**20)
+    rows = chunk_rows(vocabulary)
+    assert rows % 64 == 0 and rows >= 64
+    assert rows == 64 or 4 * rows * vocabulary <= mib * 2**20
+    assert 4 * (rows + 64) * vocabulary > mib * 2**20

@@ -1,0 +1,246 @@
+"""What makes a run fast: what `auto` chooses and why, what on and off decide, what is refused and what is printed.
+`sh tests/run.sh tests/test_speed.py`"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+import assemble
+import speed
+from config import FREE_KEYS, InputError, load_config
+from dataprocess.process_image import prepare_from_config
+from qwen.attention import PACKED_SDPA
+from speed import Choice, activation_checkpointing, attention, attention_name, feature_cache, packing, table
+from tests.toy_project import run_training, write_project
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GB = 2**30
+Disk = namedtuple("Disk", "total used free")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    path = write_project(tmp_path_factory.mktemp("project"))
+    prepare_from_config(load_config(path, []))
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(project):
+    """A run with its model, before anything is chosen for it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    config = load_config(project, [])
+    built = assemble.build(config, "fp32", assemble.open_processors(config))
+    none = {path: np.empty(0, np.int64) for path in (config.data.qa_file, config.data.validation_file)}
+    yield assemble.open_run(config, Accelerator(cpu=True), "fp32", built, none, print)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_of(opened, project: Path, *overrides: str) -> assemble.Run:
+    return dataclasses.replace(opened, config=load_config(project, overrides))
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize(
+    "device, precision, fits", [(GPU, "bf16", True), (GPU, "fp16", True), (GPU, "fp32", False), (CPU, "bf16", False)]
+)
+def test_auto_takes_flash_attention_where_it_is_installed_and_computes(
+    project, monkeypatch, installed, device, precision, fits
+):
+    monkeypatch.setattr(speed, "is_flash_attn_2_available", lambda: installed)
+    chosen = attention(load_config(project, []), device, precision)
+    assert chosen.value == ("flash_attention_2" if fits and installed else "sdpa") and chosen.why
+
+
+@pytest.mark.parametrize("word, name", [("sdpa", PACKED_SDPA), ("eager", "eager"), ("flash_attention_2",) * 2])
+def test_a_configured_attention_is_taken(project, monkeypatch, word, name):
+    monkeypatch.setattr(speed, "is_flash_attn_2_available", lambda: True)
+    chosen = attention(load_config(project, [f"train.attn_implementation={word}"]), GPU, "bf16")
+    assert (chosen.value, chosen.why) == (word, "as configured")
+    assert attention_name(chosen) == name, "as transformers knows it: packed rows need an sdpa that knows documents"
+
+
+@pytest.mark.parametrize("device, precision", [(CPU, "bf16"), (GPU, "fp32")])
+def test_flash_attention_that_cannot_compute_is_refused(project, device, precision):
+    config = load_config(project, ["train.attn_implementation=flash_attention_2"])
+    with pytest.raises(InputError, match=f'"train.attn_implementation" .* {precision} on {device.type}. Use auto'):
+        attention(config, device, precision)
+
+
+# --- packing
+
+
+@pytest.mark.parametrize(
+    "word, attention, value",
+    [
+        ("auto", "auto", "on"), ("auto", "sdpa", "on"), ("auto", "eager", "off"), ("on", "auto", "on"),
+        ("off", "auto", "off"), ("off", "eager", "off"), ("auto", "flash_attention_2", "on"),
+    ],
+)  # fmt: skip
+def test_packing_is_on_but_with_eager_attention(project, word, attention, value):
+    chosen = packing(load_config(project, [f"train.packing={word}", f"train.attn_implementation={attention}"]))
+    assert chosen.value == value and chosen.is_on == (value == "on")
+    assert chosen.why == "as configured" or word == "auto" or attention == "eager"
+
+
+def test_packing_with_eager_attention_is_refused(project):
+    config = load_config(project, ["train.packing=on", "train.attn_implementation=eager"])
+    with pytest.raises(InputError, match='"train.packing" is on, but eager.*"train.attn_implementation" to auto'):
+        packing(config)
+
+
+# --- the feature cache
+
+
+def test_features_are_kept_where_pictures_come_again(opened, project):
+    """6 steps of 4 samples are more than the 9 records, and the pictures of the validation come twice."""
+    chosen, cache = feature_cache(run_of(opened, project))
+    size = 12 * 16 * 32 * 4  # pictures, patches, width, bytes
+    assert chosen.is_on and cache is not None
+    assert chosen.why.startswith(f"up to {size / 2**20:.1f} MB in {project.parent / 'qa.features'}/")
+    assert chosen.why.endswith("0.0 MB of it there") and not (project.parent / "qa.features").exists()
+
+
+ONCE = ("train.max_steps=2", "train.eval_steps=2")
+
+
+@pytest.mark.parametrize("overrides", [ONCE, ("train.max_steps=2", "train.eval_steps=null")])
+def test_features_are_not_kept_where_each_picture_is_seen_once(opened, project, overrides):
+    chosen, cache = feature_cache(run_of(opened, project, *overrides))
+    assert (chosen.value, chosen.why, cache) == ("off", "each picture is seen once", None)
+    assert feature_cache(run_of(opened, project, *overrides, "train.cache_features=on"))[1] is not None
+
+
+@pytest.mark.parametrize("overrides", [("train.max_steps=3", "train.eval_steps=3"), (*ONCE, "train.eval_steps=1")])
+def test_a_second_epoch_or_a_second_validation_is_enough(opened, project, overrides):
+    assert feature_cache(run_of(opened, project, *overrides))[0].is_on
+
+
+def test_features_that_are_there_are_used_even_once(opened, project, monkeypatch):
+    monkeypatch.setattr(speed.FeatureCache, "nbytes", 1000)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert feature_cache(run_of(opened, project, *ONCE))[0].is_on
+
+
+def test_a_cache_that_would_fill_the_disk_is_not_made_by_itself(opened, project, monkeypatch):
+    size = 12 * 16 * 32 * 4
+    for free, value in ((2 * size, "on"), (2 * size - 2, "off")):
+        monkeypatch.setattr(speed.shutil, "disk_usage", lambda folder, free=free: Disk(0, 0, free))
+        chosen, cache = feature_cache(run_of(opened, project))
+        assert chosen.value == value and (cache is None) == (value == "off")
+        assert feature_cache(run_of(opened, project, "train.cache_features=on"))[0].is_on
+    assert chosen.why == f"it would take up to {size / 2**20:.1f} MB, of {2 * size / 2**20:.1f} MB free"
+
+
+def test_off_is_off(opened, project):
+    chosen, cache = feature_cache(run_of(opened, project, "train.cache_features=off"))
+    assert (chosen.value, chosen.why, cache) == ("off", "as configured", None)
+
+
+@pytest.mark.parametrize("word", ["auto", "on"])
+@pytest.mark.parametrize("reason", ["encoder trains", "train.fsdp"])
+def test_features_of_an_encoder_that_changes_or_is_shared_out_are_not_kept(opened, project, monkeypatch, word, reason):
+    overrides = ["train.fsdp=true"] if reason == "train.fsdp" else []
+    run = run_of(opened, project, f"train.cache_features={word}", *overrides)
+    if overrides:
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+    else:
+        monkeypatch.setattr(type(run.built.model.vision_tower), "trains", True)
+    if word == "on":
+        with pytest.raises(InputError, match=f'"train.cache_features" is on, but .*{reason}.* set it to auto'):
+            feature_cache(run)
+    else:
+        chosen, cache = feature_cache(run)
+        assert chosen.value == "off" and reason in chosen.why and cache is None
+
+
+def test_pictures_are_counted_by_a_thousand_records(opened):
+    """Here by all of them: 9 and 3, one picture each."""
+    assert [speed._count_pictures(dataset) for dataset in opened.datasets] == [9, 3]
+
+
+# --- activation checkpointing
+
+
+def choose_checkpointing(opened, project, *overrides: str, batch_size: int = 2) -> Choice:
+    config = load_config(project, overrides)
+    return activation_checkpointing(config, opened.built, opened.train_set, CPU, batch_size)
+
+
+def test_layers_are_computed_twice_where_a_batch_would_not_fit(opened, project, monkeypatch):
+    """The limit is where a batch takes MEMORY_SHARE of what Adam and gradients leave; a larger batch needs more."""
+    sizes = [len(opened.train_set[0, i]["input_ids"]) for i in range(9)]
+    per_token = 2 * (8 * 64 + 4 * 96) * 4  # layers, tensors of the two sizes, bytes
+    needed = (2 * np.mean(sizes) + 2 * np.std(sizes) * 2**0.5) * per_token
+    adam = 12 * sum(p.numel() for p in opened.built.model.parameters() if p.requires_grad)
+    for share, value in ((1.02, "off"), (0.98, "on")):
+        free = int(adam + needed / speed.MEMORY_SHARE * share)
+        monkeypatch.setattr(speed, "_free_memory", lambda device, free=free: free)
+        chosen = choose_checkpointing(opened, project)
+        assert chosen.value == value and re.fullmatch(r"a batch keeps about .*MB, of .*MB free", chosen.why)
+    monkeypatch.setattr(speed, "_free_memory", lambda device: int(adam + needed / speed.MEMORY_SHARE * 1.02))
+    assert choose_checkpointing(opened, project, batch_size=4).is_on
+
+
+def test_checkpointing_is_as_configured_and_off_where_nothing_is_known(opened, project, monkeypatch):
+    monkeypatch.setattr(speed, "_free_memory", lambda device: None)
+    assert choose_checkpointing(opened, project) == Choice(
+        "activation_checkpointing", "off", "the free memory is not known"
+    )
+    for word, free in (("on", 100 * GB), ("off", 0)):
+        monkeypatch.setattr(speed, "_free_memory", lambda device, free=free: free)
+        chosen = choose_checkpointing(opened, project, f"train.activation_checkpointing={word}")
+        assert (chosen.value, chosen.why) == (word, "as configured")
+
+
+def test_the_free_memory_is_read_from_where_the_system_tells_it():
+    found = speed._free_memory(CPU)
+    assert found is None or 2**20 < found < 2**50
+    assert speed._free_memory(torch.device("mps")) is None
+
+
+# --- what is printed, and what a run may change
+
+
+def test_the_table_has_a_line_for_each_choice():
+    lines = table([Choice("packing", "on", "why"), Choice("attn_implementation", "sdpa", "torch's own")]).splitlines()
+    assert lines == ["packing              on    why", "attn_implementation  sdpa  torch's own"]
+
+
+def test_a_run_says_what_it_chose_and_does_it_and_may_change_it_where_it_goes_on(tmp_path, capsys, monkeypatch):
+    project = write_project(tmp_path / "project")
+    keys = ("packing", "cache_features", "activation_checkpointing", "attn_implementation")
+    packed = []
+    loader = assemble.make_loader
+    monkeypatch.setattr(assemble, "make_loader", lambda *values: packed.append(values[-1]) or loader(*values))
+
+    def chosen(*overrides: str) -> dict[str, str]:
+        assert run_training(project, "train.eval_steps=null", "train.score_samples=1", *overrides) == 0
+        said = capsys.readouterr().out
+        return {key: re.search(rf"^{key} +(\S+)", said, re.MULTILINE)[1] for key in keys}
+
+    assert chosen() == dict(zip(keys, ("on", "on", "off", "sdpa"), strict=True))
+    assert packed == [True] and (project.parent / "qa.features").is_dir()
+    others = ("train.packing=off", "train.cache_features=off", "train.activation_checkpointing=on")
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(project.parent / "run" / name)
+    assert {f"train.{key}" for key in keys} <= set(FREE_KEYS)
+    assert chosen(*others, "train.attn_implementation=eager") == dict(
+        zip(keys, ("off", "off", "on", "eager"), strict=True)
+    )
+    assert packed == [True, False]
