@@ -1,0 +1,239 @@
+"""The benchmark of the GPU compares equal work and counts it rightly. Run: python -m pytest tests/test_benchmark_gpu.py"""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from benchmarks import gpu, gpu_ways
+from benchmarks.gpu import BATCHES, HF, OURS, TINY, WARM_UP, WAYS, Clock, Row, markdown, measure, pass_flops
+from benchmarks.gpu_ways import AllLogits, NotInstalled, Task, ours, trainer_like
+from benchmarks.random_model import random_sample
+from model.fused import FusedLoraLinear
+
+CPU = torch.device("cpu")
+LENGTHS = ((5, 3), (2, 11), (9, 1), (4, 7), (30, 20), (3, 3))  # of questions and answers
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch) -> list:
+    """What a way lets be compiled; not compiled here, which takes long and is tested elsewhere."""
+    seen = []
+    monkeypatch.setattr(gpu_ways, "compile_elementwise", lambda *arguments: seen.append(arguments))
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_is_left():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Task:
+    chance = np.random.default_rng(0)
+    samples = [random_sample(TINY, chance, question, answer, 1 + i % 2) for i, (question, answer) in enumerate(LENGTHS)]
+    return Task(
+        TINY, torch.float32, CPU, lora_rank=4, batch_size=2, samples=samples, folder=tmp_path_factory.mktemp("compiled")
+    )
+
+
+def losses(train, steps: int = 5) -> list[float]:
+    found = []
+    train(lambda loss: found.append(float(loss)) or len(found) == steps)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(task) -> list[float]:
+    return losses(trainer_like(task))
+
+
+SWITCHES = {
+    "as it is": {},
+    "padded": {"packing": False},
+    "PEFT's own LoRA": {"fused_lora": False},
+    "not compiled": {"compiled": False},
+    "cached": {"cached": True},
+    "checkpointing": {"checkpointing": True},
+    "all logits": {"chosen_logits": False},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_ours_learns_what_transformers_and_peft_learn_whatever_is_switched(task, reference, name):
+    found = losses(ours(task, **SWITCHES[name]))
+    assert found == pytest.approx(reference, rel=2e-6)
+    assert abs(found[3] - found[0]) > 1e-3  # the first batch again: something was learned
+
+
+def test_a_peer_that_makes_checkpoints_learns_the_same(task, reference):
+    assert losses(trainer_like(task, checkpointing=True)) == pytest.approx(reference, rel=2e-6)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_is_what_it_says(task, name, monkeypatch, compiled):
+    class Seen(Exception):
+        pass
+
+    class Looks(gpu_ways.Stepper):
+        def __call__(self, step, micros, rates, stop):
+            model, batch = self.model, micros[0]
+            raise Seen(
+                {
+                    "padded": batch["lengths"] is None,
+                    "PEFT's own LoRA": not any(isinstance(one, FusedLoraLinear) for one in model.modules()),
+                    "not compiled": compiled == [],
+                    "cached": batch["pixel_values"] is None and self.encoder(batch).shape[0] == len(batch["is_cached"]),
+                    "checkpointing": model.causal_lm.is_gradient_checkpointing,
+                    "all logits": isinstance(model, AllLogits),
+                }
+            )
+
+    monkeypatch.setattr(gpu_ways, "Stepper", Looks)
+    with pytest.raises(Seen) as seen:
+        ours(task, **SWITCHES[name])(bool)
+    assert {one for one, is_on in seen.value.args[0].items() if is_on} == {name} - {"as it is"}
+
+
+def test_sorting_by_length_leaves_the_least_padding(task, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Task, "batches", lambda self, samples, packed=False: seen.append(samples) or [])
+    trainer_like(task, by_length=True)
+    lengths = [len(sample["input_ids"]) for sample in seen[0]]
+    assert lengths == sorted(lengths) and len(lengths) == len(LENGTHS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The harness
+
+
+def way(steps_seconds: list[float], monkeypatch):
+    """A way whose steps take so long by a clock of their own."""
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+
+    def train(after_step):
+        for seconds in steps_seconds:
+            now[0] += seconds
+            if after_step(1.5):
+                return
+        raise AssertionError("was not stopped")
+
+    monkeypatch.setitem(WAYS, "timed", (lambda task: train, {}))
+    return "timed"
+
+
+def measured(name: str, task: Task, seconds: float = 1e6, least: float = 0.0) -> Row:
+    return measure("m", name, task, pass_flops(task), rate=1e9, clock=Clock(CPU, seconds), least=least)
+
+
+def test_a_row_is_whole_passes_after_the_warm_up(task, monkeypatch):
+    one_pass = [0.5] * BATCHES
+    row = measured(way([100.0] * WARM_UP + one_pass + [9.0], monkeypatch), task)
+    assert row.samples_per_s == pytest.approx(len(task.samples) / (0.5 * BATCHES))
+    assert row.tokens_per_s == pytest.approx(sum(len(s["input_ids"]) for s in task.samples) / (0.5 * BATCHES))
+    assert row.peak_fraction == pytest.approx(pass_flops(task)[False] / (0.5 * BATCHES) / 1e9)
+    assert row.first_loss == 1.5
+
+
+def test_passes_are_repeated_until_they_took_long_enough(task, monkeypatch):
+    steps = [100.0] * WARM_UP + [1.0] * BATCHES + [3.0] * BATCHES + [50.0]
+    row = measured(way(steps, monkeypatch), task, least=1.5 * BATCHES)
+    assert row.samples_per_s == pytest.approx(len(task.samples) / (2.0 * BATCHES))
+
+
+def test_the_clock_leaves_out_what_does_not_fit(task, monkeypatch):
+    assert measured(OURS, task, seconds=0.0).note == "left out: no time"
+    steps = [100.0] * WARM_UP + [1.0] * (BATCHES - 1)
+    assert measured(way(steps, monkeypatch), task, seconds=100.0 * WARM_UP + 1.5).note == "left out: no time for a pass"
+
+
+@pytest.mark.parametrize(
+    "error, note",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (NotInstalled("trl"), "left out: trl is not installed"),
+        (ValueError("a shape\nand more"), "failed: ValueError: a shape"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_way_that_cannot_run_says_why_and_the_others_go_on(task, monkeypatch, error, note):
+    def fails(task):
+        raise error
+
+    monkeypatch.setitem(WAYS, "fails", (fails, {}))
+    assert measured("fails", task) == Row("m", "fails", note=note)
+
+
+def test_what_a_way_says_stands_in_its_row(task, monkeypatch):
+    def speaks(task):
+        task.say("nothing was compiled")
+        return lambda after_step: [after_step(1.0) for _ in range(WARM_UP + BATCHES)]
+
+    monkeypatch.setitem(WAYS, "speaks", (speaks, {}))
+    row = measured("speaks", task)
+    assert row.samples_per_s and row.note == "nothing was compiled" and row.note in markdown([row], "about")
+
+
+def test_what_a_way_patches_in_the_library_does_not_reach_the_next(task, monkeypatch):
+    def patches(task):
+        monkeypatch.setattr(gpu.modeling_qwen2, "Qwen2MLP", object)
+        return lambda after_step: None
+
+    before = gpu.modeling_qwen2.Qwen2MLP
+    monkeypatch.setitem(WAYS, "patches", (patches, {}))
+    measured("patches", task)
+    assert gpu.modeling_qwen2.Qwen2MLP is before
+
+
+def test_a_package_that_is_missing_is_named(task, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(gpu_ways.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotInstalled, match="flash_attn"):
+        ours(task, attention="flash_attention_2")
+
+
+def test_cached_features_are_less_work(task):
+    flops = pass_flops(task)
+    assert 0 < flops[True] < flops[False]
+
+
+def test_the_table_has_the_ratio_to_the_peer_and_what_was_left_out():
+    values = {"tokens_per_s": 1000.0, "peak_fraction": 0.4, "peak_gib": None, "first_loss": 1.0}
+    rows = [
+        Row("m", OURS, samples_per_s=30.0, **values),
+        Row("m", HF, samples_per_s=12.0, **values),
+        Row("m", "other", note="out of memory"),
+    ]
+    text = markdown(rows, "about")
+    assert "| ours | 30.00 | 2.50 | 1,000 | 40.0% | - |" in text
+    assert "- other: out of memory" in text
+
+
+def test_it_runs_on_a_machine_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--output", str(tmp_path / "new")])
+    gpu.main()
+    written = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    rows = {row["way"]: row for row in written["rows"]}
+    assert list(rows) == list(WAYS)
+    ran = {name for name, row in rows.items() if row["samples_per_s"]}
+    assert {OURS, HF, "ours without packing", "ours, cached features"} <= ran
+    assert all(row["note"].endswith("is not installed") for name, row in rows.items() if name not in ran)
+    same_batches = ran - {"LLaVA + PEFT, sorted by length"}
+    assert [rows[name]["first_loss"] for name in same_batches] == pytest.approx(
+        [rows[HF]["first_loss"]] * len(same_batches)
+    )
+    assert "| " + OURS + " |" in (tmp_path / "new" / "gpu.md").read_text()
+
+
+def test_without_a_gpu_the_real_sizes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2 and "--tiny" in capsys.readouterr().err
