@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,11 +172,14 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
         return Choice(name, "off", why), None
     if word == "off":
         return Choice(name, "off", "as configured"), None
+    beside = config.data.qa_file.parent
+    if word == "auto" and not os.access(beside, os.W_OK):
+        return Choice(name, "off", f"{beside} cannot be written"), None
     folder = cache_folder(config.data.qa_file, tower, run.built.image_processor, dtype)
     cache = FeatureCache(folder, tower.num_image_tokens, tower.hidden_size, dtype)
     stored = cache.nbytes if folder.exists() else 0
     size = expected_bytes(sum(map(_count_pictures, run.datasets)), tower, dtype)
-    free = shutil.disk_usage(config.data.qa_file.parent).free
+    free = shutil.disk_usage(beside).free
     epochs = run.epoch(run.total_steps)
     evaluations = run.total_steps // config.train.eval_steps if config.train.eval_steps else 0
     if word == "auto" and epochs <= 1 and evaluations <= 1 and not stored:

@@ -16,6 +16,7 @@ from benchmarks.limits import fastest, matrix_product, share_out
 from benchmarks.random_model import PAD_TOKEN_ID, Sizes, random_model, random_sample
 from dataset.loader import collate
 from model.fused import fuse_lora
+from qwen.attention import packed_sdpa
 from step import count_targets, on_device
 
 CPU = torch.device("cpu")
@@ -126,6 +127,8 @@ def test_a_profile_is_shared_out_whole_and_each_part_where_it_belongs():
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         (torch.randn(400, 400) @ weight).exp().sum().backward()
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        half = query.bfloat16().requires_grad_()
+        packed_sdpa(None, half, half, half, None, lengths=(200, 56))[0].sum().backward()
         optimizer.step()
     names = {limits.part_of(event) for event in seen.events() if event.name in ("aten::mm", "aten::addmm")}
     assert names == {"matrix products"}
@@ -134,6 +137,7 @@ def test_a_profile_is_shared_out_whole_and_each_part_where_it_belongs():
     assert all(parts[part] > 0 for part in limits.PARTS) and parts["Python"] > 9.0
     spent = {event.name: limits.part_of(event) for event in seen.events()}
     assert spent["aten::exp"] == "element by element" and spent["aten::addcdiv_"] == "optimizer"
+    assert {limits.part_of(event) for event in seen.events() if event.name == "aten::bmm"} == {"attention"}
     assert any("scaled_dot_product" in name and part == "attention" for name, part in spent.items())
 
 

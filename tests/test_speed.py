@@ -147,6 +147,13 @@ def test_a_cache_that_would_fill_the_disk_is_not_made_by_itself(opened, project,
     assert chosen.why == f"it would take up to {size / 2**20:.1f} MB, of {2 * size / 2**20:.1f} MB free"
 
 
+def test_no_cache_is_made_by_itself_where_nothing_can_be_written(opened, project, monkeypatch):
+    monkeypatch.setattr(speed.os, "access", lambda path, mode: path != project.parent)
+    chosen, cache = feature_cache(run_of(opened, project))
+    assert chosen.value == "off" and cache is None and chosen.why == f"{project.parent} cannot be written"
+    assert feature_cache(run_of(opened, project, "train.cache_features=on"))[0].is_on, "then writing says what is wrong"
+
+
 def test_off_is_off(opened, project):
     chosen, cache = feature_cache(run_of(opened, project, "train.cache_features=off"))
     assert (chosen.value, chosen.why, cache) == ("off", "as configured", None)
