@@ -67,6 +67,7 @@ class Start:
 
 def _run(arguments: list[str], moments: list[At], log: Path) -> None:
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background begins with it ignored
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
