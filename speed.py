@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
 from assemble import Run
@@ -26,6 +25,7 @@ from model.compiled import compile_elementwise, use_liger
 from model.features import CachedEncoder
 from model.fused import fuse_lora
 from qwen.attention import PACKED_SDPA
+from step import kept_bytes, size_text
 from visual.feature_cache import FeatureCache, cache_folder, expected_bytes
 
 DISK_SHARE = 0.5  # of what is free, that a cache chosen by `auto` may take
@@ -185,8 +185,8 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
     if word == "auto" and epochs <= 1 and evaluations <= 1 and not stored:
         return Choice(name, "off", "each picture is seen once"), None
     if word == "auto" and size - stored > DISK_SHARE * free:
-        return Choice(name, "off", f"it would take up to {_gb(size)}, of {_gb(free)} free"), None
-    return Choice(name, "on", f"up to {_gb(size)} in {folder}, {_gb(stored)} of it there"), cache
+        return Choice(name, "off", f"it would take up to {size_text(size)}, of {size_text(free)} free"), None
+    return Choice(name, "on", f"up to {size_text(size)} in {folder}, {size_text(stored)} of it there"), cache
 
 
 def _count_pictures(dataset: QADataset) -> int:
@@ -215,16 +215,8 @@ def activation_checkpointing(
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) if device.type != "cpu" else 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed, room = tokens * kept_bytes(model), free - weights - 12 * trained
-    told = f"a batch keeps about {_gb(needed)}, of {_gb(room)} free"
+    told = f"a batch keeps about {size_text(needed)}, of {size_text(room)} free"
     return Choice(name, "on" if needed > MEMORY_SHARE * room else "off", told)
-
-
-def kept_bytes(model: nn.Module) -> int:
-    """What the language model's layers keep of one token for their backward: about eight tensors of the hidden size and
-    four of the feed-forward's in each."""
-    config = model.causal_lm.config
-    width = next(model.causal_lm.model.layers.parameters()).element_size()
-    return config.num_hidden_layers * (8 * config.hidden_size + 4 * config.intermediate_size) * width
 
 
 def _free_memory(device: torch.device) -> int | None:
@@ -235,7 +227,3 @@ def _free_memory(device: torch.device) -> int | None:
         return None
     (line,) = [line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")]
     return int(line.split()[1]) * 1024
-
-
-def _gb(count: float) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**29 else f"{count / 2**20:.1f} MB"

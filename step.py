@@ -179,20 +179,27 @@ def full_memory_named(advice: str) -> Iterator[None]:
 
 def memory_advice(model: nn.Module, micros: Sequence[dict]) -> str:
     """What would help where one sample does not fit, with how much each takes (estimated from the shapes)."""
-    config = model.causal_lm.config
     length = max(max(batch["lengths"] or batch["input_ids"].shape[1:]) for batch in micros)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = next(model.causal_lm.model.layers.parameters()).element_size()
-    # what a layer keeps for its backward: about eight tensors of the hidden size and four of the feed-forward's
-    kept = length * config.num_hidden_layers * (8 * config.hidden_size + 4 * config.intermediate_size) * width
+    kept = length * kept_bytes(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return (
-        f"Of the longest sample ({length} tokens) the layers keep about {_gb(kept)}: train.activation_checkpointing=on "
-        f"takes nearly all of that away, a smaller data.max_length its share. The {trained / 1e6:.0f} million trained "
-        f"weights take {_gb(16 * trained)} with gradients and Adam: a smaller lora.r, or fewer parts that train. All "
-        f"weights take {_gb(weights)}: train.precision=bf16 halves what is frozen, a smaller language model more."
+        f"Of the longest sample ({length} tokens) the layers keep about {size_text(kept)}: "
+        "train.activation_checkpointing=on takes nearly all of that away, a smaller data.max_length its share. "
+        f"The {trained / 1e6:.0f} million trained weights take {size_text(16 * trained)} with gradients and Adam: "
+        f"a smaller lora.r, or fewer parts that train. All weights take {size_text(weights)}: "
+        "train.precision=bf16 halves what is frozen, a smaller language model more."
     )
 
 
-def _gb(count: float) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**29 else f"{count / 2**20:.0f} MB"
+def kept_bytes(model: nn.Module) -> int:
+    """What the language model's layers keep of one token for their backward: about eight tensors of the hidden size and
+    four of the feed-forward's in each."""
+    config = model.causal_lm.config
+    width = next(model.causal_lm.model.layers.parameters()).element_size()
+    return config.num_hidden_layers * (8 * config.hidden_size + 4 * config.intermediate_size) * width
+
+
+def size_text(count: float) -> str:
+    """A number of bytes as a person reads it."""
+    return f"{count / 2**30:.1f} GB" if count >= 2**29 else f"{count / 2**20:.1f} MB"

@@ -124,7 +124,7 @@ def collate(samples: Sequence[dict], pad_token_id: int, packed: bool = False) ->
     images_in_sample: how many each has. ids: the records' names; replaced: what was said of records whose place they took.
 
     Padded on the right: input_ids, labels, attention_mask [B, L], lengths None. Packed: input_ids, labels [1, L], lengths
-    of the samples in the row and, last, of the padding that makes L one of few sizes; attention_mask None.
+    of the samples in the row and, after them, of the pieces of padding that make L one of few sizes; attention_mask None.
     """
     if packed:
         rows = _one_row(samples, pad_token_id)

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.model import VisionLanguageModel
 from visual.feature_cache import FeatureCache
 
-IDLE_BATCHES = 100  # without one new picture; then the tower leaves the GPU
+IDLE_BATCHES = 100  # without one new picture, after which the tower leaves the GPU
 
 
 class CachedEncoder:
@@ -37,7 +37,7 @@ class CachedEncoder:
         """batch: as `dataset.loader.collate` makes it."""
         stored, pixels = batch["patch_features"], batch["pixel_values"]
         self.idle = self.idle + 1 if pixels is None else 0
-        if self.idle == IDLE_BATCHES:
+        if self.idle and self.idle % IDLE_BATCHES == 0:  # again and again: a question about a picture brings it back
             self.model.vision_tower.to("cpu")
         if pixels is None:
             return None if stored is None else stored.to(self.device, non_blocking=True)

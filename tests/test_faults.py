@@ -414,7 +414,7 @@ def test_the_estimates_of_the_advice_are_near_the_truth(project, monkeypatch, wo
     model = open_model(project, *(overrides if words == "full" else []))
     batch = make_batch(project, 1)
     said = []
-    monkeypatch.setattr(step_module, "_gb", lambda count: said.append(count) or str(count))
+    monkeypatch.setattr(step_module, "size_text", lambda count: said.append(count) or str(count))
     memory_advice(model, [batch])
     kept, trained, weights = said
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -109,17 +109,28 @@ def test_what_the_model_is_given_are_features_instead_of_pixels(encoder, picture
 
 
 def test_a_tower_with_nothing_to_do_leaves_and_comes_back_for_a_new_picture(encoder, pictures, monkeypatch):
-    """After as many batches without a new picture in a row; once, not with every batch."""
+    """After as many batches without a new picture in a row, and after as many more, as an answer may have brought it back in
+    between; not with every batch."""
     monkeypatch.setattr(module, "IDLE_BATCHES", 3)
     tower = encoder.model.vision_tower
     encoder(batch_of(encoder, pictures, [0]))
     known, new = batch_of(encoder, pictures, [0]), batch_of(encoder, pictures, [1])
-    for batch, moves in ((known, 0), (known, 0), (new, 0), (known, 0), (known, 0), (known, 1), (known, 1)):
+    for batch, moves in (
+        (known, 0),
+        (known, 0),
+        (new, 0),
+        (known, 0),
+        (known, 0),
+        (known, 1),
+        (known, 1),
+        (known, 1),
+        (known, 2),
+    ):
         encoder(batch)
         assert tower.moves == [CPU] * moves
     tower.device = AWAY  # seen from a GPU
     assert numbers(encoder(batch_of(encoder, pictures, [2, 0]))) == [2, 0]
-    assert tower.moves == [CPU] * 2 and tower.device == CPU
+    assert tower.moves == [CPU] * 3 and tower.device == CPU
 
 
 # --- a run
