@@ -31,15 +31,17 @@ def trainable_words(config: Config) -> dict[str, str]:
 
 
 def open_processors(config: Config, checkpoint: Path | None = None) -> Processors:
-    """What reads pictures and text for the config's model. With a `checkpoint` of this config: its own."""
-    model = config.model
+    """What reads pictures and text for the config's model. With a `checkpoint` of this config: its own; a language model
+    from scratch keeps to the tokenizer of the folder that it starts from."""
+    model, new = config.model, config.model.from_scratch
     return load_processors(
         model.vision_tower,
         model.image_size,
-        model.language_model,
-        checkpoint,
+        model.language_model if new is None else new.tokenizer,
+        checkpoint or (model.start_from if new else None),
         projector=model.projector,
         num_queries=model.num_queries,
+        any_tokenizer=new is not None,
     )
 
 
@@ -53,10 +55,17 @@ def build(
     """The model as the config says. With a `checkpoint` of this config, which the caller has verified: its weights."""
     if checkpoint is None and config.model.start_from is not None:
         verify_folder(config.model.start_from)
+    values = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
+    values.pop("start_from")
+    new = values.pop("from_scratch")
+    if new is not None:  # what its tokenizer is, the processors know
+        new = {key: value for key, value in dataclasses.asdict(new).items() if key not in ("tokenizer", "vocab_size")}
     return build_model(
         processors,
-        **{f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model) if f.name != "start_from"},
+        **values,
+        from_scratch=new,
         trainable=trainable_words(config),
+        freeze_random=config.train.freeze_random,
         lora=dataclasses.asdict(config.lora),
         dtype=PRECISIONS[precision],
         seed=config.seed,
@@ -171,7 +180,7 @@ def open_run(
 ) -> Run:
     """The model and its data. left_out: file -> its records that cannot be used. Raises InputError."""
     train_set = open_qa_file(config, built, config.data.qa_file, left_out[config.data.qa_file])
-    order = SampleOrder(train_set.kept, config.seed, source_weights(config, train_set)[train_set.kept])
+    order = sample_order(config, train_set)
     validation_set, validation_kept = None, np.empty(0, dtype=np.int64)
     if config.data.validation_file is not None:
         path = config.data.validation_file
@@ -184,10 +193,31 @@ def open_run(
     )
 
 
+def sample_order(config: Config, dataset: QADataset) -> SampleOrder:
+    """The order in which the config trains on a dataset."""
+    train = config.train
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    limit = None if train.steps_per_epoch is None else train.steps_per_epoch * step
+    return SampleOrder(dataset.kept, config.seed, source_weights(config, dataset)[dataset.kept], limit)
+
+
 def source_weights(config: Config, dataset: QADataset) -> np.ndarray:
     """The weight of every record: that of its source in the config, 1 for a source that is not listed there."""
     weights = {source.name: source.weight for source in config.data.sources}
     return np.array([weights.get(name, 1.0) for name in dataset.qa.sources] or [1.0])[dataset.qa.source_of]
+
+
+def balance_factor(config: Config, built: Built) -> float:
+    """What the experts' balance loss is multiplied by: as the config says, or as the model came with. InputError where the
+    config says it of a model without experts."""
+    factor = config.train.router_aux_loss_coef
+    if built.model.has_experts:
+        return built.model.causal_lm.config.router_aux_loss_coef if factor is None else factor
+    if factor is not None:
+        raise InputError(
+            f'"train.router_aux_loss_coef" is {factor}, but the language model has no experts to balance; set it to null.'
+        )
+    return 0.0
 
 
 def open_loader(run: Run, start_step: int) -> Iterable[dict]:

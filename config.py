@@ -6,6 +6,7 @@ the key. Only the scripts read the config; everything below them takes plain val
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,17 @@ from typing import Literal
 
 import yaml
 
+from contradictions import (
+    CAPTION_FORMATS,
+    RATE_KEYS,
+    STAGE_SECTIONS,
+    drop_unused_rates,
+    refuse_contradictions,
+    refuse_frozen,
+    refuse_stage_contradictions,
+    stage_entries,
+    trained_parts,
+)
 from typed_yaml import (
     FolderOrHub,
     InputError,
@@ -24,12 +36,16 @@ from typed_yaml import (
     bounds,
     build,
     kind_of,
+    merge,
     nearest,
     read_yaml,
 )
 
+# what others take from here, though it stands elsewhere
+__all__ = ["CAPTION_FORMATS", "RATE_KEYS", "InputError", "refuse_frozen", "trained_parts"]
+
 DEFAULT_CONFIG = Path(__file__).parent / "config.yaml"  # the one that train.sh and test.sh take
-CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions a picture
+STAGES_FOLDER = "stages"  # of a run's folder, with a folder for each stage
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out: nothing is learned from that token
 
 
@@ -103,9 +119,30 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ScratchConfig:
+    tokenizer: FolderOrHub
+    hidden_size: int = bounds(low=8, high=2**14)
+    num_hidden_layers: int = bounds(low=1, high=2**9)
+    num_attention_heads: int = bounds(low=1, high=2**9)
+    architecture: Literal["qwen2_moe", "qwen3_moe", "qwen2", "qwen3"] = "qwen2_moe"
+    vocab_size: int | None = bounds(None, low=300, high=2**18)
+    num_key_value_heads: int | None = bounds(None, low=1, high=2**9)
+    intermediate_size: int | None = bounds(None, low=1, high=2**17)
+    num_experts: int | None = bounds(None, low=2, high=2**10)
+    num_experts_per_tok: int | None = bounds(None, low=1, high=2**10)
+    moe_intermediate_size: int | None = bounds(None, low=1, high=2**17)
+    shared_expert_intermediate_size: int | None = bounds(None, low=1, high=2**17)
+    rope_theta: float = bounds(10_000.0, low=1.0)
+    initializer_range: float = bounds(0.02, low=1e-6, high=1.0)
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     vision_tower: FolderOrHub
-    language_model: FolderOrHub
+    language_model: FolderOrHub | None = None
+    from_scratch: ScratchConfig | None = None
+    attention: Literal["causal", "mixed"] = "causal"
     vision_feature_layer: int = -2
     image_size: int | None = bounds(None, low=1, high=2**11)
     projector: str = "mlp"
@@ -131,14 +168,23 @@ class TrainableConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    name: str
+    config: Config  # the whole of it: a stage is a run of its own, in a folder of its own
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     trainable: TrainableConfig = TrainableConfig()
+    freeze_random: tuple[Literal["projector", "language_model", "embeddings"], ...] = ()
     projector_lr: float | None = bounds(None, low=0.0)
     lora_lr: float | None = bounds(None, low=0.0)
     language_model_lr: float | None = bounds(None, low=0.0)
     embeddings_lr: float | None = bounds(None, low=0.0)
     vision_tower_lr: float | None = bounds(None, low=0.0)
+    router_aux_loss_coef: float | None = bounds(None, low=0.0)
     num_train_epochs: float = bounds(1.0, low=0.0)
+    steps_per_epoch: int | None = bounds(None, low=1)
     max_steps: int | None = bounds(None, low=1)
     per_device_train_batch_size: int = bounds(4, low=1)
     gradient_accumulation_steps: int = bounds(1, low=1)
@@ -164,6 +210,7 @@ class TrainConfig:
     save_steps: int | None = bounds(500, low=1)
     save_total_limit: int | None = bounds(2, low=1)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    stages: tuple[StageConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,7 +239,11 @@ class Config:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), check everything. Relative paths in the
-    file are relative to its folder, those in overrides to the current one. Raises InputError that names the key."""
+    file are relative to its folder, those in overrides to the current one. Raises InputError that names the key.
+
+    With `train.stages`, each has a whole Config of its own: what the file says for all, with the stage's own words over
+    it, with the command line over both. What is returned is the last stage's, with all of them in `train.stages`.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -203,17 +254,53 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, found {kind_of(values)}.")
+    folder = path.resolve().parent
+    of_stages = [word for word in overrides if word.partition("=")[0].strip().split(".")[:2] == ["train", "stages"]]
+    for override in of_stages:
+        apply_override(values, override)
+    of_all = [word for word in overrides if word not in of_stages]
+    train = values.get("train")
+    if not isinstance(train, dict) or not train.get("stages"):
+        config = _build(values, of_all, folder)
+        refuse_contradictions(config)
+        return config
+    entries = stage_entries(train.pop("stages"))
+    stages = [_stage(values, entry, i, of_all, folder) for i, entry in enumerate(entries)]
+    refuse_stage_contradictions(stages)
+    last = stages[-1].config
+    train = dataclasses.replace(last.train, stages=tuple(stages))
+    return dataclasses.replace(last, output_dir=last.output_dir.parent.parent, train=train)
+
+
+def _build(values: dict, overrides: Sequence[str], folder: Path) -> Config:
     for override in overrides:
         apply_override(values, override)
-    config = build(Config, values, path.resolve().parent)
-    _refuse_contradictions(config)
-    return config
+    return build(Config, values, folder)
+
+
+def _stage(values: dict, entry: dict, number: int, overrides: Sequence[str], folder: Path) -> StageConfig:
+    """A stage: the file's `values` with the entry's words over them."""
+    name = entry["name"]
+    words = copy.deepcopy({key: value for key, value in entry.items() if key != "name"})
+    merged = merge(copy.deepcopy(values), words)
+    if isinstance(merged.get("train"), dict):
+        drop_unused_rates(merged["train"], words.get("train", {}), dataclasses.asdict(TrainableConfig()))
+    try:
+        config = _build(merged, overrides, folder)
+        refuse_contradictions(config, random=set())  # what is random by then, the stages before decide
+        return StageConfig(name, dataclasses.replace(config, output_dir=config.output_dir / STAGES_FOLDER / name))
+    except InputError as error:
+        raise InputError(f'stage "{name}" (train.stages.{number}): {error}') from None
 
 
 def to_yaml(config: Config) -> str:
     """The config as YAML text that `load_config` reads back to an equal config (paths are absolute by then)."""
 
     def plain(value):
+        if isinstance(value, StageConfig):
+            values = plain(value.config)
+            values["train"].pop("stages")
+            return {"name": value.name, **{section: values[section] for section in STAGE_SECTIONS}}
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, tuple):
@@ -226,7 +313,7 @@ def to_yaml(config: Config) -> str:
 # keys that may change between the parts of a run that was interrupted: they change nothing that is learned
 FREE_KEYS = (
     "output_dir test.* data.max_refused data.demo_folder data.on_bad_image model.start_from train.max_bad_steps "
-    "train.fsdp train.num_threads train.num_workers "
+    "train.freeze_random train.fsdp train.num_threads train.num_workers "
     "train.logging_steps train.eval_steps train.eval_samples train.score_samples train.save_steps train.save_total_limit "
     "train.report_to train.packing train.cache_features train.fused_lora train.compile train.activation_checkpointing "
     "train.attn_implementation train.liger_kernels"
@@ -244,89 +331,8 @@ def changed_keys(old: Config, new: Config) -> list[str]:
 
     before, after = flat(old), flat(new)
     free = [key for key in before if key in FREE_KEYS or f"{key.split('.')[0]}.*" in FREE_KEYS]
-    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key] and key not in free]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Contradictions that can be seen without opening a model or a data file
-
-# (a part, what of it trains: its word up to the colon) -> the key of the learning rate that it trains at
-RATE_KEYS = {
-    ("vision_tower", "full"): "vision_tower_lr",
-    ("vision_tower", "top"): "vision_tower_lr",
-    ("projector", "full"): "projector_lr",
-    ("language_model", "lora"): "lora_lr",
-    ("language_model", "full"): "language_model_lr",
-    ("language_model", "top"): "language_model_lr",
-    ("embeddings", "full"): "embeddings_lr",
-}
-
-
-def _refuse_contradictions(config: Config) -> None:
-    train, parts = config.train, config.train.trainable
-    allowed = {f.name: ["frozen"] for f in dataclasses.fields(parts)}
-    for part, kind in RATE_KEYS:
-        allowed[part].append(kind)
-    for part, kinds in allowed.items():
-        word = getattr(parts, part)
-        if word.kind not in kinds:
-            listed = ", ".join(kinds).replace("top", "top:N")
-            raise InputError(f'"train.trainable.{part}": "{word}" does not apply to this part; it can be {listed}.')
-    if all(getattr(parts, part) == "frozen" for part in allowed):
-        raise InputError('"train.trainable": every part is frozen, so nothing would train; set projector to full.')
-    for key in sorted(set(RATE_KEYS.values())):
-        (part, *_), kinds = next(pair for pair in RATE_KEYS if RATE_KEYS[pair] == key), _kinds_at(key)
-        rate, word = getattr(train, key), getattr(parts, part)
-        if word.kind in kinds and rate is None:
-            raise InputError(
-                f'"train.{key}" is missing, but train.trainable.{part} is {word}; give it a learning rate.'
-            )
-        if word.kind not in kinds and rate is not None:
-            raise InputError(
-                f'"train.{key}" is {rate}, but train.trainable.{part} is {word}, so nothing would use it; set '
-                f"train.{key} to null, or train.trainable.{part} to {' or '.join(kinds).replace('top', 'top:N')}."
-            )
-    for key, value in (("train.max_grad_norm", train.max_grad_norm), ("lora.alpha", config.lora.alpha)):
-        if value == 0:
-            raise InputError(
-                f'"{key}" is 0, with which nothing would be learned; use a positive number'
-                + (", or null for no clipping." if key == "train.max_grad_norm" else ".")
-            )
-    if parts.projector == "frozen" and config.model.start_from is None:
-        raise InputError(
-            '"train.trainable.projector" is frozen, but the projector would be random; '
-            'train it (full), or give a trained one with "model.start_from".'
-        )
-    if train.eval_steps is not None and config.data.validation_file is None:
-        raise InputError(
-            '"train.eval_steps" is set, but "data.validation_file" is not, so there is nothing to evaluate on.'
-        )
-    if config.data.validation_file is not None and config.data.validation_file == config.data.qa_file:
-        raise InputError(
-            '"data.validation_file" is the same file as "data.qa_file"; held-out questions need their own.'
-        )
-    if train.num_train_epochs == 0 and train.max_steps is None:
-        raise InputError('"train.num_train_epochs" is 0 and "train.max_steps" is not set, so nothing would train.')
-    if not config.test.questions:
-        raise InputError('"test.questions" is empty; give at least one question.')
-    if not config.lora.target_modules:
-        raise InputError('"lora.target_modules" is empty; name modules, for example [q_proj, v_proj], or all-linear.')
-    _refuse_source_contradictions(config.data)
-
-
-def _kinds_at(rate_key: str) -> list[str]:
-    return [kind for (_, kind), key in RATE_KEYS.items() if key == rate_key]
-
-
-def _refuse_source_contradictions(data: DataConfig) -> None:
-    names = [source.name for source in data.sources]
-    for i, source in enumerate(data.sources):
-        where = f"data.sources.{i}"
-        if names.count(source.name) > 1:
-            raise InputError(f'"{where}.name": "{source.name}" names two sources; names must differ.')
-        if source.captions == "one_per_epoch" and source.format not in ("auto", *CAPTION_FORMATS):
-            raise InputError(
-                f'"{where}.captions": one_per_epoch needs several captions a picture; {source.format} has none.'
-            )
-        if source.split == "validation" and data.validation_file is None:
-            raise InputError(f'"{where}.split" is validation, but "data.validation_file" is not set.')
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and key not in free
+    ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from assemble import Run
@@ -25,6 +25,7 @@ from evaluation.score import score_table
 from model.build import save_processors
 from model.checkpoint import load_state, save_state, save_trained, state_bytes, trained_bytes
 from model.folder import (
+    MANIFEST,
     disk_full,
     latest_checkpoint,
     prune_checkpoints,
@@ -32,6 +33,7 @@ from model.folder import (
     recover,
     replace_text,
     verify_folder,
+    weights_digest,
     write_folder,
 )
 from model.parallel import whole
@@ -116,18 +118,21 @@ def _named(holder: str) -> str:
     return f"{who}. Wait for its end or stop it, or give another output_dir."
 
 
-def move_aside(folder: Path, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+def move_aside(folder: Path, say: Callable[[str], None]) -> None:
     """Move what an earlier run wrote into `folder` to `folder`/previous-<n>. Nothing else there is touched."""
-    accelerator.wait_for_everyone()
-    old = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
-    if old and accelerator.is_main_process:
+
+    def move() -> None:
+        old = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+        if not old:
+            return
         number = 1 + max([int(p.name[9:]) for p in folder.glob("previous-*") if p.name[9:].isdigit()], default=0)
         aside = folder / f"previous-{number}"
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
         say(f"the run that was in {folder} is now in {aside}")
-    accelerator.wait_for_everyone()
+
+    on_main(move)
 
 
 def record_start(run: Run, resume_from: Path | None, step: int, command: Sequence[str]) -> None:
@@ -143,6 +148,9 @@ def record_start(run: Run, resume_from: Path | None, step: int, command: Sequenc
         entry = start_entry(
             command, step, resume_from, run.accelerator.num_processes, to_yaml(run.config), run.identity["qa_sha256"]
         )
+        start_from = run.config.model.start_from
+        if start_from is not None and (start_from / MANIFEST).exists():  # a run that goes on does without it
+            entry["start_from_sha256"] = weights_digest(start_from)
         replace_text(path, json.dumps([*starts, entry], indent=1, ensure_ascii=False) + "\n")
 
     on_main(record)

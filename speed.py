@@ -57,7 +57,7 @@ def make_fast(run: Run, flash: Choice) -> tuple[Run, list[Choice]]:
     """The run with all that is chosen for it, and the choices. flash: the attention that the model was loaded with."""
     config, device = run.config, run.accelerator.device
     packs, fuses = packing(config), fused_lora(config, run.built)
-    kernels = liger_kernels(config, device)
+    kernels = liger_kernels(config, run.built, device)
     compiles = elementwise_compiler(config, run.built, device, run.total_steps, kernels.is_on)
     model = run.built.model.language_model
     if fuses.is_on:
@@ -94,7 +94,7 @@ def attention(config: Config, device: torch.device, precision: str) -> Choice:
         )
     if word != "auto":
         return Choice(name, word, "as configured")
-    if fits and is_flash_attn_2_available():
+    if fits and config.model.attention == "causal" and is_flash_attn_2_available():
         return Choice(name, "flash_attention_2", "flash-attn is installed")
     return Choice(name, "sdpa", "torch's own")
 
@@ -131,9 +131,15 @@ def fused_lora(config: Config, built: Built) -> Choice:
     return _as_configured(name, word) or Choice(name, "on", "in the place of PEFT's chain of casts and sums")
 
 
-def liger_kernels(config: Config, device: torch.device) -> Choice:
+def liger_kernels(config: Config, built: Built, device: torch.device) -> Choice:
     """Whether norms, rotary embedding and activation are Liger's kernels."""
     name, word = "liger_kernels", config.train.liger_kernels
+    if built.model.has_experts:
+        if word == "on":
+            raise InputError(
+                '"train.liger_kernels" is on, but they are put into dense language models only; set it to auto.'
+            )
+        return Choice(name, "off", "a mixture of experts keeps the library's own")
     there = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     if word == "on" and not there:
         raise InputError('"train.liger_kernels" is on, which needs a GPU and pip install liger-kernel; set it to auto.')
@@ -151,6 +157,8 @@ def elementwise_compiler(
     width = built.model.causal_lm.config.hidden_size
     if by_liger:
         return Choice(name, "off", "Liger's kernels do that")
+    if built.model.causal_lm.model.norm.weight.requires_grad and not built.model.has_lora:
+        return Choice(name, "off", "the norms train, and keep the library's way")
     if width < COMPILED_WIDTH or total_steps < COMPILED_STEPS:
         return Choice(name, "off", f"{total_steps:,} steps at width {width:,} would not win back the compiling")
     return Choice(name, "on", "norms and activations, at the first step")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from config import IGNORE_INDEX, InputError
-from dataset.loader import split_batch
+from dataset.loader import count_tokens, split_batch
 from model.parallel import clip_grad_norm, sum_gradients
 
 
@@ -27,6 +27,7 @@ class Outcome:
     """What became of a step. The same on every process."""
 
     loss: float  # per answer token
+    balance_loss: float | None  # of the experts, if there are any; times its factor it was learned from as well
     grad_norm: float  # before clipping
     targets: int  # answer tokens
     is_bad: bool  # the loss or the gradient was no number: the weights are as they were
@@ -38,7 +39,10 @@ class Stepper:
 
     autocast: makes the context in which the model runs; seed: of dropout; max_grad_norm: None for no clipping;
     pad_token_id: for the smaller batches that a full memory asks for; encoder: batch -> patch features, where they are
-    cached, else None: then the model makes them.
+    cached, else None: then the model makes them; balance_factor: of the experts' load-balancing loss.
+
+    That loss is taken over a micro-batch, for which the router's choices are there, and a step's is the mean of those by
+    their tokens; so it alone depends on how a step is cut into micro-batches.
     """
 
     def __init__(
@@ -51,22 +55,28 @@ class Stepper:
         max_grad_norm: float | None,
         pad_token_id: int,
         encoder: Callable[[dict], Tensor | None] | None = None,
+        balance_factor: float = 0.0,
     ):
         self.model, self.optimizer, self.accelerator, self.autocast = model, optimizer, accelerator, autocast
         self.seed, self.max_grad_norm = seed, max_grad_norm
-        self.pad_token_id, self.encoder = pad_token_id, encoder
+        self.pad_token_id, self.encoder, self.balance_factor = pad_token_id, encoder, balance_factor
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.pieces = 1  # into which each micro-batch is cut; doubled when memory was full
 
     def __call__(self, step: int, micros: Sequence[dict], rates: Sequence[float], stop: object) -> tuple[Outcome, bool]:
         """Learn from this process's micro-batches of `step` (from 0) at one learning rate for each optimizer group. stop:
         true once this process was asked to stop, looked at when the gradients are there; returned is whether any was."""
-        counts = [sum(map(count_targets, micros)), sum(len(batch["replaced"]) for batch in micros)]
-        targets, replaced = map(int, total(self.accelerator, counts))
-        while (loss := self._try(step, micros, targets)) is None:
+        read = [batch for batch in micros if count_targets(batch)]
+        counts = [
+            sum(map(count_targets, read)),
+            sum(map(count_tokens, read)),
+            sum(len(batch["replaced"]) for batch in micros),
+        ]
+        targets, tokens, replaced = map(int, total(self.accelerator, counts))
+        while (losses := self._try(step, micros, targets, tokens)) is None:
             pass  # with smaller pieces
         sum_gradients(self.parameters)
-        loss, stopping = total(self.accelerator, [loss, float(bool(stop))])
+        loss, balance_loss, stopping = total(self.accelerator, [*losses, float(bool(stop))])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.accelerator.scaler is not None:
@@ -81,13 +91,14 @@ class Stepper:
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # or it would refuse to unscale the next step
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(loss, grad_norm, targets, is_bad, replaced), stopping > 0
+        balance = balance_loss if self.model.has_experts else None
+        return Outcome(loss, balance, grad_norm, targets, is_bad, replaced), stopping > 0
 
-    def _try(self, step: int, micros: Sequence[dict], targets: int) -> float | None:
-        """Forward and backward; the loss's share of these micro-batches. None: memory was full, `pieces` is doubled and
-        nothing is left of the attempt."""
+    def _try(self, step: int, micros: Sequence[dict], targets: int, tokens: int) -> tuple[float, float] | None:
+        """Forward and backward; these micro-batches' shares of the loss and the balance loss. None: memory was full,
+        `pieces` is doubled and nothing is left of the attempt."""
         try:
-            return self._forward_and_backward(step, micros, targets)
+            return self._forward_and_backward(step, micros, targets, tokens)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -116,8 +127,10 @@ class Stepper:
         )
         return None
 
-    def _forward_and_backward(self, step: int, micros: Sequence[dict], targets: int) -> float:
-        loss = 0.0
+    def _forward_and_backward(
+        self, step: int, micros: Sequence[dict], targets: int, tokens: int
+    ) -> tuple[float, float]:
+        loss = balance_loss = 0.0
         for i, batch in enumerate(micros):
             micro = i * self.accelerator.num_processes + self.accelerator.process_index
             for piece, part in enumerate(split_batch(batch, self.pieces, self.pad_token_id)):
@@ -125,11 +138,16 @@ class Stepper:
                     continue
                 seed_dropout(self.seed, step, micro, *([piece] if self.pieces > 1 else []))
                 with self.autocast():
-                    # every answer token of the step weighs the same, whoever computes it
-                    loss_sum = self.model(**on_device(part, self.accelerator.device, self.encoder))
-                self.accelerator.backward(loss_sum * (1.0 / targets))
-                loss += loss_sum.detach().double() / targets
-        return float(loss)
+                    losses = self.model(**on_device(part, self.accelerator.device, self.encoder))
+                # every answer token of the step weighs the same, whoever computes it
+                share = losses.answers * (1.0 / targets)
+                loss += losses.answers.detach().double() / targets
+                if losses.balance is not None:
+                    weight = count_tokens(part) / tokens
+                    share = share + losses.balance * (self.balance_factor * weight)
+                    balance_loss += losses.balance.detach().double() * weight
+                self.accelerator.backward(share)
+        return float(loss), float(balance_loss)
 
 
 def total(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
@@ -157,7 +175,8 @@ def on_device(
     inputs = {key: None if batch[key] is None else batch[key].to(device, non_blocking=True) for key in names}
     if encoder:
         inputs["patch_features"] = encoder(batch)
-    return inputs | {"labels": batch["labels"], "lengths": batch["lengths"]}
+    num_tokens = None if batch["lengths"] is None else count_tokens(batch)
+    return inputs | {"labels": batch["labels"], "lengths": batch["lengths"], "num_tokens": num_tokens}
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -194,10 +213,14 @@ def memory_advice(model: nn.Module, micros: Sequence[dict]) -> str:
 
 def kept_bytes(model: nn.Module) -> int:
     """What the language model's layers keep of one token for their backward: about eight tensors of the hidden size and
-    four of the feed-forward's in each."""
-    config = model.causal_lm.config
+    four of the feed-forward's in each; of experts those that a token passes, and for each of them its way there and back."""
+    config, passed = model.causal_lm.config, 0
+    feed_forward = config.intermediate_size
+    if model.has_experts:
+        passed = config.num_experts_per_tok
+        feed_forward = passed * config.moe_intermediate_size + getattr(config, "shared_expert_intermediate_size", 0)
     width = next(model.causal_lm.model.layers.parameters()).element_size()
-    return config.num_hidden_layers * (8 * config.hidden_size + 4 * config.intermediate_size) * width
+    return config.num_hidden_layers * ((8 + 3 * passed) * config.hidden_size + 4 * feed_forward) * width
 
 
 def size_text(count: float) -> str:

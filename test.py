@@ -25,16 +25,20 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from assemble import answerer, build, open_processors
+from assemble import answerer, build, chat_format, open_processors, open_qa_file
 from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
+from dataset.check import check_file
 from dataset.conversation import question_parts
+from dataset.loader import make_loader
 from dataset.qa_file import QAFile
 from evaluation.page import write_page
 from evaluation.score import Question, is_correct, questions_of, score, score_table
 from model.answer import Answerer, Request
-from model.build import resolve_precision
+from model.build import Built, autocast, resolve_precision
 from model.folder import verify_folder
+from speed import packing
 from step import full_memory_named
+from validate import Validation, add_up, of_sums
 from visual.images import ImageError, list_images
 
 
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     built.model.to(device).eval()
     ask = answerer(config, built, precision, device)
     if qa is not None:
-        score_file(ask, qa, config, checkpoint, output)
+        score_file(ask, qa, config, built, precision, checkpoint, output)
     else:
         questions = arguments.question or list(config.test.questions)
         answer_questions(ask, pictures, questions, config.test.batch_size, checkpoint, output)
@@ -114,7 +118,7 @@ def with_models(config: Config) -> Config:
     """The config, if the released weights that it names are still where they were; else InputError says how to name them."""
     for key in ("vision_tower", "language_model"):
         path = getattr(config.model, key)
-        if os.path.isabs(path) and not os.path.isdir(path):
+        if path is not None and os.path.isabs(path) and not os.path.isdir(path):
             raise InputError(
                 f"{path}: the checkpoint was trained on top of this folder, which is not there any more; say where it is "
                 f"now: model.{key}=FOLDER."
@@ -213,11 +217,14 @@ def named_in_utf8(pictures: Sequence[Path], unreadable: list[dict]) -> Iterator[
 # A QA file
 
 
-def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, output: Path) -> None:
-    """Ask the questions of a QA file, with their pictures and with swapped ones; write and print the scores."""
-    questions = questions_of(qa, range(len(qa)))
-    if not questions:
-        raise InputError(f"{qa.path}: holds no questions; expected one QA record a line.")
+def score_file(
+    ask: Answerer, qa: QAFile, config: Config, built: Built, precision: str, checkpoint: Path, output: Path
+) -> None:
+    """Ask the questions of a QA file, with their pictures and with swapped ones; measure the loss of its answers; write and
+    print the scores."""
+    if not len(qa):
+        raise InputError(f"{qa.path}: holds no records; expected one QA record a line.")
+    questions = questions_of(qa, range(len(qa)))  # none where it holds texts alone, which have a loss all the same
     seconds: list[list[float]] = []  # of the questions with their own pictures, then of those with swapped ones
 
     def answers(asked: Sequence[Question]) -> list[str]:
@@ -226,7 +233,9 @@ def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, outp
         seconds.append([answer.seconds for answer in given])
         return [answer.text for answer in given]
 
+    found = validate(qa, config, built, precision)
     scores, given = score(questions, answers, config.seed)
+    scores |= found.values
     rows = [
         {
             "id": question.id,
@@ -244,11 +253,30 @@ def score_file(ask: Answerer, qa: QAFile, config: Config, checkpoint: Path, outp
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     (output / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    table = score_table(scores)
+    table = "\n".join([score_table(scores), *(f"{name} {value:.4f}" for name, value in found.values.items())])
     print(table)
     write_page(
         output / "answers.html", f"Scores on {qa.path.name}", f"{len(rows)} answers by {checkpoint}", rows, (), table
     )
+
+
+def validate(qa: QAFile, config: Config, built: Built, precision: str) -> Validation:
+    """How well the answers of a QA file are told, by all of its records that data.max_length leaves a use for."""
+    limit, size, device = config.data.max_length, config.test.batch_size, built.model.causal_lm.device
+    chat = chat_format(config, built)
+    checked = check_file(qa.path, chat=chat, max_length=limit, sample_size=0, seed=config.seed)
+    if checked.unfit_records:
+        count = len(checked.unfit_records)
+        print(f"note: {count} records are longer than data.max_length ({limit}) allows; the loss leaves them out")
+    dataset = open_qa_file(config, built, qa.path, checked.unfit_records)
+    if not len(dataset.kept):
+        raise InputError(f'{qa.path}: no record fits into "data.max_length" ({limit}); allow more.')
+    packed = packing(config).is_on
+    starts = range(0, len(dataset.kept), size)
+    batches = ([(0, int(index)) for index in dataset.kept[start : start + size]] for start in starts)
+    loader = make_loader(dataset, batches, built.tokenizer.pad_token_id, 0, False, packed)
+    sums = add_up(built.model, tqdm(loader, total=len(starts), unit="batch"), device, autocast(precision, device))
+    return of_sums(sums, built.model.has_experts)
 
 
 def main_within_memory() -> int:

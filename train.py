@@ -1,9 +1,10 @@
 """The training road, top to bottom.
 
-    python train.py --config config.yaml [key=value ...] [--resume auto|none|DIR] [--check]
+    python train.py --config config.yaml [key=value ...] [--resume auto|none|DIR] [--stage NAME] [--check]
 
 Prepares the QA file if needed, builds encoder + projector + language model, trains what the config says, saves, and scores
-the held-out questions. `sh train.sh` is this with the environment prepared.
+the held-out questions; stage after stage, where the config has stages. `sh train.sh` is this with the environment
+prepared.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from assemble import Run, build, open_loader, open_processors, open_run, rates, trainable_words
+from assemble import Run, balance_factor, build, open_loader, open_processors, open_run, rates, trainable_words
 from check import check_data
-from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script, to_yaml
+from config import DEFAULT_CONFIG, STAGES_FOLDER, Config, InputError, load_config, run_script, to_yaml
+from dataprocess import train_tokenizer
 from dataprocess.process_image import prepare_from_config
 from dataprocess.report import summary
 from dataset.check_report import refused_rows
@@ -59,7 +61,9 @@ from resume import (
     write_final,
 )
 from speed import attention, attention_name, make_fast, table
-from step import Stepper, count_targets, full_memory_named, on_device, total
+from stages import run_stages
+from step import Stepper, full_memory_named, total
+from validate import Sums, Validation, add_up, of_sums
 from visual.images import ImageError, verify_image
 
 
@@ -69,10 +73,19 @@ def main(argv: list[str] | None = None) -> int:
     check_trackers(config.train.report_to)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    on_cpu = not torch.accelerator.is_available()  # said aloud, torchrun's processes find each other on CPUs too
-    precision = resolve_precision(config.train.precision, PartialState(cpu=on_cpu).device)
+    PartialState(cpu=not torch.accelerator.is_available())  # torchrun's processes find each other on CPUs too
+    if config.train.stages:
+        return run_stages(config, arguments, run_config)
+    if arguments.stage:
+        raise InputError(f'--stage {arguments.stage}: the config has no stages; list them under "train.stages".')
+    return run_config(config, arguments)
+
+
+def run_config(config: Config, arguments: argparse.Namespace) -> int:
+    """One run, from its config to its final/: the whole of it, or a stage."""
+    precision = resolve_precision(config.train.precision, PartialState().device)
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(config.train.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
@@ -85,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     share_out(*sizes, accelerator.num_processes)  # what cannot be shared is refused before anything is opened
     say = functools.partial(accelerator.print, flush=True)
     with contextlib.nullcontext() if arguments.check else RunLock(config.output_dir, say):
-        return run_locked(arguments, config, accelerator, precision, say)
+        ended = run_locked(arguments, config, accelerator, precision, say)
+    accelerator.free_memory()  # it keeps the optimizer, and with it the weights: a stage may come after this one
+    return ended
 
 
 def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accelerator, precision: str, say) -> int:
@@ -98,6 +113,7 @@ def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accel
         check_folders(config.output_dir, findings, say)
     # a run that goes on keeps the records that it began with, whatever has become of their pictures
     prepare_data(config, accelerator, resume_from is not None, arguments.check, say)
+    prepare_tokenizer([config], say)
     with findings.collect():
         processors = open_processors(config, resume_from)
     if accelerator.is_main_process:
@@ -123,7 +139,7 @@ def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accel
         say("Checked: config, data and model fit together. Nothing was trained.")
         return 0
     if arguments.resume == "none":
-        move_aside(config.output_dir, accelerator, say)
+        move_aside(config.output_dir, say)
     elif is_finished(run, resume_from):
         return 0
     start_trackers(run)
@@ -156,7 +172,10 @@ def train(run: Run, resume_from: Path | None) -> int:
     lowest = best_val_loss(run)
     context = autocast(run.precision, accelerator.device)
     pad = run.built.tokenizer.pad_token_id
-    stepper = Stepper(model, optimizer, accelerator, context, config.seed, settings.max_grad_norm, pad, run.encoder)
+    factor = balance_factor(config, run.built)
+    stepper = Stepper(
+        model, optimizer, accelerator, context, config.seed, settings.max_grad_norm, pad, run.encoder, factor
+    )
     batches = iter(open_loader(run, start_step))
     micros_here = run.cut[1] // processes  # of a step, in this process
     done = start_step
@@ -186,11 +205,11 @@ def train(run: Run, resume_from: Path | None) -> int:
             evaluates = run.validation_set is not None and settings.eval_steps
             if evaluates and (is_last or done % settings.eval_steps == 0):
                 log.flush()
-                val_loss, samples = evaluate(run, done)
-                log.validation(done, run.epoch(done), val_loss, samples)
-                if val_loss < lowest:
-                    lowest = val_loss
-                    write_best(run, done, val_loss)
+                found, samples = evaluate(run, done)
+                log.validation(done, run.epoch(done), found.values, samples)
+                if found.loss < lowest:
+                    lowest = found.loss
+                    write_best(run, done, found.loss)
             if is_last or stop or (settings.save_steps and done % settings.save_steps == 0):
                 log.flush()
                 save_checkpoint(run, optimizer, done, bad_steps)
@@ -241,11 +260,28 @@ def prepare_data(config: Config, accelerator: Accelerator, goes_on: bool, check:
             say(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
 
 
+def prepare_tokenizer(configs: Sequence[Config], say) -> None:
+    """Learn the tokenizer that the configs of a run's stages name, if it is to be learned and is not there yet; by the main
+    process, before the others go on."""
+    new = configs[0].model.from_scratch
+    if new is None:
+        return
+
+    def learn() -> int | None:
+        return train_tokenizer.learn(configs) if train_tokenizer.is_missing(new.tokenizer, new.vocab_size) else None
+
+    if (size := on_main(learn)) is not None:
+        say(f"learned a tokenizer of {size:,} tokens: {new.tokenizer}")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a vision-language model as a config says.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
     parser.add_argument(
         "--resume", default="auto", help="auto: go on from the newest checkpoint; none: anew; or a folder"
+    )
+    parser.add_argument(
+        "--stage", metavar="NAME", help="train this stage alone (default: all of them, one after the other)"
     )
     parser.add_argument("--check", action="store_true", help="open and check everything, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.lora_lr=2e-4")
@@ -274,9 +310,12 @@ def start_trackers(run: Run) -> None:
         folder = run.config.output_dir
         folder.mkdir(parents=True, exist_ok=True)  # wandb would go elsewhere if it were not there
         values = flatten(yaml.safe_load(to_yaml(run.config)))
-        run.accelerator.init_trackers(
-            "vision-language-model", values, {"wandb": {"dir": str(folder), "name": folder.name}}
-        )
+        name, group = folder.name, None
+        if folder.parent.name == STAGES_FOLDER:
+            group = folder.parent.parent.name
+            name = f"{group}-{folder.name}"
+        wandb = {"dir": str(folder), "name": name, "group": group}
+        run.accelerator.init_trackers("vision-language-model", values, {"wandb": wandb})
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -292,33 +331,34 @@ def flatten(values: dict, prefix: str = "") -> dict:
 
 
 @torch.no_grad()
-def evaluate(run: Run, step: int) -> tuple[float, list[dict]]:
-    """(loss per answer token on held-out records, a few fixed questions with the model's answers)."""
-    accelerator, settings = run.accelerator, run.config.train
+def evaluate(run: Run, step: int) -> tuple[Validation, list[dict]]:
+    """(what the held-out records say of the model, a few fixed questions with the model's answers)."""
     model = run.built.model.eval()
-    chosen = run.validation_kept[: settings.eval_samples]
-    mine = chosen[accelerator.process_index :: accelerator.num_processes]
-    size = settings.per_device_train_batch_size
-    batches = ([(0, int(i)) for i in mine[start : start + size]] for start in range(0, len(mine), size))
-    loss, targets = 0.0, 0
     with gathered(model):
-        for batch in make_loader(run.validation_set, batches, run.built.tokenizer.pad_token_id, 0, False, run.packed):
-            with autocast(run.precision, accelerator.device)():
-                loss += float(model(**on_device(batch, accelerator.device, run.encoder)))
-            targets += count_targets(batch)
+        found = validate_held_out(run, run.config.train.eval_samples)
         questions = held_out_questions(run, 4)[:4]
         answers = run.answerer.answer([Request(q.turns, q.images) for q in questions]) if questions else []
-    loss, targets = total(accelerator, [loss, targets])
-    val_loss = loss / targets
     model.train()
     samples = [
         {"id": q.id, "question": q.text, "answer": answer, "reference": q.reference}
         for q, answer in zip(questions, answers, strict=True)
     ]
     lines = [f"  {s['question']}  ->  {s['answer']}   (reference: {s['reference']})" for s in samples]
-    if accelerator.is_main_process:
-        tqdm.write("\n".join([f"step {step}: held-out loss {val_loss:.4f}", *lines]))
-    return val_loss, samples
+    if run.accelerator.is_main_process:
+        tqdm.write("\n".join([f"step {step}: held-out loss {found.loss:.4f}", *lines]))
+    return found, samples
+
+
+def validate_held_out(run: Run, count: int | None) -> Validation:
+    """Of the first `count` held-out records, shared out among the processes. The model is in eval mode, and gathered."""
+    accelerator, model = run.accelerator, run.built.model
+    mine = run.validation_kept[:count][accelerator.process_index :: accelerator.num_processes]
+    size = run.config.train.per_device_train_batch_size
+    batches = ([(0, int(i)) for i in mine[start : start + size]] for start in range(0, len(mine), size))
+    loader = make_loader(run.validation_set, batches, run.built.tokenizer.pad_token_id, 0, False, run.packed)
+    context = autocast(run.precision, accelerator.device)
+    sums = add_up(model, loader, accelerator.device, context, run.encoder)
+    return of_sums(Sums(*total(accelerator, sums)), model.has_experts)
 
 
 def held_out_questions(run: Run, count: int | None) -> list[Question]:
@@ -346,8 +386,10 @@ def finish(run: Run) -> None:
     if run.validation_set is not None:
         questions = held_out_questions(run, run.config.train.score_samples)
         run.say(f"asking {len(questions)} held-out questions, with their pictures and with swapped ones")
+        run.built.model.eval()
         with gathered(run.built.model):
             scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
+            scores |= validate_held_out(run, None).values
         write_final(run, scores)
         run.say(score_table(scores))
     run.say(f"done: {run.config.output_dir / 'final'}")

@@ -46,8 +46,8 @@ class Switch(str):
     WORDS = ("auto", "on", "off")
 
 
-def bounds(default, low=None, high=None, **kwargs):
-    """A field that must lie in [low, high]; either end may be open (None)."""
+def bounds(default=dataclasses.MISSING, low=None, high=None, **kwargs):
+    """A field that must lie in [low, high]; either end may be open (None). Without a default the config must give it."""
     return field(default=default, metadata={"low": low, "high": high}, **kwargs)
 
 
@@ -125,9 +125,26 @@ def _descend(here, name: str, key: str):
 
 
 def _list_index(items: list, name: str, key: str) -> int:
+    """The place of an item: its number, or its "name" where the items have names."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if name in names:
+        return names.index(name)
     if not name.isdecimal() or int(name) >= len(items):
-        raise InputError(f'"{key}": "{name}" is not a position in a list of {len(items)} (counted from 0).')
+        known = ", ".join(f'"{each}"' for each in names if each)
+        raise InputError(
+            f'"{key}": "{name}" is not a position in a list of {len(items)} (counted from 0)'
+            + (f", nor one of the names {known}." if known else ".")
+        )
     return int(name)
+
+
+def merge(below: dict, above: dict) -> dict:
+    """The keys and values of `above` put over those of `below`, section by section; a list replaces a list."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = merge(below[key], value) if both else value
+    return merged
 
 
 def build(cls, values, folder: Path, where: str = "", root=None):

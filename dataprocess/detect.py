@@ -9,6 +9,19 @@ from config import CAPTION_FORMATS, InputError, SourceConfig, choose
 from dataprocess.readers import CAPTION_COLUMNS, FORMATS, IMAGE_COLUMNS, Draft
 from dataset.json_stream import Item
 
+# keys with which a "text" is something else: said of a picture, or one part of a conversation
+BESIDE_A_TEXT = {
+    *IMAGE_COLUMNS,
+    "picture",
+    "images",
+    "conversations",
+    "messages",
+    "texts",
+    "question",
+    "answer",
+    "annotation",
+}
+
 
 def reader_for(source: SourceConfig, file: Path, items: list[Item]) -> Callable[[dict, int], Draft]:
     """The reader of a source's format; of "auto", what the first records `items` of `file` say.
@@ -69,6 +82,8 @@ def _by_keys(obj: dict) -> set[str]:
         found.add("folder")
     if _is_row(obj):
         found.add("csv")
+    if isinstance(obj.get("text"), str) and not obj.keys() & BESIDE_A_TEXT:
+        found.add("text")
     return found
 
 

@@ -161,6 +161,14 @@ def read_folder(obj: dict, index: int) -> Draft:
     return Draft(picture, [picture], [_caption(text.strip(), index)])
 
 
+def read_text(obj: dict, index: int) -> Draft:
+    """A text by itself, as language models are trained on from nothing: {"text": "..."} (minimind's pretrain_hq.jsonl)."""
+    text = obj.get("text")
+    if not isinstance(text, str):
+        raise RecordError("wrong_type", '"text" is missing or no text.')
+    return Draft(_id(obj), [], [[{"role": "text", "content": literal(text)}]], _type(obj))
+
+
 FORMATS: dict[str, Callable[[dict, int], Draft]] = {
     "llava": read_llava,
     "chat": read_chat,
@@ -170,6 +178,7 @@ FORMATS: dict[str, Callable[[dict, int], Draft]] = {
     "coco_captions": read_coco_captions,
     "csv": read_csv,
     "folder": read_folder,
+    "text": read_text,
 }
 
 

@@ -225,6 +225,8 @@ def _surely_usable(chat: ChatFormat, record: Record, max_length: int) -> bool:
     minutes for a million records. The first answer that can do is the one to the last question with an image."""
     for turns in (record.conversations, *record.alternatives):
         questions = [i for i, turn in enumerate(turns) if turn.role == "user"]
+        if not questions:  # a text, whose beginning is of use
+            continue
         last = questions[0]
         if record.images and len(questions) > 1:
             last = next(i for i in reversed(questions) if _may_have_image(turns, i))

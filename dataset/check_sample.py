@@ -41,14 +41,15 @@ class Lengths:
 
 
 def check_labels(checked: Checked, chat: ChatFormat, decode: Callable[[list[int]], str], max_length: int) -> Lengths:
-    """Tokenise the sample. Each stretch of supervised tokens must decode to an answer and its `<|im_end|>`, all of them in
-    order: where it does not, `labels_are_not_the_answers` is added to `wrong`."""
+    """Tokenise the sample. Each stretch of supervised tokens must decode to an answer and its `<|im_end|>`, or to a text and
+    its `<|endoftext|>`, all of them in order: where it does not, `labels_are_not_the_answers` is added to `wrong`."""
     tokens, supervised = array("q"), array("d")
     for place, record in checked.sample:
         for turns in (record.conversations, *record.alternatives):
             encoded = chat.encode(turns)
-            spoken = [decode(ids[:-1]) for ids in _stretches(encoded.labels) if ids[-1] == chat.im_end_id]
-            answers = [plain_text(turn.content) for turn in turns if turn.role == "assistant"]
+            ends = (chat.im_end_id, chat.end_of_text_id)
+            spoken = [decode(ids[:-1]) for ids in _stretches(encoded.labels) if ids[-1] in ends]
+            answers = [plain_text(turn.content) for turn in turns if turn.role in ("assistant", "text")]
             if list(map(_composed, spoken)) != list(map(_composed, answers)):
                 said, meant = (json.dumps(texts, ensure_ascii=False)[:200] for texts in (spoken, answers))
                 detail = f"the supervised tokens say {said}, the answers {meant}. Is this the model's own tokenizer?"

@@ -6,6 +6,8 @@ The format is Qwen's ChatML (`make_context` of Qwen-7B-Chat):
     <|im_start|>user\\n[image tokens]\\nWhat is this?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
 
+A text that is no conversation is `The text.<|endoftext|>`, all of it learned, as base models are trained.
+
 It is built segment by segment: every segment of text is tokenised alone, with special tokens disallowed, and the
 special ids are put between the segments by this code. So nothing that a user types can become a special token, and the
 labels are known by construction: no search in the ids. This module knows no tokenizer class and opens no image.
@@ -64,19 +66,21 @@ class ChatFormat:
         encode_text: Callable[[str], list[int]],
         im_start_id: int,
         im_end_id: int,
+        end_of_text_id: int,
         image_token_id: int,
         num_image_tokens: int,
         system_prompt: str | None,
     ):
         self.encode_text = encode_text
-        self.im_end_id = im_end_id
+        self.im_end_id, self.end_of_text_id = im_end_id, end_of_text_id
         self.image_tokens = [image_token_id] * num_image_tokens
         self.newline = encode_text("\n")
         self.head = {role: [im_start_id, *encode_text(role), *self.newline] for role in ("system", "user", "assistant")}
         self.system_prompt = system_prompt
 
     def encode(self, turns: Sequence[Turn], max_length: int | None = None) -> Encoded:
-        """A whole conversation for training. Labels stand exactly on the answers and on the `<|im_end|>` that ends each.
+        """A whole conversation for training. Labels stand exactly on the answers and on the `<|im_end|>` that ends each, or
+        on all of a text.
 
         `max_length` cuts text from the end and never an image. Raises TooLong where an image would be cut off or nothing
         supervised would be left.
@@ -90,6 +94,9 @@ class ChatFormat:
             labels.extend(tokens if supervised else [IGNORE_INDEX] * len(tokens))
 
         for turn in self._with_system(turns):
+            if turn.role == "text":
+                put([*self.encode_text(turn.content), self.end_of_text_id], supervised=True)
+                continue
             is_answer = turn.role == "assistant"
             put(self.head[turn.role])
             for part in parts_of(turn):
@@ -112,7 +119,7 @@ class ChatFormat:
             return True
         length = 0
         for turn in self._with_system(turns):
-            length += len(self.head[turn.role]) + 1 + len(self.newline)
+            length += len(self.head.get(turn.role, ())) + 1 + len(self.newline)
             for part in parts_of(turn):
                 if isinstance(part, Image):
                     length += len(self.image_tokens)
@@ -135,7 +142,7 @@ class ChatFormat:
         return ids + self.head["assistant"]
 
     def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
-        if self.system_prompt is None or turns[0].role == "system":
+        if self.system_prompt is None or turns[0].role in ("system", "text"):
             return turns
         return [Turn("system", self.system_prompt), *turns]
 

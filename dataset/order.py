@@ -14,20 +14,23 @@ from config import InputError
 
 
 class SampleOrder:
-    """An endless stream of samples: epoch after epoch, each a seeded permutation of `kept` by weight.
+    """An endless stream of samples: epoch after epoch, each a seeded permutation of `kept` by weight, or the first `limit`
+    samples of one, which differ from epoch to epoch.
 
     kept [n]: the records that may be used. weights [n]: how often a record is taken in an epoch; the whole part every
     epoch, and for the rest a seeded choice among the records of the same weight that changes from epoch to epoch, of at
     least one record. Raises InputError where nothing is left to take.
     """
 
-    def __init__(self, kept: np.ndarray, seed: int, weights: np.ndarray):
+    def __init__(self, kept: np.ndarray, seed: int, weights: np.ndarray, limit: int | None = None):
         self.kept = np.asarray(kept, dtype=np.int64)
         self.seed = seed
         self.weights = np.asarray(weights, dtype=np.float64)
         self.epoch_length = sum(copies * len(members) + more for members, copies, more in self._groups())
         if self.epoch_length == 0:
             raise InputError('no sample to train on: every record has weight 0; raise the "weight" of a source.')
+        if limit is not None:
+            self.epoch_length = min(limit, self.epoch_length)
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def at(self, position: int) -> tuple[int, int]:

@@ -10,6 +10,9 @@ A record is one JSON object:
 "alternatives" may be absent. "alternatives" is a list of further conversations about the same images: an epoch takes
 one of them or "conversations". Other keys are not read.
 
+A text that is no conversation is a single turn, {"role": "text", "content": "..."}: learned from its first word to its
+last, as it stands, for a language model that is made from nothing.
+
 A "content" is a text, in which every `<image>` of a user's turn is a mark for one picture, or a list of parts, in which
 text is nothing but text: [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}].
 """
@@ -24,8 +27,8 @@ from itertools import groupby
 from config import InputError
 
 IMAGE_MARK = "<image>"
-ROLES = ("system", "user", "assistant")
-FORMAT_VERSION = "3"  # raise it when what counts as a good record changes
+ROLES = ("system", "user", "assistant", "text")
+FORMAT_VERSION = "4"  # raise it when what counts as a good record changes
 
 
 class RecordError(InputError):
@@ -106,7 +109,7 @@ def parse_record(obj: object, where: str) -> Record:
     """The record that a decoded JSON object describes. `where` ("qa.jsonl line 812") opens the message of an error.
 
     Raises RecordError with one of these reasons: wrong_type, bad_unicode, unknown_role, system_not_first,
-    assistant_first, two_users_in_a_row, two_assistants_in_a_row, no_answer, empty_question, empty_answer,
+    assistant_first, two_users_in_a_row, two_assistants_in_a_row, text_not_alone, no_answer, empty_question, empty_answer,
     mark_outside_question, marks_and_pictures_disagree.
     """
     try:
@@ -206,7 +209,13 @@ def _parse(obj: object) -> Record:
 
 
 # The roles that may follow a role, and start a conversation.
-_NEXT = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+_NEXT = {
+    None: ("system", "user", "text"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "text": (),
+}
 
 
 def _conversation(turns: object, image_count: int) -> Conversation:
@@ -230,11 +239,11 @@ def _conversation(turns: object, image_count: int) -> Conversation:
         if pictures and role != "user":
             raise _at(conversation, "mark_outside_question", f"({role}) holds {what}; only a user turn may")
         if (not words or words.isspace()) and not pictures and role != "system":
-            raise _at(conversation, "empty_answer" if role == "assistant" else "empty_question", f"({role}) is empty")
+            raise _at(conversation, "empty_question" if role == "user" else "empty_answer", f"({role}) is empty")
         conversation.append(Turn(role, content if role == "user" else words))
         marks += pictures
         previous = role
-    if previous != "assistant":
+    if previous not in ("assistant", "text"):
         end = f"ends with a {previous} turn" if previous else "has no turns"
         raise RecordError("no_answer", f"the conversation {end}; it must end with an assistant turn.")
     if marks != image_count:
@@ -278,6 +287,10 @@ def _at(before: list[Turn], reason: str, what: str) -> RecordError:
 def _wrong_order(role: object, previous: str | None, before: list[Turn]) -> RecordError:
     if role not in ROLES:
         return _at(before, "unknown_role", f"has role {_shown(role)}; expected {', '.join(ROLES)}")
+    if "text" in (role, previous):
+        return _at(
+            before, "text_not_alone", f"({role}) stands beside a text turn; a text is the only turn of its record"
+        )
     if role == "system":
         return _at(before, "system_not_first", "is a system turn; only the first may be one")
     if role == "assistant" and previous != "assistant":

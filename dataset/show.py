@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from assemble import chat_format, open_processors, open_qa_file, source_weights
+from assemble import chat_format, open_processors, open_qa_file, sample_order
 from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
 from dataset.check import check_file
 from dataset.loader import QADataset, make_loader
-from dataset.order import SampleOrder, Share, micro_batches, shares
+from dataset.order import Share, micro_batches, shares
 from dataset.packing import pack
 from dataset.page import Row, Vocabulary, write_page, write_row
 from model.build import Processors
@@ -66,7 +66,7 @@ def show(config: Config, config_name: str, count: int) -> str:
     dataset = open_qa_file(config, processors, path, left_out)
     if not len(dataset.kept):
         raise InputError(f'{path}: no record fits into "data.max_length" ({limit}); allow more.')
-    order = SampleOrder(dataset.kept, config.seed, source_weights(config, dataset)[dataset.kept])  # as training does
+    order = sample_order(config, dataset)
     words = vocabulary(processors)
     size, accumulation = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
     steps, packed = range(-(-count // (size * accumulation))), packing(config).is_on

@@ -9,7 +9,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class RunLog:
         step: int,
         epoch: float,
         loss: float,
+        balance_loss: float | None,
         grad_norm: float,
         targets: int,
         is_bad: bool,
@@ -60,6 +61,8 @@ class RunLog:
         if not is_bad:
             self.loss_sum += loss * targets
             self.targets += targets
+            if balance_loss is not None:
+                self.balance_losses.append(balance_loss)
         self.skipped_steps += is_bad
         self.replaced += replaced
         self.samples += sum(len(batch["ids"]) for batch in batches)
@@ -74,6 +77,7 @@ class RunLog:
             "step": step,
             "epoch": round(epoch, 4),
             "loss": self.loss_sum / self.targets if self.targets else None,
+            **self._balance(),
             "grad_norm": _number(grad_norm),  # fp16 overflows now and then
             **rates,
             "targets": self.targets,
@@ -98,9 +102,16 @@ class RunLog:
         """Write down, in skipped.jsonl, what of a step was not learned from."""
         self._write(self.folder / "skipped.jsonl", {"step": step, "reason": reason, **details})
 
-    def validation(self, step: int, epoch: float, val_loss: float, samples: list[dict]) -> None:
-        """Note an evaluation: the held-out loss, and a few generated answers. `flush` before it is made."""
-        self._write(self.metrics, {"step": step, "epoch": round(epoch, 4), "val_loss": _number(val_loss)})
+    def _balance(self) -> dict[str, float]:
+        """The experts' balance loss, a mean over steps; nothing where there are no experts."""
+        found = self.balance_losses
+        return {"balance_loss": sum(found) / len(found)} if found else {}
+
+    def validation(self, step: int, epoch: float, values: dict[str, float], samples: list[dict]) -> None:
+        """Note an evaluation: the held-out loss and what else is told of it, and a few generated answers. `flush` before it
+        is made."""
+        found = {f"val_{name}": _number(value) for name, value in values.items()}
+        self._write(self.metrics, {"step": step, "epoch": round(epoch, 4), **found})
         for sample in samples:
             self._write(self.folder / "samples.jsonl", {"step": step, **sample})
         self.start_interval()
@@ -110,6 +121,7 @@ class RunLog:
         self.pending: dict | None = None
         self.loss_sum, self.targets, self.samples, self.tokens = 0.0, 0, 0, 0
         self.skipped_steps, self.replaced = 0, 0
+        self.balance_losses: list[float] = []
         self.started = time.perf_counter()
 
     def _write(self, path: Path, row: dict) -> None:
@@ -124,7 +136,7 @@ class RunLog:
         if self.writes:
             picture = self.folder / "curves.png"
             try:
-                draw_curves(self.metrics, picture)
+                draw_curves([("", self.metrics)], picture)
             except OSError as error:
                 raise _not_written(picture, error) from None
 
@@ -180,36 +192,57 @@ def _keep_rows(path: Path, last_step: int) -> None:
             raise _not_written(path, error) from None
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Loss (training and held out), learning rates, gradient norm and speed over the steps, as a PNG."""
+def draw_curves(runs: Sequence[tuple[str, Path]], picture: Path) -> None:
+    """Loss (training and held out), learning rates, gradient norm and speed over the steps, as a PNG; with experts their
+    balance loss too. runs: (name, its metrics.jsonl) of one run, or of stages, which are drawn one behind the other."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
     from matplotlib import pyplot as plt
 
-    rows = read_rows(metrics)
+    rows, starts, first = [], [], 0
+    for name, metrics in runs:
+        found = read_rows(metrics)
+        if found:
+            starts.append((first, name))
+            rows += [row | {"step": first + row["step"]} for row in found]
+            first = rows[-1]["step"]
     trained = [row for row in rows if row.get("loss") is not None]
     held_out = [row for row in rows if "val_loss" in row]
-    steps = [row["step"] for row in trained]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    loss, rate, norm, speed = axes.flat
-    loss.plot(steps, [row["loss"] for row in trained], label="training", color="#4c72b0")
+    balanced = [row for row in trained if row.get("balance_loss") is not None]
+    figure, axes = plt.subplots(2, 3 if balanced else 2, figsize=(15 if balanced else 11, 7), layout="constrained")
+    loss, rate, norm, speed = axes[:, :2].flat
+
+    def draw(axis, found: list[dict], key: str, *style, **options) -> None:
+        values = [row.get(key) if row.get(key) is not None else math.nan for row in found]
+        axis.plot([row["step"] for row in found], values, *style, **options)
+
+    draw(loss, trained, "loss", label="training", color="#4c72b0")
     if held_out:
-        val_loss = [row["val_loss"] or math.nan for row in held_out]
-        loss.plot([row["step"] for row in held_out], val_loss, "o-", label="held out", color="#dd8452")
+        draw(loss, held_out, "val_loss", "o-", label="held out", color="#dd8452", markersize=4)
     loss.set(title="loss per answer token", yscale="log")
     loss.legend()
-    for name in [key for key in (trained[0] if trained else ()) if key.endswith("_lr")]:
-        rate.plot(steps, [row[name] for row in trained], label=name)
+    for name in dict.fromkeys(key for row in trained for key in row if key.endswith("_lr")):
+        draw(rate, trained, name, label=name)
     rate.set(title="learning rates")
     if trained:
         rate.legend()
-    norm.plot(steps, [row["grad_norm"] or math.nan for row in trained], color="#55a868")
+    draw(norm, trained, "grad_norm", color="#55a868")
     norm.set(title="gradient norm before clipping", yscale="log")
-    speed.plot(steps, [row["samples_per_s"] for row in trained], color="#8172b3")
+    draw(speed, trained, "samples_per_s", color="#8172b3")
     speed.set(title="samples per second", ylim=(0, None))
+    if balanced:
+        right, balance = axes[:, 2]
+        draw(right, held_out, "val_token_accuracy", "o-", color="#dd8452", markersize=4)
+        right.set(title="answer tokens that are right, held out", ylim=(0, 1))
+        draw(balance, balanced, "balance_loss", color="#c44e52")
+        balance.set(title="balance loss of the experts")
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+        for start, name in starts if len(starts) > 1 else ():
+            axis.axvline(start, color="#888888", linewidth=0.8, linestyle="--")
+            axis.annotate(name, (start, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
+                          va="top", fontsize=8, color="#666666")  # fmt: skip
     figure.savefig(picture, dpi=110)
     plt.close(figure)

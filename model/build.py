@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 import qwen
-from config import InputError
-from model.checkpoint import has_adapter, load_adapter, load_trained
+from config import InputError, refuse_frozen
+from model.checkpoint import has_adapter, load_adapter, load_trained, refuse_other_sizes
 from model.model import VisionLanguageModel
 from model.projector import build_projector, count_tokens
 from model.trainable import add_lora, set_trainable
@@ -41,6 +41,7 @@ class Processors:
             "encode_text": functools.partial(qwen.encode_text, self.tokenizer),
             "im_start_id": self.tokenizer.convert_tokens_to_ids("<|im_start|>"),
             "im_end_id": self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            "end_of_text_id": self.tokenizer.convert_tokens_to_ids("<|endoftext|>"),
             "image_token_id": qwen.image_token_id(self.tokenizer),
             "num_image_tokens": self.num_image_tokens,
         }
@@ -60,11 +61,13 @@ def load_processors(
     checkpoint: Path | None = None,
     projector: str = "mlp",
     num_queries: int | None = None,
+    any_tokenizer: bool = False,
 ) -> Processors:
     """Tokenizer and image processor of the encoder and the language model (folders or hub names), in seconds, whatever
     the size of the two, and how many tokens the projector makes of an image. checkpoint: its own are used instead of those
-    beside the weights. Raises InputError."""
-    tokenizer = qwen.load_tokenizer(str(checkpoint / "tokenizer") if checkpoint else language_model)
+    beside the weights. any_tokenizer: the language model is a new one, `language_model` is where its tokenizer lies (see
+    `qwen.load_tokenizer`). Raises InputError."""
+    tokenizer = qwen.load_tokenizer(str(checkpoint / "tokenizer") if checkpoint else language_model, any_tokenizer)
     image_processor = load_image_processor(vision_tower, image_size=image_size)
     if checkpoint:
         own, size = load_image_processor(checkpoint / "image_processor"), image_processor.image_size
@@ -85,7 +88,7 @@ def build_model(
     image_size: int | None,
     projector: str,
     projector_hidden_size: int | None,
-    language_model: str,
+    language_model: str | None,
     trainable: dict[str, str],
     lora: dict,
     dtype: torch.dtype,
@@ -93,22 +96,38 @@ def build_model(
     checkpoint: Path | None = None,
     attn_implementation: str = PACKED_SDPA,
     num_queries: int | None = None,
+    from_scratch: dict | None = None,
+    attention: str = "causal",
+    freeze_random: Collection[str] = (),
 ) -> Built:
     """Load encoder and language model (folders or hub names) in `dtype`, make the projector, add LoRA, fill in what
     `checkpoint`, which the caller has verified, trained, and let train what `trainable` (part -> word) says, in float32.
 
-    processors: as `load_processors` returns them. lora: r, alpha, dropout, target_modules. Raises InputError for whatever
-    is missing or does not fit.
+    processors: as `load_processors` returns them. lora: r, alpha, dropout, target_modules. from_scratch: instead of a
+    language_model the sizes of a new one, as `qwen.new_language_model` takes them. attention: causal or mixed.
+    freeze_random: parts that may be frozen though their weights are random. Raises InputError for whatever is missing or
+    does not fit.
     """
     transformers.utils.logging.disable_progress_bar()  # one bar a part of the model says nothing
     tower = load_vision_tower(vision_tower, feature_layer=vision_feature_layer, image_size=image_size, dtype=dtype)
-    lm = qwen.load_language_model(language_model, dtype, attn_implementation)
+    if from_scratch is None:
+        lm = qwen.load_language_model(language_model, dtype, attn_implementation)
+    else:
+        sizes = from_scratch | {"attn_implementation": attn_implementation}
+        if checkpoint is not None:
+            refuse_other_sizes(checkpoint, len(processors.tokenizer), sizes)
+        lm = qwen.new_language_model(len(processors.tokenizer), seed, **sizes).to(dtype)
+    qwen.set_image_attention(lm, attention)
     qwen.attach_tokenizer(lm, processors.tokenizer)
 
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)  # the projector's and LoRA's first weights depend on the seed and on nothing before
     widths = tower.hidden_size, projector_hidden_size, lm.config.hidden_size
     model = VisionLanguageModel(tower, build_projector(projector, *widths, num_queries), lm)
+    if from_scratch is not None:
+        model.is_from_scratch = True
+        model.untrained |= {"language_model", "embeddings"}
+        model.trained_before["language_model"] = {name for name, _ in lm.named_parameters()}
     if checkpoint is not None:
         load_trained(model, checkpoint)
     if trainable["language_model"] == "lora":
@@ -124,6 +143,8 @@ def build_model(
     torch.set_rng_state(generator_state)
 
     set_trainable(model, trainable)
+    for part in sorted(model.untrained - set(freeze_random), reverse=True):
+        raise refuse_frozen(part, trainable[part])
     return Built(**vars(processors), model=model.train())
 
 

@@ -5,8 +5,9 @@ a checkpoint is ever unpickled. How its folder is written and verified is `model
     run.json                      how it came about: every start of the run, with command, versions and machine
     projector.safetensors         always
     adapter_model.safetensors     LoRA, with adapter_config.json: a folder that PEFT loads
-    language_model.safetensors    what else of the language model was trained (full, top:N, embeddings)
+    language_model.safetensors    what else of it was trained (full, top:N, embeddings), and all of one from scratch
     vision_tower.safetensors      what of the encoder was trained
+    untrained.json                the parts whose weights are random still, if there are any
     tokenizer/ image_processor/   as the run used them
     state.safetensors state.json  optimizer and step, to go on training; not in final/
     manifest.json                 every file with its size and sha256, written last
@@ -19,15 +20,17 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import qwen
 from config import InputError
 from model.folder import read_json
 from model.model import VisionLanguageModel
 from model.parallel import laid_out_as
 
+UNTRAINED = "untrained.json"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 
@@ -41,6 +44,8 @@ def save_trained(model: VisionLanguageModel, folder: Path) -> None:
     earlier run trained (`model.trained_before`), frozen now or not."""
     for name, tensors in _own_files(model).items():
         save_file(_on_cpu(tensors), folder / name)
+    if model.untrained:
+        (folder / UNTRAINED).write_text(json.dumps(sorted(model.untrained)) + "\n")
     if model.has_lora:
         # save_embedding_layers would ask the hub for the base model's config
         model.language_model.save_pretrained(folder, save_embedding_layers=False)
@@ -64,12 +69,39 @@ def load_trained(model: VisionLanguageModel, folder: Path) -> None:
     _fill(model.projector.state_dict(), _read(path), path, every_key=True)
     for name, part in _parts(model).items():
         path = folder / f"{name}.safetensors"
-        if path.exists():
+        is_whole = name == "language_model" and model.is_from_scratch
+        if is_whole or path.exists():
             parameters, tensors = _own_names(part), _read(path)
             for key in tensors.keys() & parameters.keys():  # what was trained was float32, and stays it
                 parameters[key].data = parameters[key].data.float()
-            _fill(parameters, tensors, path, every_key=False)
+            _fill(parameters, tensors, path, every_key=is_whole)
             model.trained_before[name] = set(tensors)
+    model.untrained = _read_untrained(folder)
+
+
+def refuse_other_sizes(folder: Path, vocabulary: int, sizes: dict) -> None:
+    """InputError where a new language model of these sizes (see `qwen.new_language_model`) is not the one in `folder`: told
+    from shapes alone, so that a number in a stranger's config fills no memory."""
+    path = folder / "language_model.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); the config makes its own language model (model.from_scratch), whose "
+            "weights are there or nowhere. Use another checkpoint."
+        ) from None
+    with torch.device("meta"):
+        made = qwen.new_language_model(vocabulary, 0, **sizes)
+    _compare(found, dict(made.named_parameters()), path, every_key=True)
+
+
+def _read_untrained(folder: Path) -> set[str]:
+    path = folder / UNTRAINED
+    parts = read_json(path) if path.exists() else []
+    if not isinstance(parts, list) or not set(map(str, parts)) <= {"projector", "language_model", "embeddings"}:
+        raise InputError(f"{path}: no list of a model's parts; use another checkpoint.")
+    return set(parts)
 
 
 def load_adapter(model: VisionLanguageModel, folder: Path) -> None:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The operations. T rows of any width; every argument of T rows is 2-D. Compiled or not, these are what is computed.
@@ -141,7 +143,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class CompiledNorm(nn.Module):
-    """Mixin before Qwen2's or Qwen3's norm. One that trains, and what is not training, keep the library's way."""
+    """Mixin before a family's own norm. One that trains, and what is not training, keep the library's way."""
 
     elementwise = Elementwise()
 
@@ -160,7 +162,20 @@ class CompiledQwen3RMSNorm(CompiledNorm, Qwen3RMSNorm):
     """Qwen3's."""
 
 
-_NORMS = {Qwen2RMSNorm: CompiledQwen2RMSNorm, Qwen3RMSNorm: CompiledQwen3RMSNorm}
+class CompiledQwen2MoeRMSNorm(CompiledNorm, Qwen2MoeRMSNorm):
+    """Qwen2-MoE's."""
+
+
+class CompiledQwen3MoeRMSNorm(CompiledNorm, Qwen3MoeRMSNorm):
+    """Qwen3-MoE's."""
+
+
+_NORMS = {
+    Qwen2RMSNorm: CompiledQwen2RMSNorm,
+    Qwen3RMSNorm: CompiledQwen3RMSNorm,
+    Qwen2MoeRMSNorm: CompiledQwen2MoeRMSNorm,
+    Qwen3MoeRMSNorm: CompiledQwen3MoeRMSNorm,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -171,6 +171,14 @@ def verify_folder(folder: Path, hashes: bool = True) -> None:
             raise InputError(f"{path}: not the file that was saved (size or sha256 differs); use another checkpoint.")
 
 
+def weights_digest(folder: Path) -> str:
+    """What tells one model from another: a sha256 over those of its weights, as its manifest has them. Scores and history,
+    which are added later, do not count."""
+    files = _listed(read_json(folder / MANIFEST), folder / MANIFEST)
+    weights = sorted((name, digest) for name, (_, digest) in files.items() if name.endswith(".safetensors"))
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
 def read_json(path: Path, advice: str = "use another checkpoint") -> Any:
     """The value in a small JSON file. InputError: absent, too large, unreadable, or no JSON."""
     try:

@@ -1,4 +1,5 @@
-"""The vocabulary's head and the cross entropy of supervised tokens, in one function that never holds all of their logits.
+"""The vocabulary's head and the cross entropy of supervised tokens, in one function that never holds all of their logits;
+and what keeps experts evenly used.
 
 For a vocabulary of 151,936 the logits of a thousand tokens take 0.6 GB in float32, and their gradient as much again.
 Here they are made a chunk of tokens at a time, and each chunk's gradient is taken on the spot, so one chunk is all that
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 CHUNK_BYTES = 96 * 2**20  # of float32 logits at once
 
@@ -25,6 +28,29 @@ def summed_cross_entropy(hidden: Tensor, lm_head: nn.Module, targets: Tensor) ->
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return _ChunkedCrossEntropy.apply(hidden.to(dtype), lm_head.weight, targets)
+
+
+@torch.no_grad()
+def count_right(hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
+    """How many of the n places hold their target as the likeliest token (int64 scalar). Arguments as above."""
+    right = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    size = chunk_rows(lm_head.weight.shape[0])
+    for start in range(0, len(hidden), size):
+        right += (lm_head(hidden[start : start + size]).argmax(dim=-1) == targets[start : start + size]).sum()
+    return right
+
+
+def balance_loss(router_logits: tuple[Tensor, ...], is_read: Tensor | None, config: PreTrainedConfig) -> Tensor:
+    """The load-balancing loss of a mixture of experts (Switch Transformer, arXiv:2101.03961, equations 4 to 6; as
+    transformers computes it, over all layers together): a float32 scalar, `config.num_experts_per_tok` where every expert
+    gets as many tokens as the others, and up to `config.num_experts` where the same ones get all.
+
+    router_logits: of each layer, [B*L, experts]. is_read: [B, L], true where a token is not padding; None for everywhere.
+    Its gradient reaches the routers through the probabilities; how many tokens an expert got has none.
+    """
+    with torch.autocast(router_logits[0].device.type, enabled=False):
+        logits = tuple(layer.float() for layer in router_logits)
+        return load_balancing_loss_func(logits, config.num_experts, config.num_experts_per_tok, is_read)
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -4,11 +4,26 @@ Knows no file, no tokenizer and no training loop."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from config import IGNORE_INDEX
-from model.loss import summed_cross_entropy
+from model.loss import balance_loss, count_right, summed_cross_entropy
+
+
+class Losses(NamedTuple):
+    """What the model makes of a batch; float32 scalars.
+
+    answers: the summed cross entropy of the supervised tokens. The caller divides by the number of targets of its whole
+    optimizer step. balance: the load-balancing loss of the experts over the tokens that are read; None without experts.
+    right: how many supervised tokens would have been said as they stand; None while gradients are wanted.
+    """
+
+    answers: Tensor
+    balance: Tensor | None = None
+    right: Tensor | None = None
 
 
 class VisionLanguageModel(nn.Module):
@@ -22,6 +37,10 @@ class VisionLanguageModel(nn.Module):
         self.language_model = language_model
         # part -> the names of weights that an earlier run trained: not the released ones any more, so they are saved too
         self.trained_before: dict[str, set[str]] = {"language_model": set(), "vision_tower": set()}
+        self.is_from_scratch = False  # the language model: no weights of it are released ones
+        self.untrained = {
+            "projector"
+        }  # the parts of random weights; what trains is taken out by `trainable.set_trainable`
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -31,6 +50,10 @@ class VisionLanguageModel(nn.Module):
     @property
     def has_lora(self) -> bool:
         return hasattr(self.language_model, "peft_config")
+
+    @property
+    def has_experts(self) -> bool:
+        return getattr(self.causal_lm.config, "num_experts_per_tok", None) is not None
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[M,3,H,W] -> image_features [M,K,D]."""
@@ -54,14 +77,15 @@ class VisionLanguageModel(nn.Module):
         labels: Tensor,
         attention_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        num_tokens: int | None = None,
         pixel_values: Tensor | None = None,
         patch_features: Tensor | None = None,
-    ) -> Tensor:
-        """The summed cross entropy of the supervised tokens (float32 scalar). input_ids, labels [B,L]; labels are unshifted.
-        The caller divides by the number of targets of its whole optimizer step.
+    ) -> Losses:
+        """input_ids, labels [B,L]; labels are unshifted.
 
         Rows are padded, and attention_mask [B,L] says where; or B is 1 and the row is documents of `lengths`, the first
-        token of each without a label. Of pictures come the pixels, or what the frozen tower made of them.
+        token of each without a label; num_tokens: how many of that row are read, what follows only fills it.
+        Of pictures come the pixels, or what the frozen tower made of them.
         The vocabulary's logits are made only where there is a label: of [B,L,V] that is what costs the memory.
         """
         if pixel_values is not None:
@@ -70,19 +94,30 @@ class VisionLanguageModel(nn.Module):
             image_features, anchor = None, self._zero_from_image_side()
         else:
             image_features, anchor = self.project(patch_features), 0.0
-        hidden = self.causal_lm.model(
+        output = self.causal_lm.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             lengths=lengths,
             image_features=image_features,
             use_cache=False,
-        ).last_hidden_state  # [B, L, D]
+            **({"output_router_logits": True} if self.has_experts else {}),
+        )
+        hidden = output.last_hidden_state  # [B, L, D]
         # labels may stay on the CPU: to look for the supervised places on a GPU would wait for all that it has to do
         rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         places = (rows * labels.shape[1] + columns).to(hidden.device, non_blocking=True)
         targets = labels[rows, columns + 1].to(hidden.device, non_blocking=True)
         supervised = hidden.flatten(0, 1).index_select(0, places)  # [targets, D]
-        return summed_cross_entropy(supervised, self.causal_lm.lm_head, targets) + anchor
+        lm_head = self.causal_lm.lm_head
+        answers = summed_cross_entropy(supervised, lm_head, targets) + anchor
+        balance = None
+        if self.has_experts:
+            is_read = attention_mask
+            if num_tokens is not None:
+                is_read = (torch.arange(input_ids.shape[1], device=hidden.device) < num_tokens)[None]
+            balance = balance_loss(output.router_logits, is_read, self.causal_lm.config)
+        right = None if torch.is_grad_enabled() else count_right(supervised, lm_head, targets)
+        return Losses(answers, balance, right)
 
     def _zero_from_image_side(self) -> Tensor | float:
         """0, computed from what trains in projector and tower: a batch without any image then has zero gradients there

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from config import RATE_KEYS, InputError
+from config import RATE_KEYS, InputError, trained_parts
 from model.model import VisionLanguageModel
 
 
@@ -59,6 +59,7 @@ def set_trainable(model: VisionLanguageModel, words: dict[str, str]) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    model.untrained -= trained_parts(words)
 
 
 def trainable_parameters(model: VisionLanguageModel) -> dict[str, list[nn.Parameter]]:

@@ -4,14 +4,24 @@ After `import qwen`, `AutoModelForCausalLM.from_pretrained(<Qwen v1 folder>)` ne
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from qwen.configuration import WEIGHTS, QWenConfig
 from qwen.lora import lora_target_modules
-from qwen.modeling import LANGUAGE_MODELS, QWenLMHeadModel, QWenModel, attach_tokenizer, load_language_model
+from qwen.modeling import (
+    LANGUAGE_MODELS,
+    QWenLMHeadModel,
+    QWenModel,
+    attach_tokenizer,
+    load_language_model,
+    set_image_attention,
+)
+from qwen.scratch import new_language_model
 from qwen.tokenizer import encode_text, image_token, image_token_id, load_tokenizer
 
 register_checkpoint_conversion_mapping(QWenConfig.model_type, WEIGHTS, overwrite=True)
+for family in ("qwen2_moe", "qwen3_moe"):  # the library joins experts' weights of classes that it knows, or is told of
+    register_checkpoint_conversion_mapping(family, get_checkpoint_conversion_mapping(family), overwrite=True)
 AutoConfig.register(QWenConfig.model_type, QWenConfig, exist_ok=True)
 AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
 AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
@@ -25,4 +35,6 @@ __all__ = [
     "load_language_model",
     "load_tokenizer",
     "lora_target_modules",
+    "new_language_model",
+    "set_image_attention",
 ]

@@ -2,7 +2,8 @@
 
 `packed_sdpa` is transformers' `sdpa` where no `lengths` are given, so one name serves training and answering. With
 `lengths`, each token sees the tokens of its own document up to itself: each document is a causal attention of its own,
-and what the row costs is the sum of what they cost, not the square of its length. Registered by importing this module.
+and what the row costs is the sum of what they cost, not the square of its length. With `masks`, the tokens of one image in a
+document see each other too. Registered by importing this module.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def packed_sdpa(
     value: Tensor,
     attention_mask: Tensor | None,
     lengths: Sequence[int] | None = None,
+    masks: Sequence[Tensor] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -34,25 +36,25 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers. query [B,H,L,d], key and value [B,K,L,d] -> ([B,L,H,d], None).
 
-    lengths: of the documents in the one row (B is 1), together L; `attention_mask` is not looked at then.
+    lengths: of the documents in the one row (B is 1), together L; `attention_mask` is not looked at then. masks: of each
+    document what its tokens see, as `document_masks` makes them; None for causal attention.
     """
     if lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if (
-        on_cpu and dropout == 0.0 and sliding_window is None
-    ):  # 1.7 times as fast as torch's kernel, forward and backward
+    is_plain = masks is None and dropout == 0.0 and sliding_window is None
+    if on_cpu and is_plain:  # 1.7 times as fast as torch's kernel, forward and backward
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _CausalDocuments.apply(query[0], key[0], value[0], tuple(lengths), scale)[None], None
     outputs = []
     # split, not slices: its backward writes each gradient once, where every slice's would fill a whole row
     documents = zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    for queries, keys, values in documents:
-        band = _band(queries, sliding_window)
+    for number, (queries, keys, values) in enumerate(documents):
+        mask = _band(queries, sliding_window) if masks is None else masks[number]
         attended = F.scaled_dot_product_attention(
-            queries, keys, values, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=True
+            queries, keys, values, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
         outputs.append(attended.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
@@ -134,6 +136,17 @@ def _grouped(tensor: Tensor, groups: int) -> Tensor:
 def _ungrouped(grouped: Tensor, out: Tensor) -> None:
     """[K,g*n,d] into [n,H,d]."""
     out.copy_(grouped.view(out.shape[1], out.shape[0], out.shape[2]).transpose(0, 1))
+
+
+def document_masks(images: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """For each document of a row what its tokens see, bool [length, length]: themselves, what stands before them, and all
+    of their own image. images [L]: the number of the image that a token belongs to, -1 for text."""
+    causal = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=images.device).tril_()
+    masks = []
+    for numbers in images.split(list(lengths)):
+        is_same = (numbers[:, None] == numbers) & (numbers[:, None] >= 0)
+        masks.append(is_same | causal[: len(numbers), : len(numbers)])
+    return masks
 
 
 def _band(queries: Tensor, sliding_window: int | None) -> Tensor | None:

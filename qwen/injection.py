@@ -4,6 +4,9 @@
 `image_token_id` N times an image; the embeddings at these places are replaced by the image's N features, and the
 ordinary forward goes on. Nothing is inserted, padded or trimmed. No encoder and no projector is known here.
 
+Attention is causal, or `mixed` (`config.image_attention`): the tokens of one image see each other as well. No image ever
+sees what comes after it, so no answer leaks into a picture.
+
 M images in the batch, row by row and from left to right; N features an image; D hidden size; B rows; L tokens a row.
 """
 
@@ -12,8 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 
-from qwen.attention import PACKED_SDPA
+from qwen.attention import PACKED_SDPA, document_masks
 
 
 class ImageInjection:
@@ -37,14 +43,21 @@ class ImageInjection:
         or if there are none for the image tokens of a prompt: of anything but one token after a filled cache.
         `lengths`: how the one row is made of documents that do not see each other; instead of a mask and positions.
         """
+        images = None
+        if image_features is not None and getattr(self.config, "image_attention", "causal") == "mixed":
+            images = number_images(input_ids, self.config.image_token_id, image_features.shape[1])
         if lengths is not None:
-            attention_mask = dict.fromkeys(self.config.layer_types)  # no masks: the attention is told the documents
             positions = torch.cat([torch.arange(length) for length in lengths])
             position_ids = positions.to(input_ids.device, non_blocking=True)[None]
-            kwargs |= self.documents(lengths, input_ids.device)
+            documents = self.documents(lengths, images, input_ids.device)
+            # no mask: the attention is told the documents. The library makes none where it is handed one
+            attention_mask = torch.empty(1, 1, 1, 1) if "lengths" in documents else None
+            kwargs |= documents
         if input_ids is not None and inputs_embeds is None:
             is_step = input_ids.shape[1] == 1 and past_key_values is not None and past_key_values.get_seq_length() > 0
             inputs_embeds, input_ids = self.embed_with_images(input_ids, image_features, not is_step), None
+            if images is not None and lengths is None:
+                attention_mask = self.mixed_mask(images, inputs_embeds, attention_mask, past_key_values, position_ids)
         elif image_features is not None:
             raise ValueError("image_features need input_ids, which say where the images stand; inputs_embeds do not.")
         return super().forward(
@@ -57,11 +70,30 @@ class ImageInjection:
             **kwargs,
         )
 
-    def documents(self, lengths: Sequence[int], device: torch.device) -> dict:
-        """What the model's attention takes to keep documents apart. ValueError for one that cannot."""
+    def mixed_mask(self, images, inputs_embeds, attention_mask, past_key_values, position_ids) -> Tensor:
+        """The library's mask for rows of `images` [B, L] (see `number_images`) behind what the cache holds."""
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
+            raise ValueError("attention_mask: mixed attention makes its own mask; give the 2-D one that marks padding.")
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=F.pad(images, (seen, 0), value=-1),  # the library counts from the cache's beginning
+        )
+
+    def documents(self, lengths: Sequence[int], images: Tensor | None, device: torch.device) -> dict:
+        """What the model's attention takes to keep documents apart, and with `images` [1, L] to let the tokens of an image
+        see each other. ValueError for one that cannot."""
         attention = self.config._attn_implementation
         if attention == PACKED_SDPA:
-            return {"lengths": lengths}
+            return {"lengths": lengths, "masks": None if images is None else document_masks(images[0], lengths)}
+        if images is not None:
+            raise ValueError(
+                f'attention "{attention}" cannot let the tokens of an image in a packed row see each other'
+            )
         if attention.startswith("flash_attention"):  # flash-attn's own form: where each document starts, and the end
             starts = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
             of_both = {"cu_seq_lens": starts, "max_length": max(lengths)}
@@ -84,6 +116,14 @@ class ImageInjection:
         if image_features is None:
             return inputs_embeds
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(inputs_embeds.dtype))
+
+
+def number_images(input_ids: Tensor, image_token_id: int, num_image_tokens: int) -> Tensor:
+    """[B, L]: for each token of input_ids [B, L] the number of the image in its row that it belongs to, -1 for text. Images
+    may stand side by side: each has `num_image_tokens`."""
+    is_image = input_ids == image_token_id
+    numbers = (is_image.cumsum(dim=1) - 1) // max(num_image_tokens, 1)
+    return torch.where(is_image, numbers, -1)
 
 
 class ImageGeneration:

@@ -1,4 +1,5 @@
-"""The language models: transformers' Qwen2 and Qwen3 that take image features, and Qwen v1 on top of Qwen2.
+"""The language models: transformers' Qwen2 and Qwen3, dense or with a mixture of experts, that take image features, and
+Qwen v1 on top of Qwen2.
 
 A family is one row of LANGUAGE_MODELS and two short classes, named as transformers names them, so that a saved folder
 says the usual architecture and other tools load it. Attention, cache, `generate`, quantisation and PEFT stay the
@@ -13,7 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from config import InputError, choose, how_to_convert
 from qwen.attention import PACKED_SDPA
@@ -40,6 +43,26 @@ class Qwen3ForCausalLM(ImageGeneration, modeling_qwen3.Qwen3ForCausalLM):
     """Qwen3, dense."""
 
     base_class = Qwen3Model
+
+
+class Qwen2MoeModel(ImageInjection, modeling_qwen2_moe.Qwen2MoeModel):
+    """Qwen1.5-MoE and Qwen2-MoE: routed experts and one that every token passes."""
+
+
+class Qwen2MoeForCausalLM(ImageGeneration, modeling_qwen2_moe.Qwen2MoeForCausalLM):
+    """Qwen1.5-MoE and Qwen2-MoE."""
+
+    base_class = Qwen2MoeModel
+
+
+class Qwen3MoeModel(ImageInjection, modeling_qwen3_moe.Qwen3MoeModel):
+    """Qwen3-MoE: routed experts alone."""
+
+
+class Qwen3MoeForCausalLM(ImageGeneration, modeling_qwen3_moe.Qwen3MoeForCausalLM):
+    """Qwen3-MoE."""
+
+    base_class = Qwen3MoeModel
 
 
 class QWenModel(Qwen2Model):
@@ -106,7 +129,18 @@ def refuse_past_seq_length(length: int, config: QWenConfig, prompt: int | None =
 
 
 # `model_type` in config.json -> class.
-LANGUAGE_MODELS = {"qwen": QWenLMHeadModel, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+LANGUAGE_MODELS = {
+    "qwen": QWenLMHeadModel,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "qwen2_moe": Qwen2MoeForCausalLM,
+    "qwen3_moe": Qwen3MoeForCausalLM,
+}
+
+
+# How transformers computes a mixture of experts: each expert's tokens as plain products, which autocast takes to half
+# precision. Its grouped products would stay in float32 where the weights train in that.
+EXPERTS = "eager"
 
 
 def load_language_model(path: str, dtype=None, attn_implementation: str = PACKED_SDPA) -> PreTrainedModel:
@@ -140,6 +174,7 @@ def load_language_model(path: str, dtype=None, attn_implementation: str = PACKED
             path,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
+            experts_implementation=EXPERTS,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             output_loading_info=True,
@@ -168,6 +203,21 @@ def _reason(error: Exception) -> str:
 def _some(names, shown: int = 6) -> str:
     names = sorted(names)
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+IMAGE_ATTENTION = ("causal", "mixed")
+
+
+def set_image_attention(model: PreTrainedModel, kind: str) -> None:
+    """`causal`: every token sees what stands before it. `mixed`: the tokens of one image see each other as well. Call it
+    once, before PEFT wraps the model. InputError: another word, or mixed where layers see only the last tokens."""
+    choose(dict.fromkeys(IMAGE_ATTENTION), kind, "model.attention")
+    if kind == "mixed" and getattr(model.config, "use_sliding_window", False) and model.config.sliding_window:
+        raise InputError(
+            f'"model.attention" is mixed, but this language model sees only the last {model.config.sliding_window} tokens '
+            "in some of its layers, which is not combined with it; set it to causal."
+        )
+    model.config.image_attention = kind
 
 
 def attach_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -24,8 +24,11 @@ IMAGE_TOKENS = ["<|image_pad|>", "<|extra_0|>"]  # the first one that the vocabu
 QWEN1_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, any_kind: bool = False) -> PreTrainedTokenizerFast:
     """A local folder or a hub name -> the tokenizer, with chat tokens, an image token and a padding token.
+
+    any_kind: for a language model that is yet to learn what its tokens mean. Then any fast tokenizer will do: chat tokens
+    that it lacks are added, and it may be no byte-level BPE, if only most texts come back from it as they were.
 
     A Qwen v1 folder holds `qwen.tiktoken`, which is read directly; any other is read by AutoTokenizer, never with
     remote code. The image token is `<|image_pad|>` where the vocabulary has it, else `<|extra_0|>` (v1), else
@@ -42,14 +45,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         except Exception as error:  # on damaged files transformers and tokenizers raise nearly anything
             reason = (str(error).splitlines() or [""])[0]
             raise InputError(f"tokenizer {path}: cannot be read ({type(error).__name__}: {reason:.200}).") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"tokenizer {path}: {type(tokenizer).__name__} is no fast one; give a folder with tokenizer.json."
+        )
     kind = type(tokenizer.backend_tokenizer.model).__name__
-    if kind != "BPE":  # others have an unknown token, and may fail on a text
+    if kind != "BPE" and not any_kind:  # others have an unknown token, and may fail on a text
         raise InputError(f"tokenizer {path}: a {kind}, not a byte-level BPE as Qwen's; give a Qwen model's folder.")
     missing = [token for token in CHAT_TOKENS if not _knows(tokenizer, token)]
-    if missing:
+    if missing and not any_kind:
         raise InputError(f"tokenizer {path}: {', '.join(missing)} not in the vocabulary; give a Qwen model's folder.")
+    if missing:
+        _add_special(tokenizer, missing)
     if not any(_knows(tokenizer, token) for token in IMAGE_TOKENS):
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKENS[0], special=True, normalized=False)], special_tokens=True)
+        _add_special(tokenizer, IMAGE_TOKENS[:1])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|endoftext|>"
     return tokenizer
@@ -81,6 +90,11 @@ def _has(path: str, name: str) -> str | None:
         return cached_file(path, name)
     except OSError:
         return None
+
+
+def _add_special(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> None:
+    added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
 
 
 def _knows(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:

@@ -52,7 +52,7 @@ def load(tmp_path_factory):
         qwen.attach_tokenizer(lm, qwen.load_tokenizer(folders[family]))
         lm.generation_config.eos_token_id = None
         torch.manual_seed(0)
-        lm = get_peft_model(lm, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))
+        lm = get_peft_model(lm, LoraConfig(r=4, target_modules=qwen.lora_target_modules(lm, ["all-linear"])))
         for name, parameter in lm.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.3)

@@ -42,7 +42,7 @@ def make_batch(packed: bool) -> dict:
 def counted_by_torch(model, inputs: dict) -> tuple[int, int]:
     """(operations of linear layers and the convolution, of the attention's products) of a forward and a backward."""
     with torchs_counter() as counter:
-        model(**inputs).backward()
+        model(**inputs).answers.backward()
     counts = counter.get_flop_counts()["Global"]
     attention = sum(count for operation, count in counts.items() if "bmm" in str(operation))
     return sum(counts.values()) - attention, attention

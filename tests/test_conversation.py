@@ -46,6 +46,7 @@ def chat_of(tokenizer, system_prompt=None, places=PLACES) -> ChatFormat:
         functools.partial(qwen.encode_text, tokenizer),
         tokenizer.convert_tokens_to_ids("<|im_start|>"),
         tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         qwen.image_token_id(tokenizer),
         places,
         system_prompt,
@@ -53,8 +54,8 @@ def chat_of(tokenizer, system_prompt=None, places=PLACES) -> ChatFormat:
 
 
 def byte_chat(system_prompt=None, places=PLACES) -> ChatFormat:
-    """A tokenizer that cannot be simpler: one id a byte; 256, 257 and 258 are the special ids."""
-    return ChatFormat(lambda text: list(text.encode()), 256, 257, 258, places, system_prompt)
+    """A tokenizer that cannot be simpler: one id a byte; 256, 257, 258 (an image) and 259 are the special ids."""
+    return ChatFormat(lambda text: list(text.encode()), 256, 257, 259, 258, places, system_prompt)
 
 
 def turns(*contents: str, system: str | None = None) -> list[Turn]:

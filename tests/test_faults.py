@@ -446,7 +446,7 @@ def saved_by_layers(model: VisionLanguageModel, batch: dict) -> tuple[int, torch
         layer.register_forward_hook(lambda *_: inside.__setitem__(0, False))
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**on_device(batch, torch.device("cpu")))
+        loss = model(**on_device(batch, torch.device("cpu"))).answers
     return sum(storage.nbytes() for storage in kept.values()), loss
 
 

@@ -43,6 +43,8 @@ def load(tmp_path_factory):
         model = qwen.load_language_model(folders[family])
         qwen.attach_tokenizer(model, qwen.load_tokenizer(folders[family]))
         model.generation_config.eos_token_id = None  # these models are random: let them run to the end
+        for parameter in model.parameters():  # mapped from a file they lie at odd addresses, where products round otherwise
+            parameter.data = parameter.data.clone()
         return model
 
     return load
@@ -100,6 +102,7 @@ def as_llava(model, tower, projector, strategy):
         vision_feature_select_strategy=strategy,
     )
     llava = LlavaForConditionalGeneration(config).eval()
+    llava.model.language_model.config._experts_implementation = "eager"  # its default sums experts in another order
     weights = {
         f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: tensor
         for name, tensor in model.state_dict().items()
@@ -145,7 +148,10 @@ def test_another_image_gives_other_logits_from_its_place_on(model):
     start = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[0]
     assert torch.equal(changed[0, :start], logits[0, :start])
     assert (changed[0, start:] != logits[0, start:]).any(dim=-1).all()
-    assert torch.equal(changed[1], logits[1])
+    if "moe" in model.config.model_type:  # an expert's tokens are one product, whatever row they are from
+        torch.testing.assert_close(changed[1], logits[1], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(changed[1], logits[1])
 
     swapped = model(**batch | {"image_features": batch["image_features"].flip(0)}).logits
     assert not torch.allclose(swapped[0, start:], logits[0, start:])

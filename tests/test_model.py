@@ -64,7 +64,7 @@ def test_loss_is_the_mean_of_the_full_logits_cross_entropy(folders, tower, langu
     """The head runs at supervised positions only; the plain way (all logits, shifted labels) gives the same loss."""
     built = build(folders, tower, language_model)
     batch = batch_for(built)
-    loss = built.model(**batch)
+    loss = built.model(**batch).answers
     features = built.model.encode_images(batch["pixel_values"])
     logits = built.model.language_model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], image_features=features
@@ -76,7 +76,7 @@ def test_loss_is_the_mean_of_the_full_logits_cross_entropy(folders, tower, langu
 def test_gradients_are_in_the_projector_and_lora_and_nowhere_else(folders):
     built = build(folders)
     torch.nn.init.normal_(next(p for n, p in built.model.named_parameters() if "lora_B" in n))  # else lora_A has zero
-    built.model(**batch_for(built)).backward()
+    built.model(**batch_for(built)).answers.backward()
     for name, parameter in built.model.named_parameters():
         expected = name.startswith("projector.") or "lora_" in name
         assert parameter.requires_grad == expected, name
@@ -90,7 +90,7 @@ def test_frozen_weights_do_not_change_in_a_step_and_trained_ones_do(folders):
     before = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
     optimizer = torch.optim.AdamW(param_groups(built.model, words, RATES, weight_decay=0.1))
     for _ in range(2):  # lora_A moves only once lora_B is no longer zero
-        built.model(**batch_for(built)).backward()
+        built.model(**batch_for(built)).answers.backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, parameter in built.model.named_parameters():
@@ -101,14 +101,14 @@ def test_swapping_the_image_changes_the_loss(folders):
     built = build(folders)
     batch = batch_for(built)
     swapped = batch | {"pixel_values": batch["pixel_values"].flip(0)}
-    assert abs(built.model(**batch) - built.model(**swapped)) > 1e-4
+    assert abs(built.model(**batch).answers - built.model(**swapped).answers) > 1e-4
 
 
 @pytest.mark.parametrize("tower", ["frozen", "top:1"])
 def test_a_batch_without_images_has_zero_gradients_on_the_image_side(folders, tower):
     """Zeros, not None: processes that add up their gradients would wait for each other for ever otherwise."""
     built = build(folders, vision_tower=tower)
-    built.model(**batch_for(built, images_a_row=0)).backward()
+    built.model(**batch_for(built, images_a_row=0)).answers.backward()
     trained = trainable_parameters(built.model)
     for parameter in trained["projector"] + trained["vision_tower"]:
         assert parameter.grad is not None and parameter.grad.abs().sum() == 0
@@ -120,8 +120,9 @@ def test_text_only_rows_among_image_rows_leave_the_others_as_they_were(folders):
     with_image, without = batch_for(built, rows=1), batch_for(built, rows=1, images_a_row=0, length=46)
     assert with_image["input_ids"].shape == without["input_ids"].shape
     both = {key: torch.cat([without[key], with_image[key]]) for key in ("input_ids", "labels", "attention_mask")}
-    together = built.model(**both, pixel_values=with_image["pixel_values"])
-    torch.testing.assert_close(together, built.model(**with_image) + built.model(**without), rtol=1e-6, atol=1e-5)
+    together = built.model(**both, pixel_values=with_image["pixel_values"]).answers
+    apart = built.model(**with_image).answers + built.model(**without).answers
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_words_say_what_trains(folders, words, trains):
     for group in groups:
         assert group["lr"] == RATES[group["name"]]
         assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
-    built.model(**batch_for(built)).backward()
+    built.model(**batch_for(built)).answers.backward()
     assert all(p.grad is not None for group in groups for p in group["params"])
 
 
@@ -169,7 +170,7 @@ def test_trainables_are_float32_and_the_rest_keeps_its_precision(folders):
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     assert built.model.projector.linear_1.out_features == 24
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        built.model(**batch_for(built)).backward()
+        built.model(**batch_for(built)).answers.backward()
     assert all(
         parameters == [] or parameters[0].grad.isfinite().all()
         for parameters in trainable_parameters(built.model).values()
@@ -191,7 +192,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(folders):
     saving = build(folders)
     checkpoint_activations(saving.model)
     for built in (plain, saving):
-        built.model(**batch_for(built)).backward()
+        built.model(**batch_for(built)).answers.backward()
     assert saving.model.causal_lm.model.layers[0].gradient_checkpointing
     for (name, a), (_, b) in zip(plain.model.named_parameters(), saving.model.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name

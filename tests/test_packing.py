@@ -24,10 +24,16 @@ from model.build import build_model, checkpoint_activations, load_processors
 from qwen import attention, load_language_model
 from qwen.attention import packed_sdpa
 from step import count_targets, on_device
-from tests.toy_language import write_qwen1, write_qwen2, write_qwen3
+from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe, write_qwen3, write_qwen3_moe
 from tests.toy_towers import write_clip
 
-WRITERS = {"qwen1": write_qwen1, "qwen2": write_qwen2, "qwen3": write_qwen3}
+WRITERS = {
+    "qwen1": write_qwen1,
+    "qwen2": write_qwen2,
+    "qwen3": write_qwen3,
+    "qwen2_moe": write_qwen2_moe,
+    "qwen3_moe": write_qwen3_moe,
+}
 PAD = 0
 CPU = torch.device("cpu")
 
@@ -154,7 +160,7 @@ def samples_of(image_token: int, pictures=(1, 0, 3, 0, 1), seed: int = 0) -> lis
 def values(built, batch: dict) -> dict[str, torch.Tensor]:
     """The loss and every gradient."""
     built.model.zero_grad(set_to_none=True)
-    loss = built.model(**on_device(batch, CPU))
+    loss = built.model(**on_device(batch, CPU)).answers
     loss.backward()
     grads = {name: parameter.grad for name, parameter in built.model.named_parameters() if parameter.requires_grad}
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())

@@ -96,7 +96,7 @@ def one_step(model, parameters, optimizer, step: int) -> tuple[float, float, dic
         mine += [idle_batch(CPU)] * (-(-len(every) // world) - len(mine))
     loss = torch.zeros(())
     for batch in mine:
-        part = model(**batch) / targets
+        part = model(**batch).answers / targets
         part.backward()
         loss += part.detach()
     if world > 1:
@@ -229,9 +229,9 @@ def in_bf16(folder: Path, rank: int) -> None:
         model = build(folder, kind, dtype=torch.bfloat16)
         batch = micro_batch(0, 0, model.causal_lm.config.image_token_id)
         with autocast("bf16", CPU)():
-            expected = model(**batch).item()
+            expected = model(**batch).answers.item()
             shard(model, CPU, torch.bfloat16)
-            loss = model(**batch)
+            loss = model(**batch).answers
         loss.backward()
         assert abs(loss.item() - expected) < 2e-2 * expected, (loss.item(), expected)
         parameters, optimizer = make_optimizer(model)

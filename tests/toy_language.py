@@ -13,7 +13,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AddedToken,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -130,7 +141,30 @@ def write_qwen3(folder, seed: int = 0) -> Path:
     return _write_modern(folder, Qwen3ForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
 
 
-WRITERS = {"qwen": write_qwen1, "qwen2": write_qwen2, "qwen3": write_qwen3}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def write_qwen2_moe(folder, seed: int = 0) -> Path:
+    """Qwen1.5-MoE: four routed experts, of which a token passes two, and a shared one; untied embeddings."""
+    sizes = _sizes() | EXPERTS | {"shared_expert_intermediate_size": 64, "norm_topk_prob": False}
+    config = Qwen2MoeConfig(tie_word_embeddings=False, bos_token_id=None, **sizes)
+    return _write_modern(folder, Qwen2MoeForCausalLM, config, CHAT_TOKENS, seed)
+
+
+def write_qwen3_moe(folder, seed: int = 0) -> Path:
+    """Qwen3-MoE: four routed experts, of which a token passes two; untied embeddings."""
+    sizes = _sizes() | EXPERTS | {"norm_topk_prob": True, "head_dim": HIDDEN // HEADS}
+    config = Qwen3MoeConfig(tie_word_embeddings=False, bos_token_id=None, **sizes)
+    return _write_modern(folder, Qwen3MoeForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
+
+
+WRITERS = {
+    "qwen": write_qwen1,
+    "qwen2": write_qwen2,
+    "qwen3": write_qwen3,
+    "qwen2_moe": write_qwen2_moe,
+    "qwen3_moe": write_qwen3_moe,
+}
 
 
 def _sizes() -> dict:

@@ -1,0 +1,277 @@
+"""What in a config cannot be meant, as far as it can be seen without opening a model or a data file: one InputError that
+names the key, what was found and what to do. For config.py, whose dataclasses it is handed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from typed_yaml import InputError, Trainable, kind_of, nearest
+
+if TYPE_CHECKING:
+    from config import Config, DataConfig, ScratchConfig, StageConfig
+
+CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions a picture
+
+# (a part, what of it trains: its word up to the colon) -> the key of the learning rate that it trains at
+RATE_KEYS = {
+    ("vision_tower", "full"): "vision_tower_lr",
+    ("vision_tower", "top"): "vision_tower_lr",
+    ("projector", "full"): "projector_lr",
+    ("language_model", "lora"): "lora_lr",
+    ("language_model", "full"): "language_model_lr",
+    ("language_model", "top"): "language_model_lr",
+    ("embeddings", "full"): "embeddings_lr",
+}
+
+STAGE_SECTIONS = ("data", "lora", "train")  # in which a stage may have words of its own
+OF_ALL_STAGES = ("precision", "fsdp", "num_threads", "report_to")  # keys of `train`: one process trains all stages
+
+
+def refuse_contradictions(config: Config, random: set[str] | None = None) -> None:
+    """random: the parts whose weights are random before this config trains; None: what the config itself says of that."""
+    train, parts = config.train, config.train.trainable
+    allowed = {f.name: ["frozen"] for f in dataclasses.fields(parts)}
+    for part, kind in RATE_KEYS:
+        allowed[part].append(kind)
+    for part, kinds in allowed.items():
+        word = getattr(parts, part)
+        if word.kind not in kinds:
+            listed = ", ".join(kinds).replace("top", "top:N")
+            raise InputError(f'"train.trainable.{part}": "{word}" does not apply to this part; it can be {listed}.')
+    if all(getattr(parts, part) == "frozen" for part in allowed):
+        raise InputError('"train.trainable": every part is frozen, so nothing would train; set projector to full.')
+    for key in sorted(set(RATE_KEYS.values())):
+        (part, *_), kinds = next(pair for pair in RATE_KEYS if RATE_KEYS[pair] == key), _kinds_at(key)
+        rate, word = getattr(train, key), getattr(parts, part)
+        if word.kind in kinds and rate is None:
+            raise InputError(
+                f'"train.{key}" is missing, but train.trainable.{part} is {word}; give it a learning rate.'
+            )
+        if word.kind not in kinds and rate is not None:
+            raise InputError(
+                f'"train.{key}" is {rate}, but train.trainable.{part} is {word}, so nothing would use it; set '
+                f"train.{key} to null, or train.trainable.{part} to {' or '.join(kinds).replace('top', 'top:N')}."
+            )
+    for key, value in (("train.max_grad_norm", train.max_grad_norm), ("lora.alpha", config.lora.alpha)):
+        if value == 0:
+            raise InputError(
+                f'"{key}" is 0, with which nothing would be learned; use a positive number'
+                + (", or null for no clipping." if key == "train.max_grad_norm" else ".")
+            )
+    _refuse_language_model(config)
+    if random is None:
+        random = set() if config.model.start_from else random_parts(config)
+    _refuse_random_and_frozen(config, random)
+    if train.eval_steps is not None and config.data.validation_file is None:
+        raise InputError(
+            '"train.eval_steps" is set, but "data.validation_file" is not, so there is nothing to evaluate on.'
+        )
+    if config.data.validation_file is not None and config.data.validation_file == config.data.qa_file:
+        raise InputError(
+            '"data.validation_file" is the same file as "data.qa_file"; held-out questions need their own.'
+        )
+    if train.num_train_epochs == 0 and train.max_steps is None:
+        raise InputError('"train.num_train_epochs" is 0 and "train.max_steps" is not set, so nothing would train.')
+    if train.num_train_epochs == 0 and train.steps_per_epoch is not None:
+        raise InputError('"train.steps_per_epoch" is set, but "train.num_train_epochs" is 0; say how many epochs.')
+    if not config.test.questions:
+        raise InputError('"test.questions" is empty; give at least one question.')
+    if not config.lora.target_modules:
+        raise InputError('"lora.target_modules" is empty; name modules, for example [q_proj, v_proj], or all-linear.')
+    _refuse_source_contradictions(config.data)
+
+
+def _kinds_at(rate_key: str) -> list[str]:
+    return [kind for (_, kind), key in RATE_KEYS.items() if key == rate_key]
+
+
+def _refuse_source_contradictions(data: DataConfig) -> None:
+    names = [source.name for source in data.sources]
+    for i, source in enumerate(data.sources):
+        where = f"data.sources.{i}"
+        if names.count(source.name) > 1:
+            raise InputError(f'"{where}.name": "{source.name}" names two sources; names must differ.')
+        if source.captions == "one_per_epoch" and source.format not in ("auto", *CAPTION_FORMATS):
+            raise InputError(
+                f'"{where}.captions": one_per_epoch needs several captions a picture; {source.format} has none.'
+            )
+        if source.split == "validation" and data.validation_file is None:
+            raise InputError(f'"{where}.split" is validation, but "data.validation_file" is not set.')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model: read or made
+
+
+def _refuse_language_model(config: Config) -> None:
+    model = config.model
+    if model.language_model is None and model.from_scratch is None:
+        raise InputError(
+            '"model.language_model" is missing; give a folder or a hub name, or, in model.from_scratch, the sizes of a new '
+            "one."
+        )
+    if model.language_model is not None and model.from_scratch is not None:
+        raise InputError(
+            f'"model.from_scratch" makes a new language model, but "model.language_model" is {model.language_model}; set '
+            "one of the two to null."
+        )
+    if model.from_scratch is not None:
+        _refuse_sizes(model.from_scratch)
+    if model.attention == "mixed" and config.train.attn_implementation == "flash_attention_2":
+        raise InputError(
+            '"train.attn_implementation" is flash_attention_2, whose kernels know no attention but causal, and '
+            '"model.attention" is mixed; set one of them to auto or causal.'
+        )
+
+
+def _refuse_sizes(sizes: ScratchConfig) -> None:
+    where = "model.from_scratch"
+    if sizes.vocab_size is not None and not os.path.isabs(sizes.tokenizer):
+        raise InputError(
+            f'"{where}.tokenizer" is {sizes.tokenizer}, which reads as a name on the hub, but "vocab_size" says to learn '
+            f"it; write ./{sizes.tokenizer} for a folder, or set vocab_size to null."
+        )
+    has_experts = sizes.architecture.endswith("_moe")
+    has_shared = sizes.architecture == "qwen2_moe"
+    wanted = {
+        "intermediate_size": not has_experts,
+        "num_experts": has_experts,
+        "num_experts_per_tok": has_experts,
+        "moe_intermediate_size": has_experts,
+        "shared_expert_intermediate_size": has_shared,
+    }
+    for key, is_wanted in wanted.items():
+        value = getattr(sizes, key)
+        if is_wanted and value is None:
+            raise InputError(f'"{where}.{key}" is missing; {sizes.architecture} has that size.')
+        if not is_wanted and value is not None:
+            raise InputError(f'"{where}.{key}" is {value}, but {sizes.architecture} has no such size; set it to null.')
+    if has_experts and sizes.num_experts_per_tok > sizes.num_experts:
+        raise InputError(
+            f'"{where}.num_experts_per_tok" is {sizes.num_experts_per_tok}, more than there are experts '
+            f"({sizes.num_experts})."
+        )
+    heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads or sizes.num_attention_heads
+    if sizes.hidden_size % (2 * heads):
+        raise InputError(
+            f'"{where}.hidden_size" is {sizes.hidden_size}, which {heads} heads of an even width do not add up to; make it '
+            f"a multiple of {2 * heads}."
+        )
+    if heads % groups:
+        raise InputError(f'"{where}.num_key_value_heads" is {groups}, which does not divide the {heads} heads.')
+
+
+def random_parts(config: Config) -> set[str]:
+    """The parts whose weights are random where nothing has been trained yet."""
+    return {"projector"} | ({"language_model", "embeddings"} if config.model.from_scratch else set())
+
+
+def trained_parts(words: dict[str, str]) -> set[str]:
+    """The parts that train as a whole: `lora` and `top:N` leave weights as they are."""
+    return {part for part, word in words.items() if word == "full"}
+
+
+def refuse_frozen(part: str, word: str) -> InputError:
+    """Of a part whose random weights would stay as they are."""
+    rest = "" if word == "frozen" else " and leaves weights of it as they are"
+    return InputError(
+        f'"train.trainable.{part}" is {word}{rest}, but the {part.replace("_", " ")} would be random: nothing has trained '
+        f'it. Train it (full), or begin with a trained one ("model.start_from"); or say that this is meant: add {part} to '
+        "train.freeze_random."
+    )
+
+
+def _refuse_random_and_frozen(config: Config, random: set[str]) -> set[str]:
+    """The parts of `random` that are random still after the run. InputError where one would be frozen unasked."""
+    words = dataclasses.asdict(config.train.trainable)
+    left = random - trained_parts(words)
+    for part in sorted(left - set(config.train.freeze_random), reverse=True):
+        raise refuse_frozen(part, words[part])
+    return left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def stage_entries(written: object) -> list[dict]:
+    """What stands under train.stages, as it is written: a list of {name, data, lora, train}."""
+    if not isinstance(written, list):
+        raise InputError(f'"train.stages": expected a list, found {kind_of(written)}.')
+    names: list[str] = []
+    for i, entry in enumerate(written):
+        where = f"train.stages.{i}"
+        if not isinstance(entry, dict):
+            raise InputError(f'"{where}": expected keys and values, found {kind_of(entry)}.')
+        for key in entry:
+            if key not in ("name", *STAGE_SECTIONS):
+                known = ("name", *STAGE_SECTIONS)
+                raise InputError(
+                    f'"{where}.{key}": a stage has name, {", ".join(STAGE_SECTIONS)}; the rest of the config is the same '
+                    f"for all stages{nearest(key, known)}"
+                )
+        name = entry.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            raise InputError(
+                f'"{where}.name": expected a name for its folder, of letters, digits, "-" and "_"; found {kind_of(name)}.'
+            )
+        if name.lower() in (other.lower() for other in names):
+            raise InputError(f'"{where}.name": "{name}" names two stages; names must differ.')
+        names.append(name)
+        for section in STAGE_SECTIONS:
+            if section in entry and not isinstance(entry[section], dict):
+                raise InputError(f'"{where}.{section}": expected keys and values, found {kind_of(entry[section])}.')
+        train = entry.get("train", {})
+        for key in (*OF_ALL_STAGES, "stages"):
+            if key in train:
+                raise InputError(f'"{where}.train.{key}" is the same for all stages; set "train.{key}" instead.')
+    return written
+
+
+def drop_unused_rates(train: dict, own: dict, defaults: dict[str, str]) -> None:
+    """Take the learning rates out of `train` that the file gives for all stages and this one has no use for: those it
+    gives itself (`own`) stay, and are refused if nothing uses them. defaults: part -> its word where none is written. In
+    place; what is not as it should be is left alone."""
+    parts = train.get("trainable")
+    words = defaults | (parts if isinstance(parts, dict) else {})
+    for key in set(RATE_KEYS.values()) - own.keys():
+        part = next(part for part, kind in RATE_KEYS if RATE_KEYS[part, kind] == key)
+        word = words[part]
+        if isinstance(word, str) and Trainable(word).kind not in _kinds_at(key):
+            train.pop(key, None)
+
+
+def refuse_stage_contradictions(stages: Sequence[StageConfig]) -> None:
+    """What stages say against each other, found before the first of them trains."""
+    random = set() if stages[0].config.model.start_from else random_parts(stages[0].config)
+    lora_of: StageConfig | None = None
+    for i, stage in enumerate(stages):
+        config, where = stage.config, f'stage "{stage.name}" (train.stages.{i})'
+        try:
+            random = _refuse_random_and_frozen(config, random)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        has_lora = config.train.trainable.language_model == "lora"
+        if lora_of is not None and (not has_lora or config.lora != lora_of.config.lora):
+            raise InputError(
+                f'{where}: stage "{lora_of.name}" before it trains LoRA, which goes on in every stage after it; set '
+                '"train.trainable.language_model" to lora, with the same "lora" section.'
+            )
+        lora_of = lora_of or (stage if has_lora else None)
+        for other in stages[:i]:
+            if other.config.data.qa_file == config.data.qa_file and _made_of(other.config) != _made_of(config):
+                raise InputError(
+                    f'{where}: "data.qa_file" is {config.data.qa_file}, which stage "{other.name}" makes of other data; '
+                    "give each its own file."
+                )
+
+
+def _made_of(config: Config) -> tuple:
+    data = config.data
+    sources = [dataclasses.replace(source, weight=1.0) for source in data.sources]
+    return sources, data.validation_file, data.validation_fraction, data.verify_images, config.seed

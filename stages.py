@@ -1,0 +1,152 @@
+"""A run in stages: each is a run of its own, in <run>/stages/<name>/, that starts from the final/ of the one before. What
+the last one ended with is put into <run>/ itself, beside the log and the curves of all. For train.py."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+
+from config import Config, InputError, StageConfig, nearest
+from dataprocess import train_tokenizer
+from dataprocess.process_image import prepare_from_config
+from evaluation.runlog import draw_curves, read_rows
+from model.folder import MANIFEST, read_json, replace_text, verify_folder, weights_digest, write_folder
+from resume import NO_HISTORY, RunLock, move_aside, on_main
+
+
+def run_stages(config: Config, arguments: argparse.Namespace, run: Callable[[Config, argparse.Namespace], int]) -> int:
+    """Train the stages of `config` in their order, or `arguments.stage` alone, each by `run(its config, arguments)`; a
+    finished one is passed over. Returns what the first of them that was stopped ended with, or 0.
+
+    InputError where a stage has nothing to start from, or was trained on top of something else than is there now.
+    """
+    stages = config.train.stages
+    chosen = _chosen(stages, arguments)
+    with contextlib.nullcontext() if arguments.check else RunLock(config.output_dir, _say):
+        if arguments.resume == "none" and arguments.stage is None and not arguments.check:
+            move_aside(config.output_dir, _say)
+        on_main(lambda: _prepare_tokenizer([stage.config for stage in stages]))
+        ended = 0
+        for number in chosen:
+            _say(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
+            ended = run(_with_start(stages, number, arguments), arguments)
+            if ended:
+                break
+        if not arguments.check:
+            on_main(lambda: _publish(config))
+    return ended
+
+
+def _chosen(stages: tuple[StageConfig, ...], arguments: argparse.Namespace) -> list[int]:
+    """Which stages to run, by their places."""
+    names = [stage.name for stage in stages]
+    if arguments.stage is not None:
+        if arguments.stage not in names:
+            raise InputError(
+                f"--stage {arguments.stage}: no such stage; there are {', '.join(names)}{nearest(arguments.stage, names)}"
+            )
+        return [names.index(arguments.stage)]
+    if arguments.resume not in ("auto", "none"):
+        raise InputError(f"--resume {arguments.resume}: say which stage goes on from it, with --stage NAME.")
+    return list(range(len(stages)))
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def _prepare_tokenizer(configs: list[Config]) -> None:
+    """Learn the run's tokenizer if it is to be learned and is not there yet: from the data of all stages, whichever of them
+    trains now."""
+    new = configs[0].model.from_scratch
+    if new is None or not train_tokenizer.is_missing(new.tokenizer, new.vocab_size):
+        return
+    for config in configs:
+        prepare_from_config(config)
+    print(f"learned a tokenizer of {train_tokenizer.learn(configs):,} tokens: {new.tokenizer}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a stage starts from
+
+
+def _with_start(stages: tuple[StageConfig, ...], number: int, arguments: argparse.Namespace) -> Config:
+    """The stage's config, starting from the final/ of the stage before."""
+    stage = stages[number]
+    if number == 0:
+        return stage.config
+    before = stages[number - 1]
+    final = before.config.output_dir / "final"
+    if not final.exists():
+        if arguments.check:  # nothing has trained yet; all the same everything can be looked at
+            free = tuple(dataclasses.asdict(stage.config.train.trainable).keys() - {"vision_tower"})
+            train = dataclasses.replace(stage.config.train, freeze_random=free)
+            return dataclasses.replace(stage.config, train=train)
+        raise InputError(
+            f'stage "{stage.name}" starts from stage "{before.name}", which has not ended: there is no {final}. Train it '
+            f"first (--stage {before.name}, or without --stage all of them)."
+        )
+    if arguments.resume != "none":
+        on_main(lambda: _refuse_stale(stage, before, final))
+    return dataclasses.replace(stage.config, model=dataclasses.replace(stage.config.model, start_from=final))
+
+
+def _refuse_stale(stage: StageConfig, before: StageConfig, final: Path) -> None:
+    """InputError where the stage has begun, on top of another `final` than is there now."""
+    history = stage.config.output_dir / "run.json"
+    if not history.exists():
+        return
+    starts = read_json(history, NO_HISTORY)
+    last = starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+    began_with = last.get("start_from_sha256")
+    if began_with is not None and began_with != weights_digest(final):
+        raise InputError(
+            f'{stage.config.output_dir}: stage "{stage.name}" was trained on top of another "{before.name}" than is in '
+            f"{final} now, which was trained anew since. Train it anew as well: --stage {stage.name} --resume none."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the whole run leaves
+
+
+def _publish(config: Config) -> None:
+    """<run>/metrics.jsonl and curves.png, of all stages, and <run>/final, what the last one ended with; made anew where they
+    are not up to date."""
+    logs = [(stage.name, stage.config.output_dir / "metrics.jsonl") for stage in config.train.stages]
+    rows = [{"stage": name, **row} for name, path in logs for row in read_rows(path)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    metrics, picture = config.output_dir / "metrics.jsonl", config.output_dir / "curves.png"
+    if not metrics.exists() or metrics.read_text(encoding="utf-8") != text:
+        replace_text(metrics, text)
+        draw_curves(logs, picture)
+    last, final = config.train.stages[-1].config.output_dir / "final", config.output_dir / "final"
+    if last.exists() and not (final.exists() and read_json(final / MANIFEST) == read_json(last / MANIFEST)):
+        verify_folder(last)
+        write_folder(final, lambda folder: _copy(last, folder))
+    if last.exists():
+        print(f"\nthe model that all stages together made: {final}", flush=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The files of a model's folder, all but its manifest. As further names of the same files where the disk has that:
+    they are never written to again."""
+    for path in source.rglob("*"):
+        to = target / path.relative_to(source)
+        if path.is_dir():
+            to.mkdir(parents=True, exist_ok=True)
+        elif path.name != MANIFEST:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, to)
+            except OSError:
+                shutil.copyfile(path, to)
