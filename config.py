@@ -18,6 +18,7 @@ import yaml
 
 from contradictions import (
     CAPTION_FORMATS,
+    OF_ALL_STAGES,
     RATE_KEYS,
     STAGE_SECTIONS,
     drop_unused_rates,
@@ -299,7 +300,8 @@ def to_yaml(config: Config) -> str:
     def plain(value):
         if isinstance(value, StageConfig):
             values = plain(value.config)
-            values["train"].pop("stages")
+            for key in ("stages", *OF_ALL_STAGES):
+                values["train"].pop(key)
             return {"name": value.name, **{section: values[section] for section in STAGE_SECTIONS}}
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

@@ -73,12 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     check_trackers(config.train.report_to)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    PartialState(cpu=not torch.accelerator.is_available())  # torchrun's processes find each other on CPUs too
-    if config.train.stages:
-        return run_stages(config, arguments, run_config)
-    if arguments.stage:
+    if arguments.stage and not config.train.stages:
         raise InputError(f'--stage {arguments.stage}: the config has no stages; list them under "train.stages".')
-    return run_config(config, arguments)
+    state = PartialState(cpu=not torch.accelerator.is_available())  # torchrun's processes find each other on CPUs too
+    ended = run_stages(config, arguments, run_config) if config.train.stages else run_config(config, arguments)
+    state.destroy_process_group()
+    return ended
 
 
 def run_config(config: Config, arguments: argparse.Namespace) -> int:
@@ -146,7 +146,8 @@ def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accel
     stopped = train(run, resume_from)
     if not stopped:
         finish(run)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return 128 + stopped if stopped else 0  # what a shell says of a command that a signal ended
 
 

@@ -5,6 +5,9 @@
 `scenes_*.json` and `digits_*.json` are LLaVA lists, `captions_train.json` is an AI Challenger list; they are raw data
 like any other and take the same road through `process_image`. Validation records hold one question each and its "type",
 which is "unseen_pair" where the question is about an object that no training picture shows.
+
+`texts_train.jsonl` and `told_*.jsonl` are JSON Lines without pictures, for a language model from scratch: texts that tell
+a scene and then all that can be said of it, and dialogs in which the scene is told and then asked about.
 This module decides how much of what is drawn, and where it is kept; what the world is like stands in `demo_world`.
 """
 
@@ -26,11 +29,14 @@ SCENES = 3600  # training pictures
 CAPTIONED = 240  # of these, pictures with captions too
 TURNS = (4, 6)  # questions about a training picture, at least and at most
 HELD_OUT = 240  # validation questions of each type
+TEXTS, DIALOGS = 4000, 2000  # without a picture; half of both is Chinese
+HELD_OUT_TOLD = 48  # validation questions of each type about told scenes
 DESCRIBE = {"en": "Describe the picture.", "zh": "图片里有什么？"}  # asked first in some dialogs; not scored
 CHINESE_SHARE = 0.3  # of the training dialogs; a quarter of the validation questions
 MARKER = "demo.json"
 ENTRIES = ("images", "test_images", "scenes_train.json", "scenes_validation.json", "digits_train.json",
-           "digits_validation.json", "captions_train.json")  # fmt: skip
+           "digits_validation.json", "captions_train.json", "texts_train.jsonl", "told_train.jsonl",
+           "told_validation.jsonl")  # fmt: skip
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -81,7 +87,7 @@ def _draw(folder: Path, seed: int) -> dict[str, int]:
         (folder / name).mkdir(parents=True)
     digits, labels, held_out = world.load_digits()
     # One generator a part: more of one part never changes another.
-    rngs = [np.random.default_rng([seed, part]) for part in range(6)]
+    rngs = [np.random.default_rng([seed, part]) for part in range(9)]
     scene_images, digit_images = folder / "images" / "scenes", folder / "images" / "digits"
     train = digits[~held_out], labels[~held_out]
     validation = digits[held_out][:HELD_OUT], labels[held_out][:HELD_OUT]
@@ -95,6 +101,15 @@ def _draw(folder: Path, seed: int) -> dict[str, int]:
     }
     for name, records in files.items():
         (folder / name).write_text(json.dumps(records, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    lines = {
+        "texts_train.jsonl": _texts(rngs[6]),
+        "told_train.jsonl": _told(rngs[7]),
+        "told_validation.jsonl": _told_validation(rngs[8]),
+    }
+    for name, records in lines.items():
+        written = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / name).write_text(written, encoding="utf-8")
+    files |= lines
     for i in range(8):  # the last two show an object that training never did
         scene = world.held_out_scene(rngs[4], unseen=i >= 6)
         world.draw_scene(scene, rngs[4]).save(folder / "test_images" / "scenes" / f"scene_{i}.png")
@@ -166,6 +181,58 @@ def _digits(folder: Path, digits: np.ndarray, labels: np.ndarray, part: str, rng
             asked.insert(0, question._replace(question=DESCRIBE[language]))
         records.append(_llava(name, f"{name}.png", asked, **({} if part == "train" else {"type": "digit"})))
     return records
+
+
+def _texts(rng: np.random.Generator) -> list[dict]:
+    """Texts in minimind's layout: a training scene told, and then everything that can be said of it."""
+    records = []
+    for i in range(TEXTS):
+        scene, language = world.training_scene(rng), world.LANGUAGES[i % 2]
+        said = [question.answer for question in world.scene_questions(scene, language, rng)]
+        told = world.captions(scene, language)[rng.integers(5)]
+        parts = [told, *(said[k] for k in rng.permutation(len(said)))]
+        records.append({"text": (" " if language == "en" else "").join(parts)})
+    return records
+
+
+def _told(rng: np.random.Generator) -> list[dict]:
+    """Dialogs about training scenes that are told, and about digits that are named."""
+    records = []
+    for i in range(DIALOGS):
+        language = world.LANGUAGES[i % 2]
+        if i % 8 >= 6:
+            question = world.digit_question(int(rng.integers(10)), language)
+            records.append(_dialog(question.answer, [question]))
+            continue
+        scene = world.training_scene(rng)
+        told = world.captions(scene, language)[rng.integers(5)]
+        asked = world.choose_questions(world.scene_questions(scene, language, rng), TURNS[1], rng)
+        records.append(_dialog(told, asked))
+    return records
+
+
+def _told_validation(rng: np.random.Generator) -> list[dict]:
+    """HELD_OUT_TOLD questions of every type about held-out scenes that are told, every fourth in Chinese."""
+    records = []
+    for type_ in world.SCENE_TYPES:
+        for i in range(HELD_OUT_TOLD):
+            language = "zh" if i % 4 == 3 else "en"
+            asked: list[world.Question] = []
+            while not asked:  # not every scene answers every type
+                scene = world.held_out_scene(rng)
+                asked = [q for q in world.scene_questions(scene, language, rng) if q.type == type_]
+            told = world.captions(scene, language)[rng.integers(5)]
+            records.append(_dialog(told, [asked[rng.integers(len(asked))]], type=type_))
+    return records
+
+
+def _dialog(told: str, questions: list[world.Question], **extra: str) -> dict:
+    """One record in SVLM-Data's layout: what is told stands before the first question."""
+    turns = []
+    for k, question in enumerate(questions):
+        turns.append({"role": "user", "content": question.question if k else f"{told}\n{question.question}"})
+        turns.append({"role": "assistant", "content": question.answer})
+    return {"conversations": turns, **extra}
 
 
 def main() -> int:

@@ -43,7 +43,9 @@ def load(tmp_path_factory):
         model = qwen.load_language_model(folders[family])
         qwen.attach_tokenizer(model, qwen.load_tokenizer(folders[family]))
         model.generation_config.eos_token_id = None  # these models are random: let them run to the end
-        for parameter in model.parameters():  # mapped from a file they lie at odd addresses, where products round otherwise
+        for (
+            parameter
+        ) in model.parameters():  # mapped from a file they lie at odd addresses, where products round otherwise
             parameter.data = parameter.data.clone()
         return model
 

@@ -84,6 +84,64 @@ def config_values() -> dict:
     }
 
 
+SIZES = {
+    "architecture": "qwen2_moe", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+}  # fmt: skip
+
+
+def write_staged_project(folder: Path) -> Path:
+    """A project whose language model is made from nothing, in three stages: texts, pictures, instructions. The tokenizer is
+    learned from their data. Returns the path of its config.yaml."""
+    path = write_project(folder)
+    lines = [{"text": f"There are {i} red circles. 有{i}个红色的圆形。" * (1 + i % 3)} for i in range(30)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    values = yaml.safe_load(path.read_text())
+    seen = values["data"]
+    values["data"] = {"max_length": 128, "system_prompt": None}
+    values["model"] = {
+        "vision_tower": "tower",
+        "projector": "resampler",
+        "num_queries": 4,
+        "attention": "mixed",
+        "from_scratch": {"tokenizer": "./tokenizer", "vocab_size": 320, **SIZES},
+    }
+    del values["lora"]
+    words = {"language_model": "full", "embeddings": "full"}
+    train = values["train"] | {"trainable": words, "language_model_lr": 1e-3, "embeddings_lr": 1e-3}
+    train |= {"router_aux_loss_coef": 0.01, "max_steps": 4, "eval_steps": 2, "save_steps": 2, "score_samples": 4}
+    del train["lora_lr"]
+    texts = {"name": "texts", "annotations": "texts.jsonl"}
+    text = {
+        "sources": [texts],
+        "qa_file": "text.jsonl",
+        "validation_file": "text_held.jsonl",
+        "validation_fraction": 0.3,
+    }
+    sources = ("sources", "qa_file", "validation_file")
+    train["stages"] = [
+        {
+            "name": "text",
+            "data": text,
+            "train": {"trainable": {"projector": "frozen"}, "freeze_random": ["projector"]},
+        },
+        {"name": "vision", "data": {key: seen[key] for key in sources}, "train": {"projector_lr": 2e-3}},
+        {
+            "name": "chat",
+            "data": {key: seen[key] for key in sources},
+            "train": {"trainable": {"projector": "frozen", "language_model": "top:1"}, "max_steps": 2},
+        },
+    ]
+    values["train"] = train
+    write_yaml(path, values)
+    return path
+
+
+def write_yaml(path: Path, values: dict) -> None:
+    """Everything written out where it stands, without YAML's aliases."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(values)), allow_unicode=True))
+
+
 def write_pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):

@@ -1,0 +1,329 @@
+"""A mixture of experts: the layer is transformers' own, the balance loss reaches the routers and is counted apart.
+`sh tests/run.sh tests/test_moe.py`
+
+T tokens, E experts of which a token passes k, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen2_moe import modeling_qwen2_moe
+
+import qwen
+from config import IGNORE_INDEX, InputError
+from dataset.loader import collate
+from model.build import build_model, checkpoint_activations, load_processors
+from model.loss import balance_loss
+from step import count_targets, kept_bytes, on_device
+from tests.test_packing import CPU, PAD, samples_of
+from tests.test_training import assert_equal_files, rows
+from tests.toy_language import write_qwen2_moe, write_qwen3_moe
+from tests.toy_project import run_training, write_project
+from tests.toy_towers import write_clip
+
+WRITERS = {"qwen2_moe": write_qwen2_moe, "qwen3_moe": write_qwen3_moe}
+SIZES = {
+    "architecture": "qwen2_moe", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_clip(folder / "clip")
+    for name, write in WRITERS.items():
+        write(folder / name)
+    return folder
+
+
+def build(folders, family: str = "qwen2_moe", word: str = "full", **options):
+    words = {"vision_tower": "frozen", "projector": "full", "language_model": word, "embeddings": "frozen"}
+    return build_model(
+        load_processors(str(folders / "clip"), None, str(folders / family)), str(folders / "clip"),
+        vision_feature_layer=-2, image_size=None, projector="mlp", projector_hidden_size=None,
+        language_model=str(folders / family), trainable=words, dtype=torch.float32, seed=0,
+        lora={"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["all-linear"]}, **options,
+    )  # fmt: skip
+
+
+def routers(model) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")}
+
+
+# --- the layer
+
+
+def by_hand(block, tokens: torch.Tensor) -> torch.Tensor:
+    """[T, D] -> [T, D], token by token: the k likeliest experts by their share of probability, and the shared one."""
+    found = []
+    for token in tokens:
+        probabilities = (block.gate.weight @ token).softmax(0)
+        shares, chosen = probabilities.topk(block.gate.top_k)
+        if block.gate.norm_topk_prob:
+            shares = shares / shares.sum()
+        total = torch.zeros_like(token)
+        for share, expert in zip(shares, chosen.tolist(), strict=True):
+            gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
+            total += share * (block.experts.down_proj[expert] @ (F.silu(gate) * up))
+        if hasattr(block, "shared_expert"):
+            shared = block.shared_expert
+            passed = shared.down_proj.weight @ (
+                F.silu(shared.gate_proj.weight @ token) * (shared.up_proj.weight @ token)
+            )
+            total += torch.sigmoid(block.shared_expert_gate.weight @ token) * passed
+        found.append(total)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*WRITERS, "from scratch"])
+def test_the_layer_is_the_sum_that_it_is_said_to_be(folders, family):
+    if family == "from scratch":
+        model = qwen.new_language_model(500, 0, **SIZES)
+    else:
+        model = qwen.load_language_model(folders / family, torch.float32)
+    block, width = model.model.layers[1].mlp.double(), model.config.hidden_size
+    tokens = 2 * torch.randn(1, 30, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # the library takes the shares of the chosen experts in float32
+    torch.testing.assert_close(block(tokens)[0], by_hand(block, tokens[0]), rtol=1e-6, atol=5e-6)
+
+
+@torch.no_grad()
+def test_a_new_layer_is_transformers_own():
+    ours = qwen.new_language_model(500, 0, **SIZES)
+    theirs = modeling_qwen2_moe.Qwen2MoeForCausalLM(type(ours.config).from_dict(ours.config.to_dict())).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 500, (2, 17), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-6)
+    block, other = ours.model.layers[0].mlp, theirs.model.layers[0].mlp
+    tokens = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    other.experts.config._experts_implementation = "eager"
+    assert type(block) is type(other) and torch.equal(block(tokens), other(tokens))
+
+
+# --- the balance loss
+
+
+def balance_by_hand(logits: tuple, is_read: list[bool], top_k: int) -> float:
+    """E times the sum over experts of (tokens that chose it, a token) x (its mean probability), over all layers together."""
+    experts = logits[0].shape[1]
+    chosen, probability, count = [0.0] * experts, [0.0] * experts, 0
+    for layer in logits:
+        for token, read in zip(layer.double(), is_read, strict=True):
+            if read:
+                count += 1
+                for expert in token.topk(top_k).indices.tolist():
+                    chosen[expert] += 1
+                for expert, value in enumerate(token.softmax(0).tolist()):
+                    probability[expert] += value
+    return experts * sum(c / count * p / count for c, p in zip(chosen, probability, strict=True))
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_the_balance_loss_is_transformers_own_and_the_formula(folders, family):
+    """Of a padded batch, whose padding does not count."""
+    built = build(folders, family)
+    batch = collate(samples_of(built.chat_values()["image_token_id"], pictures=(0, 0, 0)), PAD)
+    inputs = on_device(batch, CPU)
+    found = built.model(**inputs).balance
+    theirs = AutoModelForCausalLM.from_pretrained(folders / family, dtype=torch.float32, experts_implementation="eager")
+    output = theirs(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_router_logits=True)
+    assert abs(float(found - output.aux_loss)) < 1e-6
+    is_read = inputs["attention_mask"].flatten().bool().tolist()
+    assert not all(is_read)
+    assert float(found) == pytest.approx(balance_by_hand(output.router_logits, is_read, 2), rel=1e-6)
+    assert float(found) != pytest.approx(balance_by_hand(output.router_logits, [True] * len(is_read), 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["causal", "mixed"])
+def test_packed_and_padded_batches_have_the_same_balance_loss_and_gradients_of_it(folders, attention):
+    """What fills a packed row up does not count either."""
+    built = build(folders, attention=attention)
+    samples = samples_of(built.chat_values()["image_token_id"])
+    found = []
+    for packed in (True, False):
+        built.model.zero_grad()
+        batch = collate(samples, PAD, packed)
+        assert not packed or len(batch["lengths"]) > len(samples)  # there is something that fills it
+        loss = built.model(**on_device(batch, CPU)).balance
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in routers(built.model).values())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_even_use_of_the_experts_costs_k_and_the_use_of_the_same_ones_costs_more():
+    config = qwen.new_language_model(500, 0, **SIZES).config
+    even = torch.tensor([[9.0, 9, 0, 0], [0, 0, 9, 9], [9, 0, 9, 0], [0, 9, 0, 9]])
+    assert float(balance_loss((even, even), None, config)) == pytest.approx(2.0)
+    assert float(balance_loss((even[:1], even[:1]), None, config)) == pytest.approx(4.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_the_balance_loss_reaches_every_router_and_lowers_it(folders, precision, checkpointing):
+    """Of that loss alone; in half precision as well, and where the layers are computed twice."""
+    built = build(folders)
+    if checkpointing:
+        checkpoint_activations(built.model)
+    batch = collate(samples_of(built.chat_values()["image_token_id"]), PAD, packed=True)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return built.model(**on_device(batch, CPU)).balance
+
+    weights = routers(built.model)
+    favour_one_expert(built, batch)
+    first = loss()
+    first.backward()
+    assert len(weights) == 2 and all(p.grad.abs().sum() > 1e-6 for p in weights.values())
+    for _ in range(20):
+        with torch.no_grad():
+            for weight in weights.values():
+                weight -= 0.05 * weight.grad
+                weight.grad = None
+        last = loss()
+        last.backward()
+    assert float(first.detach()) > 2.1 and float(last.detach()) < float(first.detach()) - 0.1
+
+
+def favour_one_expert(built, batch) -> None:
+    """Turn the first expert's row of each router towards what the tokens of the batch have in common."""
+    gates = [layer.mlp.gate for layer in built.model.causal_lm.model.layers]
+    means = {}
+    hooks = [gate.register_forward_hook(lambda gate, args, _: means.update({gate: args[0].mean(0)})) for gate in gates]
+    with torch.no_grad():
+        built.model(**on_device(batch, CPU))
+        for gate, hook in zip(gates, hooks, strict=True):
+            hook.remove()
+            gate.weight[0] += 0.1 * means[gate]
+
+
+def test_checkpointed_layers_give_the_same_gradients_of_both_losses(folders):
+    found = []
+    for checkpointing in (False, True):
+        built = build(folders)
+        if checkpointing:
+            checkpoint_activations(built.model)
+        losses = built.model(**on_device(collate(samples_of(built.chat_values()["image_token_id"]), PAD, True), CPU))
+        (losses.answers + 10 * losses.balance).backward()
+        found.append({name: p.grad for name, p in built.model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_dense_model_has_no_balance_loss_and_what_is_right_is_counted_when_no_gradient_is_wanted(folders):
+    built = build(folders)
+    batch = collate(samples_of(built.chat_values()["image_token_id"]), PAD, packed=True)
+    assert built.model(**on_device(batch, CPU)).right is None
+    with torch.no_grad():
+        right = built.model(**on_device(batch, CPU)).right
+        inputs = on_device(batch, CPU)
+        hidden = built.model.causal_lm.model(
+            input_ids=inputs["input_ids"], lengths=inputs["lengths"],
+            image_features=built.model.encode_images(inputs["pixel_values"]), use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        guess = built.model.causal_lm.lm_head(hidden).argmax(-1)[:, :-1]
+    wanted = batch["labels"][:, 1:]
+    assert int(right) == int(((guess == wanted) & (wanted != IGNORE_INDEX)).sum()) <= count_targets(batch)
+
+    dense = qwen.new_language_model(
+        500, 0, architecture="qwen2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
+    built.model.language_model = dense
+    assert not built.model.has_experts
+
+
+# --- in a run
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project with Qwen1.5-MoE, all of whose language model trains."""
+    path = write_project(tmp_path_factory.mktemp("project"))
+    write_qwen2_moe(path.parent / "moe")
+    return path
+
+
+MOE = ("model.language_model=moe", "train.trainable.language_model=full", "train.language_model_lr=1e-3")
+MOE += ("train.lora_lr=null", "train.score_samples=2", "train.save_total_limit=null")
+
+
+@pytest.fixture
+def train(project, monkeypatch):
+    monkeypatch.chdir(project.parent)
+    return lambda *overrides: run_training(project, *MOE, *overrides)
+
+
+def test_the_balance_loss_is_logged_apart_and_learned_from_as_much_as_the_config_says(train, tmp_path):
+    logged = {}
+    for factor in (0, 5):
+        train(f"output_dir={tmp_path / str(factor)}", f"train.router_aux_loss_coef={factor}", "train.max_steps=8")
+        logged[factor] = rows(tmp_path / str(factor))
+    losses = {factor: [row for row in found if "loss" in row] for factor, found in logged.items()}
+    assert losses[0][0]["loss"] == losses[5][0]["loss"]  # it is no part of the loss of the answers
+    assert losses[0][0]["balance_loss"] == losses[5][0]["balance_loss"] > 2
+    assert losses[5][-1]["balance_loss"] < losses[0][-1]["balance_loss"] - 0.01
+    validations = [row for row in logged[5] if "val_loss" in row]
+    assert all({"val_balance_loss", "val_perplexity", "val_token_accuracy"} <= row.keys() for row in validations)
+    scores = json.loads((tmp_path / "5" / "final" / "scores.json").read_text())
+    assert {"loss", "perplexity", "token_accuracy", "balance_loss"} <= scores.keys()
+
+
+def test_a_run_that_was_interrupted_ends_the_same(train, tmp_path):
+    train(f"output_dir={tmp_path / 'whole'}")
+    train(f"output_dir={tmp_path / 'parts'}", "train.max_steps=6", "--resume", "none")
+    for name in ("final", "best", "checkpoint-6"):
+        target = tmp_path / "parts" / name
+        for path in sorted(target.rglob("*"), reverse=True) if target.exists() else ():
+            path.unlink() if path.is_file() else path.rmdir()
+        if target.exists():
+            target.rmdir()
+    train(f"output_dir={tmp_path / 'parts'}")
+    names = ["language_model.safetensors", "projector.safetensors"]
+    assert_equal_files(tmp_path / "whole" / "final", tmp_path / "parts" / "final", names)
+    assert_equal_files(tmp_path / "whole" / "checkpoint-6", tmp_path / "parts" / "checkpoint-6", ["state.safetensors"])
+
+
+def test_without_the_factor_the_models_own_is_used_and_a_dense_model_takes_none(train, tmp_path):
+    train(f"output_dir={tmp_path / 'own'}", "train.max_steps=2", "train.eval_steps=null")
+    train(
+        f"output_dir={tmp_path / 'said'}",
+        "train.max_steps=2",
+        "train.eval_steps=null",
+        "train.router_aux_loss_coef=0.001",
+    )
+    names = ["language_model.safetensors", "projector.safetensors"]
+    assert_equal_files(tmp_path / "own" / "final", tmp_path / "said" / "final", names)
+    with pytest.raises(InputError, match='"train.router_aux_loss_coef" is 0.5, but the language model has no experts'):
+        train(f"output_dir={tmp_path / 'dense'}", "model.language_model=lm", "train.router_aux_loss_coef=0.5")
+
+
+def test_lora_on_a_mixture_of_experts_is_on_its_attention_and_goes_on(train, tmp_path):
+    lora = ("train.trainable.language_model=lora", "train.language_model_lr=null", "train.lora_lr=1e-3")
+    train(f"output_dir={tmp_path}", *lora)
+    adapter = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(InputError, match='lora.target_modules: "up_proj" is unknown'):
+        train(f"output_dir={tmp_path / 'mlp'}", *lora, "lora.target_modules=[q_proj, up_proj]")
+
+
+def test_liger_and_fused_parts_keep_away_from_experts(train, tmp_path):
+    with pytest.raises(InputError, match="dense language models only"):
+        train(f"output_dir={tmp_path}", "train.liger_kernels=on")
+
+
+def test_what_experts_keep_of_a_token_is_what_it_passes(folders):
+    """Two experts of 48 and one of 64, and each way there and back; twice as many experts would keep no more."""
+    built = build(folders)
+    config = built.model.causal_lm.config
+    before = kept_bytes(built.model)
+    assert before == 2 * ((8 + 3 * 2) * 64 + 4 * (2 * 48 + 64)) * 4
+    config.num_experts *= 2
+    assert kept_bytes(built.model) == before

@@ -1,0 +1,357 @@
+"""A run in stages: each starts from the one before, can be run alone, resumed, repeated; what they say against each other is
+found before the first. `sh tests/run.sh tests/test_stages.py`"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import model.checkpoint
+import test
+import train as train_script
+from config import InputError, load_config, to_yaml
+from model.folder import verify_folder, weights_digest
+from step import Stepper
+from tests.test_training import ROOT, assert_equal_files, rows, without_times
+from tests.toy_project import run_training, write_staged_project, write_yaml
+
+NAMES = ("text", "vision", "chat")
+FILES = ("language_model.safetensors", "projector.safetensors")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return write_staged_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def whole(project):
+    """All three stages, and the run's folder."""
+    run_training(project)
+    return project.parent / "run"
+
+
+@pytest.fixture
+def again(project, whole, tmp_path):
+    """A copy of the finished run, to be changed."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def final(run: Path, name: str) -> Path:
+    return run / "stages" / name / "final"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{file}/{name}": tensor for file in FILES for name, tensor in load_file(folder / file).items()}
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    one, other = weights(before), weights(after)
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+# --- what a run in stages is
+
+
+def test_each_stage_starts_from_the_one_before_and_trains_what_it_says(whole):
+    text, vision, chat = (final(whole, name) for name in NAMES)
+    moved = changed(text, vision)
+    assert {name for name in weights(text) if "projector" in name} <= moved  # the stage of texts left it random
+    last = changed(vision, chat)
+    assert last and all("layers.1." in name or "model.norm" in name or "embed_tokens" in name for name in last)
+    for name, before in (("vision", text), ("chat", vision)):
+        (start,) = json.loads((whole / "stages" / name / "run.json").read_text())
+        assert start["start_from_sha256"] == weights_digest(before)
+        assert Path(load_config(final(whole, name) / "config.yaml").model.start_from) == before
+    assert json.loads((text / "untrained.json").read_text()) == ["projector"]
+    assert not (vision / "untrained.json").exists() and not (chat / "untrained.json").exists()
+
+
+def test_every_stage_has_its_own_folder_data_and_rates(whole, project):
+    for name, steps in zip(NAMES, (4, 4, 2), strict=True):
+        found = [row for row in rows(whole / "stages" / name) if "loss" in row]
+        assert [row["step"] for row in found] == list(range(1, steps + 1))
+        assert ("projector_lr" in found[0]) == (name == "vision")
+        assert (whole / "stages" / name / "curves.png").exists()
+    assert (project.parent / "text.jsonl").exists() and (project.parent / "qa.jsonl").exists()
+    text = json.loads((project.parent / "text.report.json").read_text())
+    assert text["read"] == 30 and text["kept"] == 30
+
+
+def test_what_the_last_stage_made_is_the_runs_own_and_the_log_is_that_of_all(whole):
+    verify_folder(whole / "final")
+    assert_equal_files(whole / "final", final(whole, "chat"), FILES)
+    assert (whole / "final" / "language_model.safetensors").stat().st_nlink == 2  # one file under two names
+    logged = rows(whole)
+    assert [row["stage"] for row in logged] == sorted((row["stage"] for row in logged), key=NAMES.index)
+    for name in NAMES:
+        mine = [{key: value for key, value in row.items() if key != "stage"} for row in logged if row["stage"] == name]
+        assert mine == rows(whole / "stages" / name)
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "accuracy" in json.loads((whole / "final" / "scores.json").read_text())
+
+
+def test_a_stage_of_texts_has_a_loss_and_no_questions(whole):
+    scores = json.loads((final(whole, "text") / "scores.json").read_text())
+    assert scores["n"] == 0 and scores["accuracy"] is None and scores["loss"] > 0 and scores["perplexity"] > 1
+
+
+def test_the_checkpoint_alone_answers_the_tokenizer_may_be_gone(project, whole, tmp_path):
+    copied = tmp_path / "model"
+    shutil.copytree(whole / "final", copied)
+    tokenizer = project.parent / "tokenizer"
+    tokenizer.rename(project.parent / "away")
+    try:
+        picture = str(project.parent / "images" / "0.png")
+        assert test.main(["--checkpoint", str(copied), "--images", picture, "--question", "What colour is it?"]) == 0
+    finally:
+        (project.parent / "away").rename(tokenizer)
+    (answer,) = [json.loads(line) for line in (tmp_path / "answers" / "answers.jsonl").read_text().splitlines()]
+    assert answer["question"] == "What colour is it?"
+
+
+def test_scoring_a_file_tells_loss_balance_loss_perplexity_and_accuracy(project, whole, tmp_path, capsys):
+    qa = project.parent / "validation.jsonl"
+    assert test.main(["--checkpoint", str(whole / "final"), "--qa", str(qa), "--output", str(tmp_path)]) == 0
+    scores, printed = json.loads((tmp_path / "scores.json").read_text()), capsys.readouterr().out
+    assert {"accuracy", "blind", "loss", "perplexity", "token_accuracy", "balance_loss"} <= scores.keys()
+    for name in ("loss", "perplexity", "token_accuracy", "balance_loss"):
+        assert f"{name} {scores[name]:.4f}" in printed
+    in_the_run = json.loads((whole / "final" / "scores.json").read_text())
+    assert scores["loss"] == pytest.approx(in_the_run["loss"], rel=1e-5)
+    # texts alone are no questions, and have a loss all the same
+    texts = project.parent / "text_held.jsonl"
+    assert test.main(["--checkpoint", str(whole / "final"), "--qa", str(texts), "--output", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 0
+
+
+# --- alone, resumed, repeated
+
+
+def test_a_finished_run_is_passed_over_and_changes_nothing(project, again, capsys):
+    def state() -> dict:
+        return {p: p.stat().st_mtime_ns for p in again.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    before = state()
+    run_training(project, f"output_dir={again}")
+    assert state() == before and capsys.readouterr().out.count("This run is finished") == 3
+
+
+@pytest.mark.parametrize("stopped_in", [0, 1])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_was_stopped_goes_on_in_its_stage_and_ends_the_same(
+    project, whole, tmp_path, monkeypatch, stopped_in, step
+):
+    """By an error in the middle of a step of the first or the second stage: three and one is four, bit for bit."""
+    taken, call = [], Stepper.__call__
+
+    def interrupted(self, number, *arguments):
+        taken.append(number)
+        if taken == [*range(4)] * stopped_in + [*range(step + 1)]:
+            raise KeyboardInterrupt
+        return call(self, number, *arguments)
+
+    monkeypatch.setattr(Stepper, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(project, f"output_dir={tmp_path}")
+    assert not (tmp_path / "final").exists()
+    monkeypatch.setattr(Stepper, "__call__", call)
+    run_training(project, f"output_dir={tmp_path}")
+    for name in NAMES:
+        assert_equal_files(final(tmp_path, name), final(whole, name), FILES)
+        logged = (rows(run / "stages" / name) for run in (tmp_path, whole))
+        assert without_times(next(logged)) == without_times(next(logged))
+
+
+def test_stages_one_by_one_are_all_in_one_go(project, whole, tmp_path):
+    for name in NAMES:
+        run_training(project, f"output_dir={tmp_path}", "--stage", name)
+        assert (tmp_path / "final").exists() == (name == "chat")
+    for name in NAMES:
+        assert_equal_files(final(tmp_path, name), final(whole, name), FILES)
+
+
+def test_a_stage_without_the_one_before_is_refused(project, tmp_path):
+    with pytest.raises(InputError, match='stage "chat" starts from stage "vision", which has not ended'):
+        run_training(project, f"output_dir={tmp_path}", "--stage", "chat")
+    with pytest.raises(InputError, match='no such stage; there are text, vision, chat; did you mean "vision"'):
+        run_training(project, f"output_dir={tmp_path}", "--stage", "vison")
+    with pytest.raises(InputError, match="with --stage NAME"):
+        run_training(project, f"output_dir={tmp_path}", "--resume", str(tmp_path))
+
+
+def test_a_stage_may_be_repeated_and_those_on_top_of_it_are_then_stale(project, whole, again):
+    run_training(project, f"output_dir={again}", "--stage", "vision", "--resume", "none")
+    assert (again / "stages" / "vision" / "previous-1" / "final").exists()
+    assert_equal_files(final(again, "vision"), final(whole, "vision"), FILES)
+    run_training(project, f"output_dir={again}")  # the very same: nothing is stale
+
+    other = "train.stages.vision.train.projector_lr=5e-3"
+    run_training(project, f"output_dir={again}", other, "--stage", "vision", "--resume", "none")
+    with pytest.raises(InputError, match='stage "chat" was trained on top of another "vision"'):
+        run_training(project, f"output_dir={again}", other)
+    run_training(project, f"output_dir={again}", other, "--stage", "chat", "--resume", "none")
+    assert_equal_files(again / "final", final(again, "chat"), FILES)
+    assert changed(again / "final", whole / "final")
+
+
+def test_all_stages_anew_move_the_old_run_aside(project, whole, again):
+    run_training(project, f"output_dir={again}", "--resume", "none")
+    assert_equal_files(again / "final", whole / "final", FILES)
+    assert (again / "previous-1" / "final").exists() and (again / "stages" / "text" / "previous-1" / "final").exists()
+
+
+def test_a_stage_of_another_config_is_not_continued(project, again):
+    with pytest.raises(InputError, match="train.language_model_lr: 0.001 -> 0.002"):
+        run_training(project, f"output_dir={again}", "train.stages.text.train.language_model_lr=2e-3")
+
+
+def test_checking_looks_at_all_stages_and_trains_nothing(project, tmp_path, capsys):
+    run_training(project, f"output_dir={tmp_path / 'run'}", "--check")
+    printed = capsys.readouterr().out
+    assert printed.count("Checked: config, data and model fit together") == 3
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_two_processes_train_the_same_stages(project, whole, tmp_path):
+    """torchrun; what differs between one process and two is the balance loss's cut, so it is left out here."""
+    common = ["train.router_aux_loss_coef=0", "train.num_threads=1", "train.packing=off", "train.max_steps=2"]
+    run_training(project, f"output_dir={tmp_path / 'one'}", *common)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29637"]
+    subprocess.run(
+        [*command, str(ROOT / "train.py"), "--config", str(project), f"output_dir={tmp_path / 'two'}", *common],
+        check=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for name in NAMES:
+        one, two = (weights(final(tmp_path / run, name)) for run in ("one", "two"))
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5)
+
+
+# --- the config
+
+
+def test_what_a_stage_says_is_put_over_what_the_file_says_for_all(project):
+    config = load_config(project)
+    stages = {stage.name: stage.config for stage in config.train.stages}
+    assert tuple(stages) == NAMES
+    assert stages["text"].train.projector_lr is None and stages["vision"].train.projector_lr == 2e-3
+    assert stages["chat"].train.projector_lr is None  # for all stages, but this one does not train the projector
+    assert [stage.train.max_steps for stage in stages.values()] == [4, 4, 2]
+    assert all(stage.train.router_aux_loss_coef == 0.01 and not stage.train.stages for stage in stages.values())
+    assert stages["text"].output_dir == project.parent / "run" / "stages" / "text"
+    assert config.output_dir == project.parent / "run" and config.data == stages["chat"].data
+    assert len({stage.model for stage in stages.values()}) == 1
+
+
+def test_the_command_line_has_the_last_word_for_all_stages_or_for_one(project):
+    def steps(*overrides) -> list:
+        return [stage.config.train.max_steps for stage in load_config(project, overrides).train.stages]
+
+    assert steps("train.max_steps=9") == [9, 9, 9]
+    assert steps("train.stages.vision.train.max_steps=9") == [4, 9, 2]
+    assert steps("train.stages.2.train.max_steps=9") == [4, 4, 9]
+    with pytest.raises(InputError, match='"sight" is not a position .* nor one of the names "text", "vision", "chat"'):
+        steps("train.stages.sight.train.max_steps=9")
+
+
+def test_a_config_with_stages_survives_being_written_and_read_again(project, tmp_path):
+    config = load_config(project)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"name": "../x"}, ["train.stages.0.name", "letters"]),
+        ({"name": None}, ["train.stages.0.name", "nothing"]),
+        ({"name": "Vision"}, ["train.stages.1.name", "two stages"]),
+        ({"model": {"attention": "causal"}}, ["train.stages.0.model", "the same", "for all stages"]),
+        ({"dat": {}}, ['did you mean "data"']),
+        ({"data": []}, ["train.stages.0.data", "keys and values"]),
+        ({"train": {"precision": "bf16"}}, ["train.stages.0.train.precision", "the same for all stages"]),
+        ({"train": {"max_stps": 3}}, ['stage "text"', '"train.max_stps"', 'did you mean "train.max_steps"']),
+        ({"train": {"freeze_random": ["projector"], "trainable": {"projector": "frozen"}, "projector_lr": 1e-3}},
+         ['stage "text"', "projector_lr", "nothing would use it"]),
+        ({"train": {"trainable": {"projector": "frozen"}}}, ['stage "text"', "projector would be random", "freeze_random"]),
+        ({"train": {"trainable": {"language_model": "top:1"}}}, ['stage "text"', "language model would be random"]),
+        ({"train": {"trainable": {"embeddings": "frozen"}}}, ['stage "text"', "embeddings would be random"]),
+        ({"data": {"qa_file": "qa.jsonl", "validation_file": "validation.jsonl"}}, ['stage "vision"', "its own file"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_wrong_with_stages_is_said_before_anything_is_opened(project, tmp_path, change, words):
+    values = yaml.safe_load(project.read_text())
+    stage = values["train"]["stages"][0]
+    for key, value in change.items():
+        stage[key] = stage[key] | value if key == "data" and isinstance(value, dict) and "data" in stage else value
+    path = project.parent / "changed.yaml"
+    write_yaml(path, values)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def test_lora_goes_on_in_every_stage_after_the_one_that_begins_it(project):
+    lora = ["train.stages.vision.train.trainable={language_model: lora}", "train.stages.vision.train.lora_lr=1e-3"]
+    with pytest.raises(InputError, match='stage "chat" .*: stage "vision" before it trains LoRA'):
+        load_config(project, lora)
+    both = [*lora, "train.stages.chat.train.trainable={language_model: lora}", "train.stages.chat.train.lora_lr=1e-4"]
+    assert load_config(project, both).lora == load_config(project).lora
+
+
+def test_a_stage_name_without_stages_is_refused(project, tmp_path):
+    values = yaml.safe_load(project.read_text())
+    stage = values["train"].pop("stages")[1]
+    values["data"] |= stage["data"]
+    path = project.parent / "plain.yaml"
+    write_yaml(path, values)
+    with pytest.raises(InputError, match="the config has no stages"):
+        train_script.main(["--config", str(path), "--stage", "text"])
+
+
+# --- weights that nothing has trained
+
+
+@pytest.mark.parametrize("part", ["language_model", "embeddings", "projector"])
+def test_a_checkpoint_knows_what_of_it_is_random_still(project, whole, tmp_path, part):
+    """A stage that froze a random part on purpose says so in its folder, and a run that starts from it is refused if it
+    freezes the same part unasked."""
+    words = {"projector": "full", "language_model": "full", "embeddings": "full"} | {part: "frozen"}
+    rates = {"projector": "projector_lr", "language_model": "language_model_lr", "embeddings": "embeddings_lr"}
+    values = yaml.safe_load(project.read_text())
+    stage = values["train"].pop("stages")[1]
+    values["data"] |= stage["data"]
+    values["train"] |= {"trainable": words, rates[part]: None, "max_steps": 1, "eval_steps": None}
+    path = project.parent / f"frozen_{part}.yaml"
+    write_yaml(path, values)
+    with pytest.raises(InputError, match=f"add {part} to train.freeze_random"):
+        load_config(path)
+    run_training(path, f"output_dir={tmp_path / 'asked'}", f"train.freeze_random=[{part}]")
+    found = tmp_path / "asked" / "final"
+    assert json.loads((found / "untrained.json").read_text()) == [part]
+    with pytest.raises(InputError, match=f"add {part} to train.freeze_random"):
+        run_training(path, f"output_dir={tmp_path / 'unasked'}", f"model.start_from={found}")
+    trained = [f"train.trainable.{part}=full", f"train.{rates[part]}=1e-3"]
+    run_training(path, f"output_dir={tmp_path / 'trained'}", f"model.start_from={found}", *trained)
+    assert not (tmp_path / "trained" / "final" / "untrained.json").exists()
+    run_training(path, f"output_dir={tmp_path / 'later'}", f"model.start_from={tmp_path / 'trained' / 'final'}")
+
+
+def test_a_list_of_untrained_parts_that_is_none_is_refused(again):
+    for text in ('["legs"]', "3", "{"):
+        (again / "final" / "untrained.json").write_text(text)
+        with pytest.raises(InputError, match="untrained.json"):
+            model.checkpoint._read_untrained(again / "final")
