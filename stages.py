@@ -45,15 +45,20 @@ def run_stages(config: Config, arguments: argparse.Namespace, run: Callable[[Con
     return ended
 
 
+def place_of(stages: tuple[StageConfig, ...], name: str) -> int:
+    """Where the stage of that name stands among `stages`. InputError where there is none."""
+    names = [stage.name for stage in stages]
+    if not names:
+        raise InputError(f'--stage {name}: the config has no stages; list them under "train.stages".')
+    if name not in names:
+        raise InputError(f"--stage {name}: no such stage; there are {', '.join(names)}{nearest(name, names)}")
+    return names.index(name)
+
+
 def _chosen(stages: tuple[StageConfig, ...], arguments: argparse.Namespace) -> list[int]:
     """Which stages to run, by their places."""
-    names = [stage.name for stage in stages]
     if arguments.stage is not None:
-        if arguments.stage not in names:
-            raise InputError(
-                f"--stage {arguments.stage}: no such stage; there are {', '.join(names)}{nearest(arguments.stage, names)}"
-            )
-        return [names.index(arguments.stage)]
+        return [place_of(stages, arguments.stage)]
     if arguments.resume not in ("auto", "none"):
         raise InputError(f"--resume {arguments.resume}: say which stage goes on from it, with --stage NAME.")
     return list(range(len(stages)))

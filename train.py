@@ -61,7 +61,7 @@ from resume import (
     write_final,
 )
 from speed import attention, attention_name, make_fast, table
-from stages import run_stages
+from stages import place_of, run_stages
 from step import Stepper, full_memory_named, total
 from validate import Sums, Validation, add_up, of_sums
 from visual.images import ImageError, verify_image
@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     check_trackers(config.train.report_to)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    if arguments.stage and not config.train.stages:
-        raise InputError(f'--stage {arguments.stage}: the config has no stages; list them under "train.stages".')
+    if arguments.stage:
+        place_of(config.train.stages, arguments.stage)  # a name that there is not is refused before anything is opened
     state = PartialState(cpu=not torch.accelerator.is_available())  # torchrun's processes find each other on CPUs too
     ended = run_stages(config, arguments, run_config) if config.train.stages else run_config(config, arguments)
     state.destroy_process_group()
@@ -163,7 +163,7 @@ def train(run: Run, resume_from: Path | None) -> int:
     model.to(accelerator.device)
     groups = param_groups(model, trainable_words(config), rates(config), settings.weight_decay)
     base_rates = [group["lr"] for group in groups]
-    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0))
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0, betas=(0.9, settings.adam_beta2)))
     start_step, bad_steps = load_position(run, optimizer, resume_from) if resume_from else (0, 0)
     record_start(run, resume_from, start_step, sys.argv)
     processes = accelerator.num_processes

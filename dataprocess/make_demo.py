@@ -6,8 +6,9 @@
 like any other and take the same road through `process_image`. Validation records hold one question each and its "type",
 which is "unseen_pair" where the question is about an object that no training picture shows.
 
-`texts_train.jsonl` and `told_*.jsonl` are JSON Lines without pictures, for a language model from scratch: texts that tell
-a scene and then all that can be said of it, and dialogs in which the scene is told and then asked about.
+The JSON Lines are for a language model from scratch: `texts_train.jsonl` are texts that tell a scene and then all that can
+be said of it, `told_*.jsonl` dialogs in which the scene is told and then asked about, and `described_train.jsonl` has for
+each training picture all that can be said of it.
 This module decides how much of what is drawn, and where it is kept; what the world is like stands in `demo_world`.
 """
 
@@ -36,7 +37,7 @@ CHINESE_SHARE = 0.3  # of the training dialogs; a quarter of the validation ques
 MARKER = "demo.json"
 ENTRIES = ("images", "test_images", "scenes_train.json", "scenes_validation.json", "digits_train.json",
            "digits_validation.json", "captions_train.json", "texts_train.jsonl", "told_train.jsonl",
-           "told_validation.jsonl")  # fmt: skip
+           "told_validation.jsonl", "described_train.jsonl")  # fmt: skip
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -87,11 +88,11 @@ def _draw(folder: Path, seed: int) -> dict[str, int]:
         (folder / name).mkdir(parents=True)
     digits, labels, held_out = world.load_digits()
     # One generator a part: more of one part never changes another.
-    rngs = [np.random.default_rng([seed, part]) for part in range(9)]
+    rngs = [np.random.default_rng([seed, part]) for part in range(10)]
     scene_images, digit_images = folder / "images" / "scenes", folder / "images" / "digits"
     train = digits[~held_out], labels[~held_out]
     validation = digits[held_out][:HELD_OUT], labels[held_out][:HELD_OUT]
-    scenes, captions = _training_scenes(scene_images, rngs[0])
+    scenes, captions, drawn = _training_scenes(scene_images, rngs[0])
     files = {
         "scenes_train.json": scenes,
         "captions_train.json": captions,
@@ -105,6 +106,7 @@ def _draw(folder: Path, seed: int) -> dict[str, int]:
         "texts_train.jsonl": _texts(rngs[6]),
         "told_train.jsonl": _told(rngs[7]),
         "told_validation.jsonl": _told_validation(rngs[8]),
+        "described_train.jsonl": _described(drawn, train[1], rngs[9]),
     }
     for name, records in lines.items():
         written = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -128,13 +130,14 @@ def _llava(name: str, image: str, questions: list[world.Question], **extra: str)
     return {"id": name, "image": image, "conversations": turns, **extra}
 
 
-def _training_scenes(folder: Path, rng: np.random.Generator) -> tuple[list[dict], list[dict]]:
-    """Training dialogs about scenes, and the captions of the first CAPTIONED pictures."""
-    records, captions = [], []
+def _training_scenes(folder: Path, rng: np.random.Generator) -> tuple[list[dict], list[dict], list[world.Scene]]:
+    """Training dialogs about scenes, the captions of the first CAPTIONED pictures, and what each picture shows."""
+    records, captions, scenes = [], [], []
     for i in range(SCENES):
         name = f"train_{i:05d}"
         scene = world.training_scene(rng)
         world.draw_scene(scene, rng).save(folder / f"{name}.png")
+        scenes.append(scene)
         language = "zh" if rng.random() < CHINESE_SHARE else "en"
         asked = world.scene_questions(scene, language, rng)
         questions = world.choose_questions(asked, int(rng.integers(TURNS[0], TURNS[1] + 1)), rng)
@@ -145,7 +148,7 @@ def _training_scenes(folder: Path, rng: np.random.Generator) -> tuple[list[dict]
         if i < CAPTIONED:
             told = world.captions(scene, "zh")
             captions.append({"url": f"demo://scenes/{name}.png", "image_id": f"{name}.png", "caption": told})
-    return records, captions
+    return records, captions, scenes
 
 
 def _validation_scenes(folder: Path, rng: np.random.Generator) -> list[dict]:
@@ -188,10 +191,32 @@ def _texts(rng: np.random.Generator) -> list[dict]:
     records = []
     for i in range(TEXTS):
         scene, language = world.training_scene(rng), world.LANGUAGES[i % 2]
-        said = [question.answer for question in world.scene_questions(scene, language, rng)]
-        told = world.captions(scene, language)[rng.integers(5)]
-        parts = [told, *(said[k] for k in rng.permutation(len(said)))]
-        records.append({"text": (" " if language == "en" else "").join(parts)})
+        records.append({"text": _all_that_can_be_said(scene, language, rng, told=True)})
+    return records
+
+
+def _all_that_can_be_said(scene: world.Scene, language: str, rng: np.random.Generator, told: bool) -> str:
+    """Every answer about the scene in random order, behind a caption if it is to be `told` first."""
+    said = [question.answer for question in world.scene_questions(scene, language, rng)]
+    parts = [world.captions(scene, language)[rng.integers(5)]] if told else []
+    parts += [said[k] for k in rng.permutation(len(said))]
+    return (" " if language == "en" else "").join(parts)
+
+
+def _described(scenes: list[world.Scene], digits: np.ndarray, rng: np.random.Generator) -> list[dict]:
+    """Every training picture in SVLM-Data's layout, with all that can be said of it, half of them in Chinese."""
+    records = []
+
+    def add(image: str, language: str, answer: str) -> None:
+        question = {"role": "user", "content": f"{DESCRIBE[language]}\n<image>"}
+        records.append({"image": image, "conversations": [question, {"role": "assistant", "content": answer}]})
+
+    for i, scene in enumerate(scenes):
+        language = world.LANGUAGES[i % 2]
+        add(f"scenes/train_{i:05d}.png", language, _all_that_can_be_said(scene, language, rng, told=i % 4 >= 2))
+    for i, digit in enumerate(digits):
+        language = world.LANGUAGES[i % 2]
+        add(f"digits/train_{i:05d}.png", language, world.digit_question(int(digit), language).answer)
     return records
 
 

@@ -190,8 +190,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    report = prepare_from_config(config)
-    print(summary(report) if report else f"data.sources is empty; {config.data.qa_file} is used as it is")
+    for each in [stage.config for stage in config.train.stages] or [config]:
+        report = prepare_from_config(each)
+        print(summary(report) if report else f"data.sources is empty; {each.data.qa_file} is used as it is")
 
 
 if __name__ == "__main__":

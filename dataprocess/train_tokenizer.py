@@ -11,6 +11,7 @@ config names (model.from_scratch.tokenizer, vocab_size), learned from the traini
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -94,6 +95,8 @@ def _write(tokenizer: Tokenizer, learned_from: dict, output: Path) -> None:
             (partial / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         partial.rename(output)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and (output / LEARNED_FROM).exists():
+            return  # another run has learned it meanwhile
         raise InputError(
             f"{output}: cannot be written ({error.strerror}); give a folder that is not there yet, where there is room."
         ) from None

@@ -1,6 +1,6 @@
 """What the model really gets: the first samples of the training order, as one HTML page. Opens no weights.
 
-    python -m dataset.show --config config.yaml [--count 24] [--output FILE.html] [key=value ...]
+    python -m dataset.show --config config.yaml [--stage NAME] [--count 24] [--output FILE.html] [key=value ...]
 
 They are read, encoded, ordered and packed (or padded) by the code that training uses, on one process; each picture is
 made back out of its pixel_values. A script: like those at the root it reads the config.
@@ -9,6 +9,7 @@ made back out of its pixel_values. A script: like those at the root it reads the
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from dataset.page import Row, Vocabulary, write_page, write_row
 from model.build import Processors
 from qwen import image_token_id
 from speed import packing
+from stages import place_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.count < 1:
         raise InputError(f"--count is {arguments.count}; show at least 1 sample.")
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.stage is not None:
+        config = config.train.stages[place_of(config.train.stages, arguments.stage)].config
     prepare_from_config(config)
     page = show(config, str(arguments.config), arguments.count)
     output = arguments.output or config.output_dir / "show.html"
@@ -48,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show what the model gets: pictures, tokens and labels, as a page.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
+    parser.add_argument("--stage", metavar="NAME", help="of a run in stages: which one (default: the last)")
     parser.add_argument("--count", type=int, default=24, help="samples to show (default: 24)")
     parser.add_argument("--output", type=Path, help="the page (default: show.html in output_dir)")
     parser.add_argument(
@@ -100,11 +105,22 @@ def show(config: Config, config_name: str, count: int) -> str:
 
 
 def vocabulary(processors: Processors) -> Vocabulary:
-    """How the tokenizer's ids are shown. Byte-level BPE writes each byte of the text as a letter of its own."""
+    """How the tokenizer's ids are shown. Byte-level BPE writes each byte of the text as a letter of its own; others, which a
+    language model from scratch may have, write characters, and a byte by itself as <0x0A>."""
     tokenizer = processors.tokenizer
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+
+    def token_bytes(token: int) -> bytes:
+        text = tokenizer.convert_ids_to_tokens(token)
+        if is_byte_level:
+            return bytes(byte_of[letter] for letter in text)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("▁", " ").encode()
+
+    is_byte_level = set("".join(tokenizer.get_vocab())) <= byte_of.keys()
     return Vocabulary(
-        token_bytes=lambda token: bytes(byte_of[letter] for letter in tokenizer.convert_ids_to_tokens(token)),
+        token_bytes=token_bytes,
         special={token: str(added) for token, added in tokenizer.added_tokens_decoder.items()},
         image_token_id=image_token_id(tokenizer),
         num_image_tokens=processors.num_image_tokens,

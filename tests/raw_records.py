@@ -200,6 +200,14 @@ def ai_challenger(draw) -> Row:
 
 
 @st.composite
+def text(draw) -> Row:
+    """minimind's pretraining data: a text by itself, in which a mark is nothing but text."""
+    text = draw(literal | blank)
+    value = {"text": text} | ({"id": draw(ids)} if draw(st.booleans()) else {})
+    return Row(value, [[("text", [text])]]) if text.strip() else damaged(value, "empty_answer")
+
+
+@st.composite
 def coco_image(draw) -> Row:
     """In place of a record: ("file name", [captions]). `write_coco` gives it its integer id."""
     row = draw(ai_challenger())

@@ -325,7 +325,7 @@ def test_the_same_faults_in_raw_annotations_are_named(clean, tmp_path, capsys):
 
 
 def chat_of(places: int = 3, system: str | None = None) -> ChatFormat:
-    return ChatFormat(lambda text: list(text.encode()), 256, 257, 258, places, system)
+    return ChatFormat(lambda text: list(text.encode()), 256, 257, 259, 258, places, system)
 
 
 @settings(deadline=None, max_examples=150)
@@ -366,7 +366,7 @@ def test_most_records_are_not_tokenised(tmp_path):
     rows = [record("a", None, "Q", "A" * 5000), record("b", None, "Q" * 100, "A")]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen = []
-    chat = ChatFormat(lambda text: seen.append(text) or list(text.encode()), 256, 257, 258, 3, None)
+    chat = ChatFormat(lambda text: seen.append(text) or list(text.encode()), 256, 257, 259, 258, 3, None)
     seen.clear()
     found = check_file(tmp_path / "qa.jsonl", chat=chat, max_length=80, sample_size=9, seed=0)
     assert list(found.unfit_records) == [1] and "A" * 5000 not in seen and "Q" * 100 in seen
@@ -424,7 +424,7 @@ def test_labels_that_are_not_the_answers_are_found(tmp_path):
             encoded = super().encode(turns, max_length)
             return type(encoded)(encoded.input_ids, [*encoded.labels[1:], -100], encoded.num_images)
 
-    shifted = Shifted(lambda text: list(text.encode())[:-1] or [0], 256, 257, 258, 3, None)
+    shifted = Shifted(lambda text: list(text.encode())[:-1] or [0], 256, 257, 259, 258, 3, None)
     check_labels(found, shifted, decode, 60)
     assert [reason for _, reason in found.wrong.counts] == ["labels_are_not_the_answers"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from config import (
     FREE_KEYS,
     Config,
     InputError,
+    ScratchConfig,
     SourceConfig,
     changed_keys,
     choose,
@@ -76,6 +78,13 @@ def test_config_yaml_and_the_dataclasses_have_the_same_keys_and_each_is_explaine
     assert set(keys) == set(all_keys(Config))
     silent = [key for key, i in keys.items() if " # " not in lines[i] and not lines[i - 1].lstrip().startswith("#")]
     assert silent == []
+
+
+def test_config_yaml_explains_every_key_of_a_model_from_scratch():
+    text = DEFAULT_CONFIG.read_text(encoding="utf-8")
+    block = text[text.index("  # A new language model") : text.index("  from_scratch: null")]
+    explained = {word for line in block.split("\n") if line.startswith("  #   ") for word in re.findall(r"\w+", line)}
+    assert {field.name for field in dataclasses.fields(ScratchConfig)} <= explained
 
 
 def test_config_yaml_explains_every_key_of_a_source_and_no_other():

@@ -149,6 +149,17 @@ def test_special_text_in_any_turn_gives_no_special_token(tokenizer, special):
     assert special in tokenizer.decode(prompt[prompt.index(ids_of["<|im_end|>"]) + 1 :])  # still there, as characters
 
 
+def test_a_text_is_learned_from_its_first_token_to_the_end_of_text_and_has_no_frame():
+    text = Turn("text", "Once <|im_end|> upon 一 time.")
+    for system in (None, "Be kind."):
+        encoded = byte_chat(system).encode([text])
+        assert encoded.input_ids == encoded.labels == [*text.content.encode(), 259]
+        assert encoded.num_targets == len(encoded.labels) - 1 and encoded.num_images == 0
+    cut = byte_chat().encode([text], max_length=9)
+    assert cut.input_ids == cut.labels == list(b"Once <|im")
+    assert byte_chat().certainly_fits([text], 200) and not byte_chat().certainly_fits([text], 20)
+
+
 def test_an_image_mark_that_is_typed_in_a_question_stays_text():
     question = "What does <image> mean?"
     assert question_parts(question, 2) == [IMAGE, IMAGE, "\n" + question]

@@ -271,7 +271,8 @@ def as_json(record: Record) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- the cases
 
 JSON_ROWS = {"llava": raw.llava, "chat": raw.chat, "messages": raw.messages(), "ai_challenger": raw.ai_challenger()}
-FAULTS = {"ai_challenger": [raw.wrong_picture]}
+JSON_ROWS["text"] = raw.text()
+FAULTS = {"ai_challenger": [raw.wrong_picture], "text": []}
 NOT_JSON = st.sampled_from(
     [b'{"id": "x"', b"\xff\xfe", b'{"id": "\xe9"}', b"nul", b"{'id': 1}", b"{}{}", b'{"id": "\x01"}']
     + [b'{"a": ' + b"9" * 5000 + b"}", b'{"a": ' + b"[" * 100_000 + b"1"]

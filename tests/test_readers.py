@@ -311,8 +311,9 @@ def test_formats_are_told_by_the_keys_of_the_first_records(desk):
         [{"image_id": "a.jpg", "caption": ["一", "二"]}],
         [{"image": "a.jpg", "question": "What?", "answer": "This."}],
         [{"conversations": turns("Hi", "Hello")}],
+        [{"text": "Once upon a time."}, {"id": 7, "text": "很久以前。", "source": "tales"}],
     ):
-        assert desk.prepare(desk.write("raw.json", raw), folder)["kept"] == 1
+        assert desk.prepare(desk.write("raw.json", raw), folder)["kept"] == len(raw)
     for raw in ([{"picture_file": "a.jpg", "label": "cat"}], ["text"], ["not an object", {"label": 1}]):
         with pytest.raises(InputError, match=r"is none that is known: .* Known: llava, chat, messages, cauldron"):
             desk.prepare(desk.write("raw.json", raw), folder)
@@ -320,6 +321,18 @@ def test_formats_are_told_by_the_keys_of_the_first_records(desk):
     with pytest.raises(InputError, match="could be ai_challenger or messages: .*keys caption, image_id, messages"):
         desk.prepare(desk.write("raw.json", both), folder)
     assert desk.prepare(desk.write("raw.json", both), folder, format="ai_challenger")["kept"] == 1
+
+
+def test_texts_are_kept_as_they_stand(desk):
+    said = "Once <image> upon <|im_end|> a time.\n"
+    raw = [{"text": said}, {"text": "  "}, {"text": 7}, {"text": "很久以前。", "id": "x"}]
+    report = desk.prepare(desk.write("raw.jsonl", "\n".join(map(json.dumps, raw))), format="text")
+    assert report["by_reason"] == {"empty_answer": 1, "wrong_type": 1} and report["kept"] == 2
+    found = [parse_record(one, "").conversations for one in desk.kept()]
+    assert [[(turn.role, turn.content) for turn in talk] for talk in found] == [
+        [("text", said)],
+        [("text", "很久以前。")],
+    ]
 
 
 def test_one_caption_an_epoch_wants_a_format_with_several(desk):

@@ -20,6 +20,7 @@ from dataset.record import IMAGE, IMAGE_MARK, Record, RecordError, Turn, check_r
 
 QUESTION = {"role": "user", "content": "<image>\nWhat is this?"}
 ANSWER = {"role": "assistant", "content": "A cat."}
+TEXT = {"role": "text", "content": "Once upon a time."}
 
 
 PICTURE = {"type": "image"}
@@ -109,6 +110,12 @@ def answered(*parts: object) -> dict:
         ({"conversations": [{"role": "system", "content": "Be kind."}, ANSWER]}, "assistant_first"),
         ({"conversations": [QUESTION, {"role": "user", "content": "And?"}, ANSWER]}, "two_users_in_a_row"),
         ({"conversations": [QUESTION, ANSWER, ANSWER]}, "two_assistants_in_a_row"),
+        ({"conversations": [TEXT, QUESTION, ANSWER]}, "text_not_alone"),
+        ({"conversations": [QUESTION, ANSWER, TEXT]}, "text_not_alone"),
+        ({"conversations": [TEXT, TEXT]}, "text_not_alone"),
+        ({"conversations": [TEXT]}, "marks_and_pictures_disagree"),
+        ({"conversations": [TEXT | {"content": "an <image>"}]}, "mark_outside_question"),
+        ({"conversations": [TEXT | {"content": " "}]}, "empty_answer"),
         ({"conversations": []}, "no_answer"),
         ({"conversations": [QUESTION]}, "no_answer"),
         ({"conversations": [QUESTION, {"role": "assistant", "content": " \n"}]}, "empty_answer"),
@@ -170,6 +177,14 @@ def test_the_message_says_what_where_and_what_to_do():
         parse_record(record(id="coco_1183", conversations=two_marks), "qa.jsonl line 812")
     expected = 'qa.jsonl line 812 ("coco_1183"): 2 "<image>" marks but 1 image path; give one path per mark.'
     assert str(refusal.value) == expected
+
+
+def test_a_text_by_itself_is_a_record():
+    one = parse_record({"id": "t", "conversations": [TEXT]}, "")
+    assert one.conversations == (Turn("text", "Once upon a time."),) and one.images == ()
+    parts = TEXT | {"content": [{"type": "text", "text": "An <image> in HTML."}]}
+    assert parse_record({"id": "t", "conversations": [parts]}, "").conversations[0].content == "An <image> in HTML."
+    check_record({"id": "t", "conversations": [TEXT]})
 
 
 def test_records_without_an_image_and_with_two_are_fine():

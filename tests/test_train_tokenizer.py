@@ -1,0 +1,153 @@
+"""A tokenizer learned from QA files: any text comes back, the same files give the same one, and transformers reads it.
+`sh tests/run.sh tests/test_train_tokenizer.py`"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+import qwen
+from config import InputError
+from dataprocess import train_tokenizer
+from dataprocess.train_tokenizer import SPECIAL_TOKENS, is_missing
+from tests.toy_language import SENTENCES
+from tests.toy_project import write_staged_project
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_qa(path: Path, sentences=SENTENCES) -> Path:
+    """Texts, and dialogs with a picture and with alternatives; the last sentence stands in an alternative alone."""
+    rows = [
+        {"id": f"t{i}", "conversations": [{"role": "text", "content": text}]} for i, text in enumerate(sentences[:3])
+    ]
+    question = {"role": "user", "content": f"<image>\n{sentences[3]}"}
+    talk = [question, {"role": "assistant", "content": sentences[4]}]
+    other = [question, {"role": "assistant", "content": sentences[5]}]
+    rows += [{"id": "d", "image": "a.jpg", "conversations": talk, "alternatives": [other]}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learned")
+    size = train_tokenizer.train_tokenizer([write_qa(folder / "qa.jsonl")], 320, folder / "tokenizer")
+    assert size == 320
+    return folder / "tokenizer"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text())
+def test_any_text_comes_back_and_none_becomes_a_special_token(learned, text):
+    tokenizer = qwen.load_tokenizer(str(learned), any_kind=True)
+    ids = qwen.encode_text(tokenizer, text)
+    composed = tokenizer.backend_tokenizer.normalizer.normalize_str(text)  # NFC, as in Qwen's
+    assert tokenizer.decode(ids) == composed
+    assert set(ids).isdisjoint(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+
+
+def test_the_special_tokens_come_last_and_transformers_reads_the_folder(learned):
+    tokenizer = AutoTokenizer.from_pretrained(learned)
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [316, 317, 318, 319]
+    assert (tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == ("<|im_end|>", "<|endoftext|>", 320)
+    assert tokenizer("<|im_start|>").input_ids == [317]
+
+
+def test_words_are_cut_as_qwen_cuts_them():
+    assert train_tokenizer.WORDS == PRETOKENIZE_REGEX
+
+
+def test_it_has_learned_from_every_turn_the_alternatives_too(learned, tmp_path):
+    """Each sentence takes fewer tokens than bytes, also the one that only an alternative says; `<image>` was not learned."""
+    tokenizer = qwen.load_tokenizer(str(learned), any_kind=True)
+    for text in SENTENCES:
+        assert len(qwen.encode_text(tokenizer, text)) < 0.8 * len(text.encode())
+    qa = write_qa(tmp_path / "qa.jsonl", ["a"] * 5 + ["zyx zyx zyx zyx"])
+    train_tokenizer.train_tokenizer([qa], 264, tmp_path / "tokenizer")
+    small = qwen.load_tokenizer(str(tmp_path / "tokenizer"), any_kind=True)
+    assert "zyx" in small.get_vocab() and len(qwen.encode_text(small, "image")) == 5
+
+
+def test_the_same_files_give_the_same_tokenizer_in_any_process(learned, tmp_path):
+    qa = write_qa(tmp_path / "qa.jsonl")
+    for i, parallel in enumerate(("true", "false")):
+        command = [sys.executable, "-m", "dataprocess.train_tokenizer", "--qa", str(qa), "--vocab-size", "320"]
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": parallel, "PYTHONHASHSEED": str(i)}
+        subprocess.run([*command, "--output", str(tmp_path / str(i))], check=True, cwd=ROOT, env=environment)
+        assert (tmp_path / str(i) / "tokenizer.json").read_bytes() == (learned / "tokenizer.json").read_bytes()
+
+
+def test_by_a_config_it_learns_from_all_stages_and_only_once(tmp_path, capsys):
+    path = write_staged_project(tmp_path)
+    assert train_tokenizer.main(["--config", str(path)]) == 0
+    assert "320 tokens" in capsys.readouterr().out
+    made_of = json.loads((tmp_path / "tokenizer" / "learned_from.json").read_text())
+    assert made_of == {"vocab_size": 320, "qa_files": [str(tmp_path / "text.jsonl"), str(tmp_path / "qa.jsonl")]}
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").get_vocab()
+    assert "Ġred" in vocabulary and "Ġagain" in vocabulary  # of the texts, and of the pictures' answers
+    with pytest.raises(InputError, match="is there already"):
+        train_tokenizer.main(["--config", str(path)])
+    with pytest.raises(InputError, match="learned with vocab_size 320, but .* is 330"):
+        train_tokenizer.main(["--config", str(path), "model.from_scratch.vocab_size=330"])
+
+
+def test_whether_it_is_to_be_learned(learned, tmp_path):
+    assert is_missing(str(tmp_path / "new"), 300) and not is_missing(str(tmp_path / "new"), None)
+    assert not is_missing(str(learned), 320)
+    with pytest.raises(InputError, match="was not made by dataprocess.train_tokenizer"):
+        is_missing(str(tmp_path), 300)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "give either --config FILE, or all of"),
+        (["--qa", "qa.jsonl", "--vocab-size", "320"], "give either"),
+        (["--config", "config.yaml", "--vocab-size", "320"], "give either"),
+        (["--qa", "none.jsonl", "--vocab-size", "320", "--output", "t"], "no such QA file"),
+        (["--qa", "qa.jsonl", "--vocab-size", "20", "--output", "t"], "need 260"),
+        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "full"], "cannot be written"),
+        (["--qa", "bad.jsonl", "--vocab-size", "320", "--output", "t"], r"bad.jsonl line 2 \(\"b\"\)"),
+    ],
+)
+def test_mistakes_are_one_message_and_nothing_is_left(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    write_qa(tmp_path / "qa.jsonl")
+    good = '{"id": "a", "conversations": [{"role": "text", "content": "x"}]}\n'
+    (tmp_path / "bad.jsonl").write_text(good + '{"id": "b", "conversations": []}\n')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=words):
+        train_tokenizer.main(arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_config_that_learns_none_is_refused(tmp_path):
+    path = write_staged_project(tmp_path)
+    with pytest.raises(InputError, match="vocab_size.* is not set"):
+        train_tokenizer.main(["--config", str(path), "model.from_scratch.vocab_size=null"])
+
+
+def test_two_that_learn_at_once_agree(tmp_path, monkeypatch):
+    """The second finds the folder there when it is done, and takes it."""
+    qa = write_qa(tmp_path / "qa.jsonl")
+    write = train_tokenizer._write
+
+    def slower(*arguments):
+        write(*arguments)  # the other one's
+        write(*arguments)
+
+    monkeypatch.setattr(train_tokenizer, "_write", slower)
+    assert train_tokenizer.train_tokenizer([qa], 300, tmp_path / "tokenizer") <= 300
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
