@@ -163,7 +163,7 @@ def train(run: Run, resume_from: Path | None) -> int:
     model.to(accelerator.device)
     groups = param_groups(model, trainable_words(config), rates(config), settings.weight_decay)
     base_rates = [group["lr"] for group in groups]
-    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0, betas=(0.9, settings.adam_beta2)))
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0))
     start_step, bad_steps = load_position(run, optimizer, resume_from) if resume_from else (0, 0)
     record_start(run, resume_from, start_step, sys.argv)
     processes = accelerator.num_processes
@@ -390,7 +390,7 @@ def finish(run: Run) -> None:
         run.built.model.eval()
         with gathered(run.built.model):
             scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
-            scores |= validate_held_out(run, None).values
+            scores |= validate_held_out(run, run.config.train.score_samples).values
         write_final(run, scores)
         run.say(score_table(scores))
     run.say(f"done: {run.config.output_dir / 'final'}")

@@ -29,7 +29,7 @@ from dataset.loader import collate
 from model.build import checkpoint_activations
 from model.compiled import compile_elementwise, use_liger
 from model.fused import fuse_lora
-from model.model import VisionLanguageModel
+from model.model import Losses, VisionLanguageModel
 from model.trainable import param_groups
 from qwen.attention import PACKED_SDPA
 from qwen.lora import LINEARS
@@ -144,7 +144,16 @@ def ours(
 class AllLogits(VisionLanguageModel):
     """The loss made from the logits of every place, as transformers makes it."""
 
-    def forward(self, input_ids, labels, attention_mask=None, lengths=None, pixel_values=None, patch_features=None):
+    def forward(
+        self,
+        input_ids,
+        labels,
+        attention_mask=None,
+        lengths=None,
+        num_tokens=None,
+        pixel_values=None,
+        patch_features=None,
+    ):
         if patch_features is None:
             patch_features = self.patch_features(pixel_values)
         hidden = self.causal_lm.model(
@@ -156,7 +165,8 @@ class AllLogits(VisionLanguageModel):
         ).last_hidden_state
         logits = self.causal_lm.lm_head(hidden).float()  # [B, L, V]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device, non_blocking=True)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return Losses(loss)
 
 
 @torch.no_grad()

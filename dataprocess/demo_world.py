@@ -232,6 +232,27 @@ def scene_questions(scene: Scene, language: str, rng: np.random.Generator) -> li
     return found
 
 
+def facts(scene: Scene, language: str) -> list[str]:
+    """All that the scene's questions could be answered with, in a fixed order: shape by shape whether it is there and, where
+    it is there once, its colour and place; then the shape of each colour that is there once; then the count."""
+    objects = [(i, *pair) for i, pair in enumerate(scene) if pair is not None]
+    found: list[Question] = []
+    for shape in SHAPES:
+        alike = [(i, colour) for i, colour, other in objects if other == shape]
+        found.append(_ask("yes_no", "yes" if alike else "no", language, shape=shape))
+        if len(alike) == 1:
+            ((i, colour),) = alike
+            found.append(_ask("colour", "colour", language, i, colour=colour, shape=shape))
+            found.append(_ask("place", "place", language, i, place=PLACES[i], shape=shape))
+    for colour in COLOURS:
+        alike = [(i, shape) for i, other, shape in objects if other == colour]
+        if len(alike) == 1:
+            found.append(_ask("shape", "shape", language, alike[0][0], colour=colour, shape=alike[0][1]))
+    number = (HOW_MANY if language == "zh" else NUMBERS)[language][len(objects)]
+    found.append(_ask("count", "one" if len(objects) == 1 else "count", language, number=number))
+    return [question.answer for question in found]
+
+
 def choose_questions(found: list[Question], count: int, rng: np.random.Generator) -> list[Question]:
     """Up to `count` different questions in random order, drawn so that every type comes about equally often."""
     left: dict[str, list[Question]] = {}

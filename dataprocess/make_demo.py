@@ -196,11 +196,9 @@ def _texts(rng: np.random.Generator) -> list[dict]:
 
 
 def _all_that_can_be_said(scene: world.Scene, language: str, rng: np.random.Generator, told: bool) -> str:
-    """Every answer about the scene in random order, behind a caption if it is to be `told` first."""
-    said = [question.answer for question in world.scene_questions(scene, language, rng)]
+    """Every fact about the scene, behind a caption if it is to be `told` first."""
     parts = [world.captions(scene, language)[rng.integers(5)]] if told else []
-    parts += [said[k] for k in rng.permutation(len(said))]
-    return (" " if language == "en" else "").join(parts)
+    return (" " if language == "en" else "").join([*parts, *world.facts(scene, language)])
 
 
 def _described(scenes: list[world.Scene], digits: np.ndarray, rng: np.random.Generator) -> list[dict]:
@@ -213,7 +211,7 @@ def _described(scenes: list[world.Scene], digits: np.ndarray, rng: np.random.Gen
 
     for i, scene in enumerate(scenes):
         language = world.LANGUAGES[i % 2]
-        add(f"scenes/train_{i:05d}.png", language, _all_that_can_be_said(scene, language, rng, told=i % 4 >= 2))
+        add(f"scenes/train_{i:05d}.png", language, _all_that_can_be_said(scene, language, rng, told=False))
     for i, digit in enumerate(digits):
         language = world.LANGUAGES[i % 2]
         add(f"digits/train_{i:05d}.png", language, world.digit_question(int(digit), language).answer)

@@ -4,9 +4,12 @@ import base64
 import html.parser
 import io
 import json
+import math
 import re
 from collections import Counter
 
+import matplotlib
+import matplotlib.figure
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +19,7 @@ from PIL import Image
 from dataset.conversation import IMAGE
 from dataset.qa_file import QAFile
 from evaluation.page import write_page
-from evaluation.runlog import RunLog, read_rows
+from evaluation.runlog import RunLog, draw_curves, read_rows
 from evaluation.score import Question, is_correct, questions_of, score, score_table, swap_images
 
 
@@ -160,16 +163,38 @@ def test_a_logged_loss_is_the_mean_over_the_targets_since_the_last_row(tmp_path)
     padded = {"ids": ["a", "b"], "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]), "lengths": None}
     packed = {"ids": ["a", "b"], "attention_mask": None, "lengths": [7, 3, 6]}  # the last 6 are padding
     for step, (loss, targets) in enumerate([(4.0, 7), (1.0, 10), (2.0, 30), (9.0, 5)], start=1):
-        log.step(step, step / 4, loss, 0.5, targets, False, 0, {"lora_lr": 0.1}, [padded, packed])
-    log.validation(4, 1.0, 3.5, [{"id": "a"}])
+        log.step(step, step / 4, loss, 2.0 + step, 0.5, targets, False, 0, {"lora_lr": 0.1}, [padded, packed])
+    log.validation(4, 1.0, {"loss": 3.5, "perplexity": math.inf}, [{"id": "a"}])
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row.get("loss"), row.get("targets")) for row in rows] == [
         (1, 4.0, 7), (3, (1.0 * 10 + 2.0 * 30) / 40, 40), (4, None, None),
     ]  # fmt: skip
-    assert rows[2]["val_loss"] == 3.5 and rows[1]["lora_lr"] == 0.1
+    assert [row.get("balance_loss") for row in rows] == [3.0, (4.0 + 5.0) / 2, None]
+    assert rows[2]["val_loss"] == 3.5 and rows[2]["val_perplexity"] is None and rows[1]["lora_lr"] == 0.1
     assert rows[1]["tokens_per_s"] / rows[1]["samples_per_s"] == pytest.approx(5, rel=0.01)
     assert [step for step, _ in tracked] == [1, 3, 4] and "step" not in tracked[0][1]
     assert read_rows(tmp_path / "samples.jsonl") == [{"step": 4, "id": "a"}]
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_the_curves_of_stages_stand_one_behind_the_other(tmp_path, monkeypatch, has_experts):
+    """Drawn from what the rows hold; a stage that has not begun is left out, and a dense model has no balance to show."""
+    for name in ("text", "chat"):
+        row = {"step": 1, "loss": 2.0, "grad_norm": None, "embeddings_lr": 0.1, "samples_per_s": 3.0}
+        row |= {"balance_loss": 2.1} if has_experts else {}
+        found = [row, row | {"step": 2, f"{name}_lr": 1e-3}, {"step": 2, "val_loss": 1.5, "val_token_accuracy": 0.5}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
+    runs = [(name, tmp_path / f"{name}.jsonl") for name in ("text", "vision", "chat")]
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    draw_curves(runs, tmp_path / "curves.png")
+    axes = {axis.get_title(): axis for axis in figures[0].axes}
+    assert len(axes) == (6 if has_experts else 4)
+    training = axes["loss per answer token"].lines[0]
+    assert list(training.get_xdata()) == [1, 2, 3, 4]
+    assert [text.get_text() for text in axes["learning rates"].texts] == ["text", "chat"]
+    drawn = {line.get_label() for line in axes["learning rates"].lines}
+    assert {"embeddings_lr", "text_lr", "chat_lr"} <= drawn
 
 
 def test_a_run_that_goes_on_drops_the_rows_of_the_steps_that_it_makes_again(tmp_path):

@@ -610,13 +610,13 @@ def run_log(folder: Path, start_step: int = 0) -> RunLog:
 @pytest.mark.parametrize("room", [0, 1, 30])
 def test_a_row_is_whole_or_absent_on_a_full_disk(tmp_path, room):
     log = run_log(tmp_path)
-    log.validation(1, 0.5, 2.5, [])
+    log.validation(1, 0.5, {"loss": 2.5}, [])
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with files_of_at_most(len(before) + room):
         with pytest.raises(InputError, match=r"metrics.jsonl: cannot be written \(.*\); make room"):
-            log.validation(2, 0.5, 2.5, [])
+            log.validation(2, 0.5, {"loss": 2.5}, [])
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    log.validation(2, 0.5, 2.5, [])
+    log.validation(2, 0.5, {"loss": 2.5}, [])
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
@@ -624,7 +624,7 @@ def test_the_log_and_its_picture_outlive_a_full_disk(tmp_path, monkeypatch, curv
     monkeypatch.setattr(runlog, "draw_curves", curves)
     log = run_log(tmp_path)
     for step in range(1, 40):
-        log.validation(step, 0.5, 2.5, [])
+        log.validation(step, 0.5, {"loss": 2.5}, [])
     log.draw()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with files_of_at_most(1000):

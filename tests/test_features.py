@@ -207,4 +207,4 @@ def test_a_picture_that_is_stored_is_not_read(project, tmp_path, monkeypatch):
     run_training(project, f"output_dir={tmp_path / 'b'}", *RUN)
     assert read == []
     run_training(project, f"output_dir={tmp_path / 'c'}", *RUN, "train.cache_features=off")
-    assert len(read) == 16 and losses(tmp_path / "b") == losses(tmp_path / "a")
+    assert len(read) == 17 and losses(tmp_path / "b") == losses(tmp_path / "a")

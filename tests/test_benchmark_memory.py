@@ -1,0 +1,85 @@
+"""The memory of a model from scratch: what is counted without memory is what real tensors take.
+`sh tests/run.sh tests/test_benchmark_memory.py`"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import qwen
+from benchmarks import memory
+from benchmarks.memory import (
+    IMAGE_TOKEN_ID,
+    TINY,
+    kept_for_backward,
+    new_model,
+    saved_bytes,
+    shapes_of,
+    table,
+    weight_items,
+)
+from config import InputError, load_config
+from model.build import checkpoint_activations
+
+RECIPE = load_config(memory.ROOT / "configs" / "from-scratch.yaml")
+
+
+@pytest.mark.parametrize("attention", ["causal", "mixed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_kept_without_memory_is_what_a_real_forward_keeps(attention, checkpointing):
+    """To the byte, however the router shares the tokens out."""
+    shapes = dataclasses.replace(TINY, attention=attention)
+    model = new_model(shapes, "cpu")
+    lm = model.causal_lm
+    if checkpointing:
+        checkpoint_activations(model)
+    ids = torch.randint(2, 300, (1, shapes.batch * shapes.length), generator=torch.Generator().manual_seed(0))
+    for row in range(shapes.batch):
+        ids[0, row * shapes.length : row * shapes.length + shapes.queries] = IMAGE_TOKEN_ID
+    features = torch.randn(shapes.batch, shapes.queries, 64)
+    found = saved_bytes(lm, ids, [shapes.length] * shapes.batch, features)
+    assert found == kept_for_backward(shapes, checkpointing)
+    assert found[0] > 0 and (found[1] > 0) == (not checkpointing)
+
+
+def test_every_weight_is_in_one_item_and_none_is_allocated():
+    meta, real = new_model(TINY, "meta"), new_model(TINY, "cpu")
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    assert weight_items(meta) == weight_items(real)
+    assert sum(weight_items(real).values()) == sum(p.nbytes for p in real.parameters())
+
+
+def test_the_recipe_fits_into_eight_gigabytes():
+    """DINOv2-base and the model of 14 layers, batch 4, length 768, optimizer included: as the run has it, with activation
+    checkpointing, which `auto` switches on there. A gigabyte is left for the context and for what does not fit together."""
+    shapes = shapes_of(RECIPE, 4, 768)
+    assert (shapes.sizes["hidden_size"], shapes.sizes["num_hidden_layers"]) == (1024, 14)
+    rows, moments = table(shapes)
+    encoder, *_ = (size for title, size in rows if "encoder" in title)
+    assert encoder == pytest.approx(2 * 86.6e6, rel=0.01)  # DINOv2-base in half precision
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in qwen.new_language_model(32_000, 0, **shapes.sizes).parameters())
+    assert dict(rows)["AdamW: mean and mean square"] == pytest.approx(8 * trained, rel=0.02)
+    assert max(moments["the same with activation checkpointing"], moments["in the optimizer's step"]) < 7 * 2**30
+    assert moments["between forward and backward"] < 8 * 2**30
+
+
+def test_it_prints_the_table_and_takes_real_steps(capsys):
+    try:
+        assert memory.main(["--tiny", "--measure", "--checkpointing"]) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    printed = capsys.readouterr().out
+    assert "| weights: routed experts |" in printed and "| **in the optimizer's step** |" in printed
+    assert "5 steps of 2 x 48 tokens with activation checkpointing" in printed
+
+
+def test_mistakes_are_one_message(tmp_path):
+    with pytest.raises(InputError, match="no model.from_scratch"):
+        memory.main(["--config", str(memory.ROOT / "config.yaml")])
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="needs a GPU, or --tiny"):
+            memory.main(["--measure"])
