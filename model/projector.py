@@ -82,7 +82,8 @@ class PixelShuffle(MLPProjector):
 class Resampler(nn.Module):
     """A fixed number of tokens, whatever the number of patches: learned queries look at the patches by multi-head cross
     attention, then the MLP makes each a token (after Flamingo's and Qwen-VL's resamplers; one block, normalised before each
-    part). The patches' keys carry their places in the grid, so that a query can ask what is where.
+    part). Patches' keys carry their places in the grid, so that a query can ask what is where; queries are spread over the
+    grid and carry theirs, and as keys begin equal to queries, each first looks at what is near it.
 
     The attention is as wide as the encoder, not as the language model: for CLIP-L and a 7B, 4 million weights of it.
 
@@ -101,17 +102,26 @@ class Resampler(nn.Module):
         self.output = nn.Linear(in_features, in_features)
         self.norm = nn.LayerNorm(in_features)
         self.mlp = MLPProjector(in_features, hidden_size, out_features)
+        for matrix in (self.query, self.value, self.output):
+            nn.init.xavier_uniform_(matrix.weight)  # as torch's own attention begins
+        with torch.no_grad():
+            self.key.weight.copy_(self.query.weight)
 
     @staticmethod
     def num_tokens(num_patches: int, num_queries: int = NUM_QUERIES) -> int:
         return num_queries
 
     def forward(self, features: Tensor) -> Tensor:
+        side, width = math.isqrt(features.shape[1]), features.shape[2]
         patches = self.norm_patches(features)
-        places = grid_positions(math.isqrt(features.shape[1]), features.shape[2], features.device).to(patches.dtype)
-        queries = self.query(self.norm_queries(self.queries)).expand(len(features), -1, -1)  # [M, Q, in]
+        queries = self.norm_queries(self.queries)
+        keys = patches + grid_positions(side, side, side, width, features.device).to(patches.dtype)
+        rows = next(rows for rows in range(math.isqrt(len(queries)), 0, -1) if len(queries) % rows == 0)
+        queries = queries + grid_positions(rows, len(queries) // rows, side, width, features.device).to(queries.dtype)
         seen = F.scaled_dot_product_attention(
-            self._heads(queries), self._heads(self.key(patches + places)), self._heads(self.value(patches))
+            self._heads(self.query(queries).expand(len(features), -1, -1)),
+            self._heads(self.key(keys)),
+            self._heads(self.value(patches)),
         )  # [M, heads, Q, head_size]
         tokens = self.queries + self.output(seen.transpose(1, 2).flatten(2))  # [M, Q, in]
         return self.mlp(self.norm(tokens))
@@ -120,16 +130,20 @@ class Resampler(nn.Module):
         return vectors.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
-def grid_positions(side: int, width: int, device: torch.device | None = None) -> Tensor:
-    """The places of a square grid, row by row, as vectors [side * side, width] (float32): sines and cosines of the row
-    number, then those of the column number, at frequencies from 1 down to nearly 1 / 10,000 (Vaswani et al. 2017, each axis
-    half of the width)."""
+def grid_positions(rows: int, columns: int, side: int, width: int, device: torch.device | None = None) -> Tensor:
+    """The places of a grid of rows x columns points, spread evenly over a picture of side x side patches, row by row, as
+    vectors [rows * columns, width] (float32): sines and cosines of how far down, then of how far right, each half of the
+    width. The waves (Vaswani et al. 2017) turn by a quarter a patch for the first, down to a quarter a picture."""
     quarter = -(-width // 4)  # a width that is no multiple of four loses a few of the last cosines
-    frequencies = 10_000.0 ** (-torch.arange(quarter, device=device) / quarter)
-    angles = torch.arange(side, device=device)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, 2 * quarter]
-    rows, columns = waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)
-    return torch.cat([rows, columns], dim=1)[:, :width]
+    frequencies = math.pi / 2 * side ** (-torch.arange(quarter, device=device) / max(1, quarter - 1))
+
+    def waves(count: int) -> Tensor:
+        centres = (torch.arange(count, device=device) + 0.5) * (side / count) - 0.5  # 0, 1, 2, ... for a point a patch
+        angles = centres[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # [count, 2 * quarter]
+
+    down, right = waves(rows).repeat_interleave(columns, dim=0), waves(columns).repeat(rows, 1)
+    return torch.cat([down, right], dim=1)[:, :width]
 
 
 PROJECTORS = {"mlp": MLPProjector, "low_rank_mlp": LowRankMLP, "pixel_shuffle": PixelShuffle, "resampler": Resampler}

@@ -116,8 +116,8 @@ def test_a_patch_reaches_the_token_of_its_square_alone(patch):
 
 
 def test_the_resampler_is_torchs_attention_with_the_same_weights():
-    """Normalised queries ask, normalised patches with their places answer, the patches themselves are what is told; the
-    queries are added, normalised, and put through the MLP."""
+    """Normalised queries ask from their places, normalised patches with theirs answer, the patches themselves are what is
+    told; the queries are added, normalised, and put through the MLP."""
     ours, features = make("resampler"), patches()
     attention = nn.MultiheadAttention(IN, IN // 64, batch_first=True)
     with torch.no_grad():
@@ -125,9 +125,34 @@ def test_the_resampler_is_torchs_attention_with_the_same_weights():
         attention.in_proj_bias.zero_()
         attention.out_proj.load_state_dict(ours.output.state_dict())
     values = ours.norm_patches(features)
-    queries = ours.norm_queries(ours.queries).repeat(len(features), 1, 1)
-    seen, _ = attention(queries, values + grid_positions(SIDE, IN), values)
+    queries = (ours.norm_queries(ours.queries) + grid_positions(4, 8, SIDE, IN)).repeat(len(features), 1, 1)
+    seen, _ = attention(queries, values + grid_positions(SIDE, SIDE, SIDE, IN), values)
     torch.testing.assert_close(ours(features), ours.mlp(ours.norm(ours.queries + seen)), rtol=1e-4, atol=1e-5)
+
+
+def first_looks(num_queries: int, side: int) -> torch.Tensor:
+    """[Q, side * side]: how much each query of a new resampler looks at each patch, of pictures of nothing but places."""
+    torch.manual_seed(0)
+    projector = build_projector("resampler", IN, None, OUT, num_queries=num_queries)
+    rows = next(rows for rows in range(math.isqrt(num_queries), 0, -1) if num_queries % rows == 0)
+    asked = projector.query(grid_positions(rows, num_queries // rows, side, IN)).unflatten(1, (-1, 64)).transpose(0, 1)
+    keys = projector.key(grid_positions(side, side, side, IN)).unflatten(1, (-1, 64)).transpose(0, 1)
+    return (asked @ keys.mT / 8).softmax(-1).mean(0).detach()
+
+
+@pytest.mark.parametrize("num_queries, side", [(16, 4), (32, 16), (4, 16)])
+def test_each_query_first_looks_around_its_own_place(num_queries, side):
+    """As many queries as patches, or fewer: the patch looked at most is among those nearest to the query's place."""
+    rows = next(rows for rows in range(math.isqrt(num_queries), 0, -1) if num_queries % rows == 0)
+    columns = num_queries // rows
+    looks = first_looks(num_queries, side)
+    for query, seen in enumerate(looks):
+        row, column = divmod(query, columns)
+        place = (row + 0.5) * side / rows - 0.5, (column + 0.5) * side / columns - 0.5
+        distance = torch.tensor([math.dist(place, divmod(patch, side)) for patch in range(side * side)])
+        assert distance[seen.argmax()] <= distance.min() + 1.5
+        near = distance <= side / 4
+        assert seen[near].mean() > 1.2 * seen[~near].mean()
 
 
 def test_the_resampler_sees_where_a_patch_stands():
@@ -144,24 +169,56 @@ def test_the_resampler_sees_where_a_patch_stands():
         assert (projector(features) - projector(other)).abs().max() > 0.01, how
 
 
-def test_queries_in_another_order_give_the_same_tokens_in_that_order():
+def test_patches_in_another_order_with_their_places_are_the_same_picture(monkeypatch):
+    """What the places are for: taken along, any order of the patches is as good, and without any the order is not seen."""
+    projector, features = make("resampler"), patches()
+    order = torch.randperm(SIDE * SIDE, generator=torch.Generator().manual_seed(2))
+    places = grid_positions
+
+    def moved(rows, columns, side, width, device=None):
+        found = places(rows, columns, side, width, device)
+        return found[order] if rows == columns == SIDE else found
+
+    before = projector(features)
+    assert (projector(features[:, order]) - before).abs().max() > 0.01
+    monkeypatch.setattr("model.projector.grid_positions", moved)
+    torch.testing.assert_close(projector(features[:, order]), before, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("model.projector.grid_positions", lambda *args: torch.zeros_like(places(*args)))
+    torch.testing.assert_close(projector(features[:, order]), projector(features), rtol=1e-4, atol=1e-5)
+
+
+def test_queries_in_another_order_with_their_places_give_the_same_tokens_in_that_order(monkeypatch):
     projector, features = make("resampler"), patches()
     before, order = projector(features), torch.randperm(32, generator=torch.Generator().manual_seed(2))
+    places = grid_positions
     projector.queries.data = projector.queries.data[order]
-    torch.testing.assert_close(projector(features), before[:, order])
-    assert (before - before[:, order]).abs().max() > 0.01  # the tokens differ, or nothing was shown
+    assert (projector(features) - before[:, order]).abs().max() > 0.01  # a query is not told by its vector alone
+    monkeypatch.setattr(
+        "model.projector.grid_positions",
+        lambda *args: places(*args)[order] if args[0] * args[1] == 32 else places(*args),
+    )
+    torch.testing.assert_close(projector(features), before[:, order], rtol=1e-4, atol=1e-5)
 
 
-def test_places_are_sines_and_cosines_of_row_and_column():
-    width, found = 8, grid_positions(3, 8)
+def test_places_are_sines_and_cosines_of_how_far_down_and_right():
+    """A point a patch has the patch's own numbers; fewer points are spread evenly."""
+    width, side = 8, 3
+    frequencies = [math.pi / 2, math.pi / 2 / side]  # a quarter turn a patch, a quarter turn a picture
+
+    def waves(at: float) -> list[float]:
+        return [math.sin(f * at) for f in frequencies] + [math.cos(f * at) for f in frequencies]
+
+    found = grid_positions(3, 3, side, width)
     for place in range(9):
-        waves = []
-        for coordinate in divmod(place, 3):
-            angles = [coordinate / 10_000 ** (i / 2) for i in range(2)]
-            waves += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
-        torch.testing.assert_close(found[place], torch.tensor(waves))
-    distances = torch.cdist(grid_positions(27, width), grid_positions(27, width)) + torch.eye(27 * 27)
-    assert distances.min() > 0.01  # no two places are alike
+        row, column = divmod(place, 3)
+        torch.testing.assert_close(found[place], torch.tensor(waves(row) + waves(column)))
+    (middle, *_), (upper, lower) = grid_positions(1, 1, side, width), grid_positions(2, 1, side, width)
+    torch.testing.assert_close(middle, torch.tensor(waves(1) + waves(1)))
+    torch.testing.assert_close(upper, torch.tensor(waves(0.25) + waves(1)))
+    torch.testing.assert_close(lower, torch.tensor(waves(1.75) + waves(1)))
+    many = grid_positions(27, 27, 27, 64)
+    distances = torch.cdist(many, many) + torch.eye(27 * 27)
+    assert distances.min() > 0.3  # no two places are alike
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)

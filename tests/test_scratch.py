@@ -19,6 +19,7 @@ import qwen
 import test
 from assemble import build, open_processors
 from config import InputError, load_config
+from dataset import show
 from model.folder import write_folder
 from tests.test_training import assert_equal_files, rows
 from tests.toy_language import SENTENCES, write_qwen2, write_qwen3
@@ -287,6 +288,10 @@ def test_the_vocabulary_is_that_of_any_tokenizer_folder(project, tmp_path, kind)
         assert tokenizer.decode(qwen.encode_text(tokenizer, "What is in the picture?")) == "What is in the picture?"
     picture = str(project.parent / "images" / "0.png")
     assert test.main(["--checkpoint", str(tmp_path / "run" / "final"), "--images", picture, "--question", "What?"]) == 0
+    page = tmp_path / "show.html"
+    assert show.main(["--config", str(project), "--output", str(page), "--count", "4", *words]) == 0
+    shown = re.sub(r"<[^>]+>", "", page.read_text())
+    assert ("what" if kind == "bert" else "What") in shown and "颜" in shown
 
 
 def test_a_released_language_model_keeps_its_own_tokenizer(tmp_path):

@@ -19,6 +19,8 @@ import model.checkpoint
 import test
 import train as train_script
 from config import InputError, load_config, to_yaml
+from dataprocess import process_image
+from dataset import show
 from model.folder import verify_folder, weights_digest
 from step import Stepper
 from tests.test_training import ROOT, assert_equal_files, rows, without_times
@@ -237,6 +239,26 @@ def test_two_processes_train_the_same_stages(project, whole, tmp_path):
         one, two = (weights(final(tmp_path / run, name)) for run in ("one", "two"))
         for key in one:
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5)
+
+
+def test_the_page_of_what_the_model_gets_is_that_of_a_stage(project, whole, tmp_path):
+    for name, words in (
+        ("text", ["text:0", "no picture", "&lt;|endoftext|&gt;"]),
+        ("vision", ["data:image/png", "r0"]),
+    ):
+        page = tmp_path / f"{name}.html"
+        show.main(["--config", str(project), "--stage", name, "--output", str(page)])
+        assert [word for word in words if word not in page.read_text()] == []
+    with pytest.raises(InputError, match="no such stage"):
+        show.main(["--config", str(project), "--stage", "sight", "--output", str(tmp_path / "x.html")])
+
+
+def test_preparing_by_hand_prepares_every_stage(tmp_path, monkeypatch, capsys):
+    path = write_staged_project(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["process_image", "--config", str(path)])
+    process_image.main()
+    assert (tmp_path / "text.jsonl").exists() and (tmp_path / "qa.jsonl").exists()
+    assert capsys.readouterr().out.count("source") == 3
 
 
 # --- the config
