@@ -19,6 +19,7 @@ from config import InputError, choose
 
 NUM_QUERIES = 32  # tokens a picture takes with a resampler
 LOW_RANK = 384  # the middle of the low-rank MLP
+FIRST_GAIN = 2.0  # of the resampler's first query and key matrices: sharp enough to tell neighbouring patches apart
 HEAD_SIZE = 64  # of the resampler's attention; the usual encoders' widths are multiples of it
 
 
@@ -83,7 +84,7 @@ class Resampler(nn.Module):
     """A fixed number of tokens, whatever the number of patches: learned queries look at the patches by multi-head cross
     attention, then the MLP makes each a token (after Flamingo's and Qwen-VL's resamplers; one block, normalised before each
     part). Patches' keys carry their places in the grid, so that a query can ask what is where; queries are spread over the
-    grid and carry theirs, and as keys begin equal to queries, each first looks at what is near it.
+    grid and carry theirs, and as both matrices begin equal, each first looks at what is near it.
 
     The attention is as wide as the encoder, not as the language model: for CLIP-L and a 7B, 4 million weights of it.
 
@@ -94,7 +95,6 @@ class Resampler(nn.Module):
         super().__init__()
         self.head_size = math.gcd(in_features, HEAD_SIZE)
         self.queries = nn.Parameter(0.02 * torch.randn(num_queries, in_features))
-        self.norm_queries = nn.LayerNorm(in_features)
         self.norm_patches = nn.LayerNorm(in_features)
         self.query = nn.Linear(in_features, in_features, bias=False)
         self.key = nn.Linear(in_features, in_features, bias=False)
@@ -102,8 +102,8 @@ class Resampler(nn.Module):
         self.output = nn.Linear(in_features, in_features)
         self.norm = nn.LayerNorm(in_features)
         self.mlp = MLPProjector(in_features, hidden_size, out_features)
-        for matrix in (self.query, self.value, self.output):
-            nn.init.xavier_uniform_(matrix.weight)  # as torch's own attention begins
+        for matrix, gain in ((self.query, FIRST_GAIN), (self.value, 1.0), (self.output, 1.0)):
+            nn.init.xavier_uniform_(matrix.weight, gain)
         with torch.no_grad():
             self.key.weight.copy_(self.query.weight)
 
@@ -114,12 +114,11 @@ class Resampler(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         side, width = math.isqrt(features.shape[1]), features.shape[2]
         patches = self.norm_patches(features)
-        queries = self.norm_queries(self.queries)
         keys = patches + grid_positions(side, side, side, width, features.device).to(patches.dtype)
-        rows = next(rows for rows in range(math.isqrt(len(queries)), 0, -1) if len(queries) % rows == 0)
-        queries = queries + grid_positions(rows, len(queries) // rows, side, width, features.device).to(queries.dtype)
+        rows = _rows(len(self.queries))
+        queries = self.queries + grid_positions(rows, len(self.queries) // rows, side, width, features.device)
         seen = F.scaled_dot_product_attention(
-            self._heads(self.query(queries).expand(len(features), -1, -1)),
+            self._heads(self.query(queries.to(patches.dtype)).expand(len(features), -1, -1)),
             self._heads(self.key(keys)),
             self._heads(self.value(patches)),
         )  # [M, heads, Q, head_size]
@@ -128,6 +127,11 @@ class Resampler(nn.Module):
 
     def _heads(self, vectors: Tensor) -> Tensor:
         return vectors.unflatten(2, (-1, self.head_size)).transpose(1, 2)
+
+
+def _rows(count: int) -> int:
+    """Of the grid into which so many points fit: the squarest."""
+    return next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
 
 
 def grid_positions(rows: int, columns: int, side: int, width: int, device: torch.device | None = None) -> Tensor:

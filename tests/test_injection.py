@@ -148,12 +148,11 @@ def test_another_image_gives_other_logits_from_its_place_on(model):
     other[0] += torch.randn(N, HIDDEN)
     changed = model(**batch | {"image_features": other}).logits
     start = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[0]
-    assert torch.equal(changed[0, :start], logits[0, :start])
     assert (changed[0, start:] != logits[0, start:]).any(dim=-1).all()
-    if "moe" in model.config.model_type:  # an expert's tokens are one product, whatever row they are from
-        torch.testing.assert_close(changed[1], logits[1], rtol=1e-5, atol=1e-5)
-    else:
-        assert torch.equal(changed[1], logits[1])
+    # an expert's tokens are one product, wherever they stand, whose rounding depends on how many they are
+    tolerance = 1e-5 if "moe" in model.config.model_type else 0.0
+    for found, expected in ((changed[0, :start], logits[0, :start]), (changed[1], logits[1])):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
     swapped = model(**batch | {"image_features": batch["image_features"].flip(0)}).logits
     assert not torch.allclose(swapped[0, start:], logits[0, start:])

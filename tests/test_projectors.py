@@ -116,7 +116,7 @@ def test_a_patch_reaches_the_token_of_its_square_alone(patch):
 
 
 def test_the_resampler_is_torchs_attention_with_the_same_weights():
-    """Normalised queries ask from their places, normalised patches with theirs answer, the patches themselves are what is
+    """Queries ask from their places, normalised patches with theirs answer, the patches themselves are what is
     told; the queries are added, normalised, and put through the MLP."""
     ours, features = make("resampler"), patches()
     attention = nn.MultiheadAttention(IN, IN // 64, batch_first=True)
@@ -125,7 +125,7 @@ def test_the_resampler_is_torchs_attention_with_the_same_weights():
         attention.in_proj_bias.zero_()
         attention.out_proj.load_state_dict(ours.output.state_dict())
     values = ours.norm_patches(features)
-    queries = (ours.norm_queries(ours.queries) + grid_positions(4, 8, SIDE, IN)).repeat(len(features), 1, 1)
+    queries = (ours.queries + grid_positions(4, 8, SIDE, IN)).repeat(len(features), 1, 1)
     seen, _ = attention(queries, values + grid_positions(SIDE, SIDE, SIDE, IN), values)
     torch.testing.assert_close(ours(features), ours.mlp(ours.norm(ours.queries + seen)), rtol=1e-4, atol=1e-5)
 

@@ -243,7 +243,7 @@ def test_two_processes_train_the_same_stages(project, whole, tmp_path):
 
 def test_the_page_of_what_the_model_gets_is_that_of_a_stage(project, whole, tmp_path):
     for name, words in (
-        ("text", ["text:0", "no picture", "&lt;|endoftext|&gt;"]),
+        ("text", ["texts:", "no picture", "&lt;|endoftext|&gt;"]),
         ("vision", ["data:image/png", "r0"]),
     ):
         page = tmp_path / f"{name}.html"
