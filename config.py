@@ -24,6 +24,7 @@ from contradictions import (
     drop_unused_rates,
     refuse_contradictions,
     refuse_frozen,
+    refuse_rates_for_nobody,
     refuse_stage_contradictions,
     stage_entries,
     trained_parts,
@@ -262,21 +263,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     of_all = [word for word in overrides if word not in of_stages]
     train = values.get("train")
     if not isinstance(train, dict) or not train.get("stages"):
-        config = _build(values, of_all, folder)
+        for override in of_all:
+            apply_override(values, override)
+        config = build(Config, values, folder)
         refuse_contradictions(config)
         return config
     entries = stage_entries(train.pop("stages"))
     stages = [_stage(values, entry, i, of_all, folder) for i, entry in enumerate(entries)]
     refuse_stage_contradictions(stages)
+    for override in of_all:
+        apply_override(values, override)
+    refuse_rates_for_nobody([key for key, rate in values["train"].items() if rate is not None], stages)
     last = stages[-1].config
     train = dataclasses.replace(last.train, stages=tuple(stages))
     return dataclasses.replace(last, output_dir=last.output_dir.parent.parent, train=train)
-
-
-def _build(values: dict, overrides: Sequence[str], folder: Path) -> Config:
-    for override in overrides:
-        apply_override(values, override)
-    return build(Config, values, folder)
 
 
 def _stage(values: dict, entry: dict, number: int, overrides: Sequence[str], folder: Path) -> StageConfig:
@@ -284,10 +284,12 @@ def _stage(values: dict, entry: dict, number: int, overrides: Sequence[str], fol
     name = entry["name"]
     words = copy.deepcopy({key: value for key, value in entry.items() if key != "name"})
     merged = merge(copy.deepcopy(values), words)
-    if isinstance(merged.get("train"), dict):
-        drop_unused_rates(merged["train"], words.get("train", {}), dataclasses.asdict(TrainableConfig()))
     try:
-        config = _build(merged, overrides, folder)
+        for override in overrides:
+            apply_override(merged, override)
+        if isinstance(merged.get("train"), dict):
+            drop_unused_rates(merged["train"], words.get("train", {}), dataclasses.asdict(TrainableConfig()))
+        config = build(Config, merged, folder)
         refuse_contradictions(config, random=set())  # what is random by then, the stages before decide
         return StageConfig(name, dataclasses.replace(config, output_dir=config.output_dir / STAGES_FOLDER / name))
     except InputError as error:

@@ -246,6 +246,17 @@ def drop_unused_rates(train: dict, own: dict, defaults: dict[str, str]) -> None:
             train.pop(key, None)
 
 
+def refuse_rates_for_nobody(given: Sequence[str], stages: Sequence[StageConfig]) -> None:
+    """InputError for a learning rate among the keys `given` for all stages, if no stage trains what it is for."""
+    for key in sorted(set(RATE_KEYS.values())):
+        if key in given and all(getattr(stage.config.train, key) is None for stage in stages):
+            part = next(part for part, kind in RATE_KEYS if RATE_KEYS[part, kind] == key)
+            raise InputError(
+                f'"train.{key}" is given, but no stage trains its part so; set it to null, or "train.trainable.{part}" of a '
+                f"stage to {' or '.join(_kinds_at(key)).replace('top', 'top:N')}."
+            )
+
+
 def refuse_stage_contradictions(stages: Sequence[StageConfig]) -> None:
     """What stages say against each other, found before the first of them trains."""
     random = set() if stages[0].config.model.start_from else random_parts(stages[0].config)

@@ -19,7 +19,7 @@ from config import InputError, choose
 
 NUM_QUERIES = 32  # tokens a picture takes with a resampler
 LOW_RANK = 384  # the middle of the low-rank MLP
-FIRST_GAIN = 2.0  # of the resampler's first query and key matrices: sharp enough to tell neighbouring patches apart
+PLACE_SCALE = 2.0  # of the resampler's places beside what the patches show: first looks that tell neighbours apart
 HEAD_SIZE = 64  # of the resampler's attention; the usual encoders' widths are multiples of it
 
 
@@ -102,8 +102,8 @@ class Resampler(nn.Module):
         self.output = nn.Linear(in_features, in_features)
         self.norm = nn.LayerNorm(in_features)
         self.mlp = MLPProjector(in_features, hidden_size, out_features)
-        for matrix, gain in ((self.query, FIRST_GAIN), (self.value, 1.0), (self.output, 1.0)):
-            nn.init.xavier_uniform_(matrix.weight, gain)
+        for matrix in (self.query, self.value, self.output):
+            nn.init.xavier_uniform_(matrix.weight)  # as torch's own attention begins
         with torch.no_grad():
             self.key.weight.copy_(self.query.weight)
 
@@ -137,7 +137,8 @@ def _rows(count: int) -> int:
 def grid_positions(rows: int, columns: int, side: int, width: int, device: torch.device | None = None) -> Tensor:
     """The places of a grid of rows x columns points, spread evenly over a picture of side x side patches, row by row, as
     vectors [rows * columns, width] (float32): sines and cosines of how far down, then of how far right, each half of the
-    width. The waves (Vaswani et al. 2017) turn by a quarter a patch for the first, down to a quarter a picture."""
+    width, PLACE_SCALE high. The waves (Vaswani et al. 2017) turn by a quarter a patch for the first, down to a quarter a
+    picture."""
     quarter = -(-width // 4)  # a width that is no multiple of four loses a few of the last cosines
     frequencies = math.pi / 2 * side ** (-torch.arange(quarter, device=device) / max(1, quarter - 1))
 
@@ -147,7 +148,7 @@ def grid_positions(rows: int, columns: int, side: int, width: int, device: torch
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # [count, 2 * quarter]
 
     down, right = waves(rows).repeat_interleave(columns, dim=0), waves(columns).repeat(rows, 1)
-    return torch.cat([down, right], dim=1)[:, :width]
+    return PLACE_SCALE * torch.cat([down, right], dim=1)[:, :width]
 
 
 PROJECTORS = {"mlp": MLPProjector, "low_rank_mlp": LowRankMLP, "pixel_shuffle": PixelShuffle, "resampler": Resampler}

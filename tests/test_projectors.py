@@ -206,7 +206,7 @@ def test_places_are_sines_and_cosines_of_how_far_down_and_right():
     frequencies = [math.pi / 2, math.pi / 2 / side]  # a quarter turn a patch, a quarter turn a picture
 
     def waves(at: float) -> list[float]:
-        return [math.sin(f * at) for f in frequencies] + [math.cos(f * at) for f in frequencies]
+        return [2 * math.sin(f * at) for f in frequencies] + [2 * math.cos(f * at) for f in frequencies]
 
     found = grid_positions(3, 3, side, width)
     for place in range(9):

@@ -288,6 +288,17 @@ def test_the_command_line_has_the_last_word_for_all_stages_or_for_one(project):
         steps("train.stages.sight.train.max_steps=9")
 
 
+def test_a_rate_for_all_stages_is_used_where_it_has_a_use(project):
+    def rates(*overrides) -> list:
+        return [stage.config.train.projector_lr for stage in load_config(project, overrides).train.stages]
+
+    assert rates("train.projector_lr=7e-3") == [None, 7e-3, None]  # over the stage's own, too
+    with pytest.raises(InputError, match='"train.lora_lr" is given, but no stage trains its part so'):
+        rates("train.lora_lr=1e-4")
+    with pytest.raises(InputError, match='"train.projector_lr" is 0.001, but train.trainable.projector is frozen'):
+        rates("train.stages.text.train.projector_lr=1e-3")
+
+
 def test_a_config_with_stages_survives_being_written_and_read_again(project, tmp_path):
     config = load_config(project)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
