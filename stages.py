@@ -132,8 +132,8 @@ def _publish(config: Config) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     metrics, picture = config.output_dir / "metrics.jsonl", config.output_dir / "curves.png"
     if not metrics.exists() or metrics.read_text(encoding="utf-8") != text:
-        replace_text(metrics, text)
         draw_curves(logs, picture)
+        replace_text(metrics, text)  # last: it says that both are up to date
     last, final = config.train.stages[-1].config.output_dir / "final", config.output_dir / "final"
     if last.exists() and not (final.exists() and read_json(final / MANIFEST) == read_json(last / MANIFEST)):
         verify_folder(last)

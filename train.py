@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_config(config: Config, arguments: argparse.Namespace) -> int:
     """One run, from its config to its final/: the whole of it, or a stage."""
     precision = resolve_precision(config.train.precision, PartialState().device)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # a stage's peak is its own
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no" if precision == "fp32" else precision,

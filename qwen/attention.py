@@ -51,10 +51,13 @@ def packed_sdpa(
     outputs = []
     # split, not slices: its backward writes each gradient once, where every slice's would fill a whole row
     documents = zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    groups = query.shape[1] // key.shape[1]
     for number, (queries, keys, values) in enumerate(documents):
         mask = _band(queries, sliding_window) if masks is None else masks[number]
+        if mask is not None and groups > 1:  # a GPU's kernels take a mask, or heads that share keys, but not both
+            keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
         attended = F.scaled_dot_product_attention(
-            queries, keys, values, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+            queries, keys, values, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=mask is None
         )
         outputs.append(attended.transpose(1, 2))
     return torch.cat(outputs, dim=1), None

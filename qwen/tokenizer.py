@@ -44,7 +44,10 @@ def load_tokenizer(path: str, any_kind: bool = False) -> PreTrainedTokenizerFast
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # on damaged files transformers and tokenizers raise nearly anything
             reason = (str(error).splitlines() or [""])[0]
-            raise InputError(f"tokenizer {path}: cannot be read ({type(error).__name__}: {reason:.200}).") from error
+            advice = ' Set "model.from_scratch.vocab_size" to learn one from the run\'s data.' if any_kind else ""
+            raise InputError(
+                f"tokenizer {path}: cannot be read ({type(error).__name__}: {reason:.200}).{advice}"
+            ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(
             f"tokenizer {path}: {type(tokenizer).__name__} is no fast one; give a folder with tokenizer.json."

@@ -35,13 +35,14 @@ from model.parallel import (
     sum_gradients,
     whole,
 )
-from tests.toy_language import write_qwen1, write_qwen2
+from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe
 from tests.toy_towers import write_clip
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 KINDS = {  # what trains, and in which language model
     "full": ("qwen2", {"vision_tower": "frozen", "language_model": "full"}),
+    "experts": ("qwen2_moe", {"vision_tower": "frozen", "language_model": "full"}),
     "lora": ("qwen1", {"vision_tower": "top:1", "language_model": "lora"}),
 }
 # Pictures a micro-batch. In step 1 the second process sees none; in step 2 it has one micro-batch where the first has two.
@@ -251,6 +252,7 @@ def folder(tmp_path_factory):
     write_clip(folder / "tower")
     write_qwen1(folder / "qwen1")
     write_qwen2(folder / "qwen2")
+    write_qwen2_moe(folder / "qwen2_moe")
     for kind in KINDS:
         train(folder, "alone", kind)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--module"]

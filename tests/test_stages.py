@@ -176,6 +176,24 @@ def test_a_run_that_was_stopped_goes_on_in_its_stage_and_ends_the_same(
         assert without_times(next(logged)) == without_times(next(logged))
 
 
+def test_a_run_that_was_stopped_while_it_was_put_together_is_put_together_by_the_next_start(
+    project, whole, tmp_path, monkeypatch
+):
+    """After the last stage: nothing is trained again."""
+    shutil.copytree(whole / "stages", tmp_path / "stages")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("stages.draw_curves", interrupted)
+        run_training(project, f"output_dir={tmp_path}")
+    monkeypatch.setattr(Stepper, "__call__", interrupted)
+    run_training(project, f"output_dir={tmp_path}")
+    assert_equal_files(tmp_path / "final", whole / "final", FILES)
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_stages_one_by_one_are_all_in_one_go(project, whole, tmp_path):
     for name in NAMES:
         run_training(project, f"output_dir={tmp_path}", "--stage", name)

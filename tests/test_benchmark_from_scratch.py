@@ -1,0 +1,68 @@
+"""The ablation of the from-scratch recipe, on a toy project: every choice can be switched off, and the table says what came
+of it. `sh tests/run.sh tests/test_benchmark_from_scratch.py`"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import from_scratch
+from config import load_config
+from tests.toy_project import write_staged_project
+
+QUICK = ["--override", "train.max_steps=1", "--override", "train.eval_steps=null", "--seeds", "0"]
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_scratch, "RECIPE", write_staged_project(tmp_path / "project"))
+    monkeypatch.setattr(from_scratch, "TYPES", ("colour",))
+    return tmp_path
+
+
+def test_runs_are_made_once_and_the_table_holds_every_variant(toy, monkeypatch, capsys):
+    variants = ["the recipe", "without stage 0"]
+    words = ["--output", str(toy / "out"), *QUICK, "--variants", *variants]
+    assert from_scratch.main(words) == 0
+    table = (toy / "out" / "from_scratch.md").read_text()
+    assert table.startswith("1 seeds: mean") and table in capsys.readouterr().out + "\n"
+    assert [line.split(" | ")[0] for line in table.splitlines() if " (" in line][1:] == [
+        f"| {name}" for name in variants
+    ]
+    values = json.loads((toy / "out" / "from_scratch.json").read_text())
+    assert set(values["scores"]) == set(variants) and "accuracy" in values["scores"]["the recipe"][0]
+    assert (toy / "out" / "0-0" / "stages" / "text" / "final").exists()
+    assert not (toy / "out" / "4-0" / "stages" / "text").exists()
+
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("a run was made again"))
+    assert from_scratch.main(words) == 0
+
+
+@pytest.mark.parametrize("name", from_scratch.VARIANTS)
+def test_each_variant_is_the_recipe_but_for_its_choice(name, tmp_path):
+    """Of the real recipe; the dense model has as many parameters that pass a token."""
+    before = load_config(from_scratch.RECIPE)
+    path = from_scratch.write_config(tmp_path, name == from_scratch.WITHOUT_TEXT)
+    after = load_config(path, [*from_scratch.VARIANTS[name], "seed=3"])
+    assert after.seed == 3 and after.train.stages[-1].config.seed == 3
+    model, changed = before.model, after.model
+    assert model.projector == "resampler" and model.attention == "mixed"
+    new, made = model.from_scratch, changed.from_scratch
+    assert (changed.projector == "mlp") == (name.startswith("MLP"))
+    assert (changed.attention == "causal") == (name.startswith("causal"))
+    assert (made.architecture == "qwen2") == (name.startswith("dense"))
+    if made.architecture == "qwen2":
+        passed = new.num_experts_per_tok * new.moe_intermediate_size + new.shared_expert_intermediate_size
+        assert made.intermediate_size == passed
+    else:
+        assert made == new
+    stages = [stage.name for stage in after.train.stages]
+    assert stages == [stage.name for stage in before.train.stages][name == from_scratch.WITHOUT_TEXT :]
+    for stage in after.train.stages:  # what is trained on and for how long is the same
+        (same,) = [one for one in before.train.stages if one.name == stage.name]
+        assert (stage.config.data, stage.config.train.max_steps) == (same.config.data, same.config.train.max_steps)
+
+
+def test_a_cell_is_the_mean_and_the_spread():
+    assert from_scratch.cell([0.5, 0.6, 1.0]) == "70.0 (50–100)"
