@@ -7,8 +7,8 @@ like any other and take the same road through `process_image`. Validation record
 which is "unseen_pair" where the question is about an object that no training picture shows.
 
 The JSON Lines are for a language model from scratch: `texts_train.jsonl` are texts that tell a scene and then all that can
-be said of it, `told_*.jsonl` dialogs in which the scene is told and then asked about, and `described_train.jsonl` has for
-each training picture all that can be said of it.
+be said of it, `told_*.jsonl` dialogs in which the scene is told and then asked about, and `described_*.jsonl` have for each
+training picture, and for some that are held out, all that can be said of it.
 This module decides how much of what is drawn, and where it is kept; what the world is like stands in `demo_world`.
 """
 
@@ -37,7 +37,7 @@ CHINESE_SHARE = 0.3  # of the training dialogs; a quarter of the validation ques
 MARKER = "demo.json"
 ENTRIES = ("images", "test_images", "scenes_train.json", "scenes_validation.json", "digits_train.json",
            "digits_validation.json", "captions_train.json", "texts_train.jsonl", "told_train.jsonl",
-           "told_validation.jsonl", "described_train.jsonl")  # fmt: skip
+           "told_validation.jsonl", "described_train.jsonl", "described_validation.jsonl")  # fmt: skip
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -88,15 +88,16 @@ def _draw(folder: Path, seed: int) -> dict[str, int]:
         (folder / name).mkdir(parents=True)
     digits, labels, held_out = world.load_digits()
     # One generator a part: more of one part never changes another.
-    rngs = [np.random.default_rng([seed, part]) for part in range(10)]
+    rngs = [np.random.default_rng([seed, part]) for part in range(9)]
     scene_images, digit_images = folder / "images" / "scenes", folder / "images" / "digits"
     train = digits[~held_out], labels[~held_out]
     validation = digits[held_out][:HELD_OUT], labels[held_out][:HELD_OUT]
     scenes, captions, drawn = _training_scenes(scene_images, rngs[0])
+    held_scenes, held_drawn = _validation_scenes(scene_images, rngs[1])
     files = {
         "scenes_train.json": scenes,
         "captions_train.json": captions,
-        "scenes_validation.json": _validation_scenes(scene_images, rngs[1]),
+        "scenes_validation.json": held_scenes,
         "digits_train.json": _digits(digit_images, *train, "train", rngs[2]),
         "digits_validation.json": _digits(digit_images, *validation, "validation", rngs[3]),
     }
@@ -106,7 +107,8 @@ def _draw(folder: Path, seed: int) -> dict[str, int]:
         "texts_train.jsonl": _texts(rngs[6]),
         "told_train.jsonl": _told(rngs[7]),
         "told_validation.jsonl": _told_validation(rngs[8]),
-        "described_train.jsonl": _described(drawn, train[1], rngs[9]),
+        "described_train.jsonl": _described(drawn, train[1]),
+        "described_validation.jsonl": held_drawn,
     }
     for name, records in lines.items():
         written = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -151,9 +153,10 @@ def _training_scenes(folder: Path, rng: np.random.Generator) -> tuple[list[dict]
     return records, captions, scenes
 
 
-def _validation_scenes(folder: Path, rng: np.random.Generator) -> list[dict]:
-    """HELD_OUT questions of every type, each about a held-out picture of its own, every fourth in Chinese."""
-    records = []
+def _validation_scenes(folder: Path, rng: np.random.Generator) -> tuple[list[dict], list[dict]]:
+    """HELD_OUT questions of every type, each about a held-out picture of its own, every fourth in Chinese; and of every
+    fifth of these pictures all that can be said, but for those with an unseen pair."""
+    records, described = [], []
     for type_ in (*world.SCENE_TYPES, "unseen_pair"):
         for i in range(HELD_OUT):
             asked: list[world.Question] = []
@@ -167,7 +170,11 @@ def _validation_scenes(folder: Path, rng: np.random.Generator) -> list[dict]:
             name = f"validation_{type_}_{i:03d}"
             world.draw_scene(scene, rng).save(folder / f"{name}.png")
             records.append(_llava(name, f"{name}.png", [asked[rng.integers(len(asked))]], type=type_))
-    return records
+            if i % 5 == 0 and type_ != "unseen_pair":
+                language = world.LANGUAGES[i % 2]
+                answer = _all_that_can_be_said(scene, language)
+                described.append(_description(f"scenes/{name}.png", language, answer) | {"type": "described"})
+    return records, described
 
 
 def _digits(folder: Path, digits: np.ndarray, labels: np.ndarray, part: str, rng: np.random.Generator) -> list[dict]:
@@ -191,30 +198,33 @@ def _texts(rng: np.random.Generator) -> list[dict]:
     records = []
     for i in range(TEXTS):
         scene, language = world.training_scene(rng), world.LANGUAGES[i % 2]
-        records.append({"text": _all_that_can_be_said(scene, language, rng, told=True)})
+        told = world.captions(scene, language)[rng.integers(5)]
+        records.append({"text": told + (" " if language == "en" else "") + _all_that_can_be_said(scene, language)})
     return records
 
 
-def _all_that_can_be_said(scene: world.Scene, language: str, rng: np.random.Generator, told: bool) -> str:
-    """Every fact about the scene, behind a caption if it is to be `told` first."""
-    parts = [world.captions(scene, language)[rng.integers(5)]] if told else []
-    return (" " if language == "en" else "").join([*parts, *world.facts(scene, language)])
+def _all_that_can_be_said(scene: world.Scene, language: str) -> str:
+    """Every fact about the scene."""
+    return (" " if language == "en" else "").join(world.facts(scene, language))
 
 
-def _described(scenes: list[world.Scene], digits: np.ndarray, rng: np.random.Generator) -> list[dict]:
-    """Every training picture in SVLM-Data's layout, with all that can be said of it, half of them in Chinese."""
+def _description(image: str, language: str, answer: str) -> dict:
+    """One record in SVLM-Data's layout: a picture, and what is to be said of it."""
+    question = {"role": "user", "content": f"{DESCRIBE[language]}\n<image>"}
+    return {"image": image, "conversations": [question, {"role": "assistant", "content": answer}]}
+
+
+def _described(scenes: list[world.Scene], digits: np.ndarray) -> list[dict]:
+    """Every training picture with all that can be said of it, half of them in Chinese."""
     records = []
-
-    def add(image: str, language: str, answer: str) -> None:
-        question = {"role": "user", "content": f"{DESCRIBE[language]}\n<image>"}
-        records.append({"image": image, "conversations": [question, {"role": "assistant", "content": answer}]})
-
     for i, scene in enumerate(scenes):
         language = world.LANGUAGES[i % 2]
-        add(f"scenes/train_{i:05d}.png", language, _all_that_can_be_said(scene, language, rng, told=False))
+        answer = _all_that_can_be_said(scene, language)
+        records.append(_description(f"scenes/train_{i:05d}.png", language, answer))
     for i, digit in enumerate(digits):
         language = world.LANGUAGES[i % 2]
-        add(f"digits/train_{i:05d}.png", language, world.digit_question(int(digit), language).answer)
+        answer = world.digit_question(int(digit), language).answer
+        records.append(_description(f"digits/train_{i:05d}.png", language, answer))
     return records
 
 

@@ -166,6 +166,52 @@ def test_validation_has_every_type_and_a_quarter_in_chinese(small, tmp_path):
         assert len(answers) == 12 and sum(not answer.isascii() for answer in answers) == 3
 
 
+def test_texts_and_dialogs_without_pictures_are_half_chinese_and_say_what_is_true(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, "TEXTS", 40)
+    monkeypatch.setattr(maker, "DIALOGS", 40)
+    counts = small(tmp_path)
+
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+
+    texts, told, held = (lines(name) for name in ("texts_train.jsonl", "told_train.jsonl", "told_validation.jsonl"))
+    assert len(texts) == counts["texts_train.jsonl"] == 40 and sum(not one["text"].isascii() for one in texts) == 20
+    assert len(told) == 40 and len(held) == maker.HELD_OUT_TOLD * len(world.SCENE_TYPES)
+    for one in told + held:
+        assert [turn["role"] for turn in one["conversations"]] == ["user", "assistant"] * (
+            len(one["conversations"]) // 2
+        )
+        assert all("<image>" not in turn["content"] for turn in one["conversations"])
+    assert {one["type"] for one in held} == set(world.SCENE_TYPES)
+    for one in held:  # what is asked can be told from what is told
+        asked, answer = (turn["content"] for turn in one["conversations"])
+        if one["type"] == "colour":
+            colour = next(colour for colour in world.COLOURS if colour in answer or world.CHINESE[colour] in answer)
+            assert colour in asked or world.CHINESE[colour] in asked
+
+
+def test_described_pictures_are_there_with_all_that_can_be_said(small, tmp_path):
+    counts = small(tmp_path)
+    for part in ("train", "validation"):
+        records = (tmp_path / f"described_{part}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(records) == counts[f"described_{part}.jsonl"] > 0
+        for record in map(json.loads, records):
+            question, answer = record["conversations"]
+            assert question["content"].endswith("\n<image>") and answer["role"] == "assistant"
+            assert (tmp_path / "images" / record["image"]).is_file()
+            assert (part == "validation") == ("validation" in record["image"]) == ("type" in record)
+
+
+@pytest.mark.parametrize("language", world.LANGUAGES)
+def test_the_facts_are_every_answer_that_the_scenes_questions_have(language):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = world.training_scene(rng)
+        asked = {question.answer for _ in range(30) for question in world.scene_questions(scene, language, rng)}
+        found = world.facts(scene, language)
+        assert set(found) == asked and len(found) == len(asked)
+
+
 def test_complete_means_all_there_and_of_this_version(small, tmp_path, monkeypatch):
     folder = tmp_path / "demo"
     assert not maker.is_complete(folder)
