@@ -15,8 +15,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from config import Config, InputError, StageConfig, nearest
-from dataprocess import train_tokenizer
-from dataprocess.process_image import prepare_from_config
+from dataprocess.train_tokenizer import learn_if_missing
 from evaluation.runlog import draw_curves, read_rows
 from model.folder import MANIFEST, read_json, replace_text, verify_folder, weights_digest, write_folder
 from resume import NO_HISTORY, RunLock, move_aside, on_main
@@ -33,7 +32,9 @@ def run_stages(config: Config, arguments: argparse.Namespace, run: Callable[[Con
     with contextlib.nullcontext() if arguments.check else RunLock(config.output_dir, _say):
         if arguments.resume == "none" and arguments.stage is None and not arguments.check:
             move_aside(config.output_dir, _say)
-        on_main(lambda: _prepare_tokenizer([stage.config for stage in stages]))
+        # from the data of all stages, whichever of them trains now
+        if size := on_main(lambda: learn_if_missing([stage.config for stage in stages])):
+            _say(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
         ended = 0
         for number in chosen:
             _say(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
@@ -42,6 +43,8 @@ def run_stages(config: Config, arguments: argparse.Namespace, run: Callable[[Con
                 break
         if not arguments.check:
             on_main(lambda: _publish(config))
+    if not ended and not arguments.check and chosen[-1] == len(stages) - 1:
+        _say(f"\nthe model that all stages together made: {config.output_dir / 'final'}")
     return ended
 
 
@@ -67,17 +70,6 @@ def _chosen(stages: tuple[StageConfig, ...], arguments: argparse.Namespace) -> l
 def _say(text: str) -> None:
     if PartialState().is_main_process:
         print(text, flush=True)
-
-
-def _prepare_tokenizer(configs: list[Config]) -> None:
-    """Learn the run's tokenizer if it is to be learned and is not there yet: from the data of all stages, whichever of them
-    trains now."""
-    new = configs[0].model.from_scratch
-    if new is None or not train_tokenizer.is_missing(new.tokenizer, new.vocab_size):
-        return
-    for config in configs:
-        prepare_from_config(config)
-    print(f"learned a tokenizer of {train_tokenizer.learn(configs):,} tokens: {new.tokenizer}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,8 +130,6 @@ def _publish(config: Config) -> None:
     if last.exists() and not (final.exists() and read_json(final / MANIFEST) == read_json(last / MANIFEST)):
         verify_folder(last)
         write_folder(final, lambda folder: _copy(last, folder))
-    if last.exists():
-        print(f"\nthe model that all stages together made: {final}", flush=True)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -32,9 +32,9 @@ from tqdm import tqdm
 from assemble import Run, balance_factor, build, open_loader, open_processors, open_run, rates, trainable_words
 from check import check_data
 from config import DEFAULT_CONFIG, STAGES_FOLDER, Config, InputError, load_config, run_script, to_yaml
-from dataprocess import train_tokenizer
 from dataprocess.process_image import prepare_from_config
 from dataprocess.report import summary
+from dataprocess.train_tokenizer import learn_if_missing
 from dataset.check_report import refused_rows
 from dataset.findings import Findings
 from dataset.loader import dead_workers_named, make_loader
@@ -115,7 +115,8 @@ def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accel
         check_folders(config.output_dir, findings, say)
     # a run that goes on keeps the records that it began with, whatever has become of their pictures
     prepare_data(config, accelerator, resume_from is not None, arguments.check, say)
-    prepare_tokenizer([config], say)
+    if size := on_main(lambda: learn_if_missing([config])):
+        say(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
     with findings.collect():
         processors = open_processors(config, resume_from)
     if accelerator.is_main_process:
@@ -261,20 +262,6 @@ def prepare_data(config: Config, accelerator: Accelerator, goes_on: bool, check:
     finally:  # the list of refused records stands there whether they were too many or not
         if check and config.data.sources:
             say(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
-
-
-def prepare_tokenizer(configs: Sequence[Config], say) -> None:
-    """Learn the tokenizer that the configs of a run's stages name, if it is to be learned and is not there yet; by the main
-    process, before the others go on."""
-    new = configs[0].model.from_scratch
-    if new is None:
-        return
-
-    def learn() -> int | None:
-        return train_tokenizer.learn(configs) if train_tokenizer.is_missing(new.tokenizer, new.vocab_size) else None
-
-    if (size := on_main(learn)) is not None:
-        say(f"learned a tokenizer of {size:,} tokens: {new.tokenizer}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

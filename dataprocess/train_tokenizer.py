@@ -145,19 +145,21 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(
             f'{arguments.config}: "model.from_scratch.vocab_size" is not set, so the config learns no tokenizer; set it.'
         )
-    if not is_missing(new.tokenizer, new.vocab_size):
+    size = learn_if_missing([stage.config for stage in config.train.stages] or [config])
+    if size is None:
         raise InputError(f"{new.tokenizer}: is there already; remove it to learn it anew.")
-    configs = [stage.config for stage in config.train.stages] or [config]
-    for each in configs:
-        prepare_from_config(each)
-    print(f"{new.tokenizer}: {learn(configs):,} tokens")
+    print(f"{new.tokenizer}: {size:,} tokens")
     return 0
 
 
-def learn(configs: Sequence[Config]) -> int:
-    """Learn the tokenizer that the configs of a run's stages name, from their training files, which are prepared. Returns
-    how many tokens it has."""
+def learn_if_missing(configs: Sequence[Config]) -> int | None:
+    """Learn the tokenizer that the configs of a run's stages name, from the training files of all of them, if it is to be
+    learned and is not there yet. Returns how many tokens it has, None where there was nothing to do."""
     new = configs[0].model.from_scratch
+    if new is None or not is_missing(new.tokenizer, new.vocab_size):
+        return None
+    for config in configs:
+        prepare_from_config(config)
     qa_files = list(dict.fromkeys(config.data.qa_file for config in configs))
     return train_tokenizer(qa_files, new.vocab_size, Path(new.tokenizer))
 
