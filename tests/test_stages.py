@@ -244,6 +244,26 @@ def test_checking_looks_at_all_stages_and_trains_nothing(project, tmp_path, caps
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
+def test_trackers_get_a_curve_for_each_stage(project, tmp_path, monkeypatch):
+    """TensorBoard in each stage's folder, and wandb (offline) a run for each, in a group."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    started = []
+    init = train_script.Accelerator.init_trackers
+
+    def watched(self, name, values, kwargs):
+        started.append(kwargs["wandb"])
+        return init(self, name, values, kwargs)
+
+    monkeypatch.setattr(train_script.Accelerator, "init_trackers", watched)
+    words = ["train.max_steps=1", "train.eval_steps=null", "train.report_to=[tensorboard, wandb]"]
+    run_training(project, f"output_dir={tmp_path / 'first'}", *words)
+    assert [(one["name"], one["group"]) for one in started] == [(f"first-{name}", "first") for name in NAMES]
+    for name in NAMES:
+        folder = tmp_path / "first" / "stages" / name
+        assert list((folder / "tensorboard").rglob("events.*")) and list((folder / "wandb").glob("offline-run-*"))
+
+
 def test_two_processes_train_the_same_stages(project, whole, tmp_path):
     """torchrun; what differs between one process and two is the balance loss's cut, so it is left out here."""
     common = ["train.router_aux_loss_coef=0", "train.num_threads=1", "train.packing=off", "train.max_steps=2"]
