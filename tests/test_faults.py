@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import pytest
@@ -127,12 +127,18 @@ def damage_the_gradient(monkeypatch, at_calls: Container[int]) -> None:
         def backward(context, gradient):
             return gradient * math.inf
 
+    change_the_loss(monkeypatch, lambda loss: Damage.apply(loss) if next(calls) in at_calls else loss)
+
+
+def change_the_loss(monkeypatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """`change` is called once a forward pass of the model."""
     forward = VisionLanguageModel.forward
-    monkeypatch.setattr(
-        VisionLanguageModel,
-        "forward",
-        lambda self, **batch: (Damage.apply if next(calls) in at_calls else torch.clone)(forward(self, **batch)),
-    )
+
+    def patched(self, **batch):
+        losses = forward(self, **batch)
+        return losses._replace(answers=change(losses.answers))
+
+    monkeypatch.setattr(VisionLanguageModel, "forward", patched)
 
 
 def test_a_step_with_a_loss_that_is_no_number_changes_nothing_and_is_written_down(project, tmp_path, monkeypatch):
@@ -170,14 +176,9 @@ def test_a_gradient_that_is_no_number_leaves_the_step_out_too(project, tmp_path,
 
 def test_bad_steps_in_a_row_stop_the_run_with_their_records(project, tmp_path, monkeypatch, capsys):
     """Exit code 2. The count in a row goes on where the run goes on, and one good step ends it."""
-    forward = VisionLanguageModel.forward
     bad_calls = set()  # of the model, from 0; two a step
     calls = iter(range(10**6))
-
-    def patched(self, **batch):
-        return forward(self, **batch) * (math.inf if next(calls) in bad_calls else 1.0)
-
-    monkeypatch.setattr(VisionLanguageModel, "forward", patched)
+    change_the_loss(monkeypatch, lambda loss: loss * (math.inf if next(calls) in bad_calls else 1.0))
     bad_calls |= {1, 5, 6}  # steps 1, 3 and 4: never three in a row
     common = [f"output_dir={tmp_path}", "train.save_steps=1", "train.max_bad_steps=3", *QUICK]
     with monkeypatch.context() as inner:
@@ -330,7 +331,8 @@ def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_else(
             sizes.append(len(batch["input_ids"]))
         count = len(batch["input_ids"])
         if where == "backward":
-            return Crowd.apply(forward(self, **batch), count, limit if len(sizes) == 2 else 4)
+            losses = forward(self, **batch)
+            return losses._replace(answers=Crowd.apply(losses.answers, count, limit if len(sizes) == 2 else 4))
         if count > limit:
             raise cpu_is_full() if where == "cpu" else cuda_is_full()
         return forward(self, **batch)
