@@ -82,7 +82,7 @@ def test_a_signal_finishes_the_step_and_saves(config, reference, number, to_grou
 @pytest.mark.parametrize(
     "place, saved_at",
     [
-        ("train.count_targets", 4),  # a validation: the step after it is still made
+        ("validate.count_targets", 4),  # a validation: the step after it is still made
         ("os.rename */checkpoint-5", 6),
         ("os.rename */checkpoint-6", 6),  # of the last step: the scoring does not begin
     ],
