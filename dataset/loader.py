@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -252,7 +253,17 @@ def make_loader(
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError):
+            # A batch is fetched from the memory of the process that made it; that process has just been killed, and
+            # torch's signal handler says so as soon as the process is wholly gone: during this wait.
+            time.sleep(5)
+            raise
         if isinstance(batch, InputError):
             raise batch
         yield batch

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -30,6 +31,7 @@ import step as step_module
 import test
 import train
 from config import InputError, load_config, run_script
+from dataset import loader
 from dataset.loader import collate
 from evaluation import runlog
 from evaluation.runlog import RunLog
@@ -456,9 +458,22 @@ def saved_by_layers(model: VisionLanguageModel, batch: dict) -> tuple[int, torch
 # A process of the loader that dies
 
 
-@pytest.mark.parametrize("when", ["reading", "in a step"])
+class GoneBeforeFetched:
+    """Part of a batch: whoever fetches it finds the process that made it gone, a moment before that is known."""
+
+    def __reduce__(self):
+        return _find_gone, (os.getpid(),)
+
+
+def _find_gone(pid: int) -> None:
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize("when", ["reading", "sharing", "in a step"])
 def test_a_worker_that_dies_is_named_and_the_run_goes_on_afterwards(project, tmp_path, monkeypatch, capsys, when):
-    """reading: it is killed over a picture. in a step: torch notices while this process is somewhere else."""
+    """reading: it is killed over a picture. sharing: its batch was announced, and is to be fetched from its memory.
+    in a step: torch notices while this process is somewhere else."""
     common = [f"output_dir={tmp_path}", "train.num_workers=2", "train.save_steps=1", *QUICK]
     dead, others = [], multiprocessing.active_children()  # what earlier tests have left
     with monkeypatch.context() as patched:
@@ -471,6 +486,8 @@ def test_a_worker_that_dies_is_named_and_the_run_goes_on_afterwards(project, tmp
                 return read(processor, path)
 
             patched.setattr(assemble, "read_pixels", die)
+        elif when == "sharing":
+            patched.setattr(loader, "collate", lambda *arguments: {"gone": GoneBeforeFetched()})
         else:
             call = Stepper.__call__
 
