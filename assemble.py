@@ -22,6 +22,7 @@ from model.answer import Answerer
 from model.build import PRECISIONS, Built, Processors, autocast, build_model, load_processors, read_pixels
 from model.features import CachedEncoder
 from model.folder import verify_folder
+from model.model import VisionLanguageModel
 from qwen.attention import PACKED_SDPA
 
 
@@ -34,6 +35,8 @@ def open_processors(config: Config, checkpoint: Path | None = None) -> Processor
     """What reads pictures and text for the config's model. With a `checkpoint` of this config: its own; a language model
     from scratch keeps to the tokenizer of the folder that it starts from."""
     model, new = config.model, config.model.from_scratch
+    if checkpoint is None and new is not None and model.start_from is not None:
+        verify_folder(model.start_from)  # before its tokenizer is opened: a folder that is none is named as one
     return load_processors(
         model.vision_tower,
         model.image_size,
@@ -207,12 +210,12 @@ def source_weights(config: Config, dataset: QADataset) -> np.ndarray:
     return np.array([weights.get(name, 1.0) for name in dataset.qa.sources] or [1.0])[dataset.qa.source_of]
 
 
-def balance_factor(config: Config, built: Built) -> float:
+def balance_factor(config: Config, model: VisionLanguageModel) -> float:
     """What the experts' balance loss is multiplied by: as the config says, or as the model came with. InputError where the
     config says it of a model without experts."""
     factor = config.train.router_aux_loss_coef
-    if built.model.has_experts:
-        return built.model.causal_lm.config.router_aux_loss_coef if factor is None else factor
+    if model.has_experts:
+        return model.causal_lm.config.router_aux_loss_coef if factor is None else factor
     if factor is not None:
         raise InputError(
             f'"train.router_aux_loss_coef" is {factor}, but the language model has no experts to balance; set it to null.'

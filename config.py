@@ -22,8 +22,8 @@ from contradictions import (
     RATE_KEYS,
     STAGE_SECTIONS,
     drop_unused_rates,
+    frozen_error,
     refuse_contradictions,
-    refuse_frozen,
     refuse_rates_for_nobody,
     refuse_stage_contradictions,
     stage_entries,
@@ -44,7 +44,7 @@ from typed_yaml import (
 )
 
 # what others take from here, though it stands elsewhere
-__all__ = ["CAPTION_FORMATS", "RATE_KEYS", "InputError", "refuse_frozen", "trained_parts"]
+__all__ = ["CAPTION_FORMATS", "RATE_KEYS", "InputError", "frozen_error", "trained_parts"]
 
 DEFAULT_CONFIG = Path(__file__).parent / "config.yaml"  # the one that train.sh and test.sh take
 STAGES_FOLDER = "stages"  # of a run's folder, with a folder for each stage

@@ -46,7 +46,7 @@ def refuse_contradictions(config: Config, random: set[str] | None = None) -> Non
     if all(getattr(parts, part) == "frozen" for part in allowed):
         raise InputError('"train.trainable": every part is frozen, so nothing would train; set projector to full.')
     for key in sorted(set(RATE_KEYS.values())):
-        (part, *_), kinds = next(pair for pair in RATE_KEYS if RATE_KEYS[pair] == key), _kinds_at(key)
+        part, kinds = _part_at(key), _kinds_at(key)
         rate, word = getattr(train, key), getattr(parts, part)
         if word.kind in kinds and rate is None:
             raise InputError(
@@ -86,6 +86,10 @@ def refuse_contradictions(config: Config, random: set[str] | None = None) -> Non
     _refuse_source_contradictions(config.data)
 
 
+def _part_at(rate_key: str) -> str:
+    return next(part for (part, _), key in RATE_KEYS.items() if key == rate_key)
+
+
 def _kinds_at(rate_key: str) -> list[str]:
     return [kind for (_, kind), key in RATE_KEYS.items() if key == rate_key]
 
@@ -122,6 +126,12 @@ def _refuse_language_model(config: Config) -> None:
         )
     if model.from_scratch is not None:
         _refuse_sizes(model.from_scratch)
+        if config.train.router_aux_loss_coef is not None and not model.from_scratch.architecture.endswith("_moe"):
+            raise InputError(
+                f'"train.router_aux_loss_coef" is {config.train.router_aux_loss_coef}, but '
+                f'"model.from_scratch.architecture" is {model.from_scratch.architecture}, which has no experts to balance; '
+                "set it to null."
+            )
     if model.attention == "mixed" and config.train.attn_implementation == "flash_attention_2":
         raise InputError(
             '"train.attn_implementation" is flash_attention_2, whose kernels know no attention but causal, and '
@@ -176,7 +186,7 @@ def trained_parts(words: dict[str, str]) -> set[str]:
     return {part for part, word in words.items() if word == "full"}
 
 
-def refuse_frozen(part: str, word: str) -> InputError:
+def frozen_error(part: str, word: str) -> InputError:
     """Of a part whose random weights would stay as they are."""
     rest = "" if word == "frozen" else " and leaves weights of it as they are"
     return InputError(
@@ -189,9 +199,14 @@ def refuse_frozen(part: str, word: str) -> InputError:
 def _refuse_random_and_frozen(config: Config, random: set[str]) -> set[str]:
     """The parts of `random` that are random still after the run. InputError where one would be frozen unasked."""
     words = dataclasses.asdict(config.train.trainable)
+    for part in config.train.freeze_random:
+        if part in trained_parts(words):
+            raise InputError(
+                f'"train.freeze_random" names {part}, which trains: train.trainable.{part} is full; take it out of the list.'
+            )
     left = random - trained_parts(words)
-    for part in sorted(left - set(config.train.freeze_random), reverse=True):
-        raise refuse_frozen(part, words[part])
+    if unasked := sorted(left - set(config.train.freeze_random), reverse=True):
+        raise frozen_error(unasked[0], words[unasked[0]])
     return left
 
 
@@ -240,8 +255,7 @@ def drop_unused_rates(train: dict, own: dict, defaults: dict[str, str]) -> None:
     parts = train.get("trainable")
     words = defaults | (parts if isinstance(parts, dict) else {})
     for key in set(RATE_KEYS.values()) - own.keys():
-        part = next(part for part, kind in RATE_KEYS if RATE_KEYS[part, kind] == key)
-        word = words[part]
+        word = words[_part_at(key)]
         if isinstance(word, str) and Trainable(word).kind not in _kinds_at(key):
             train.pop(key, None)
 
@@ -250,9 +264,9 @@ def refuse_rates_for_nobody(given: Sequence[str], stages: Sequence[StageConfig])
     """InputError for a learning rate among the keys `given` for all stages, if no stage trains what it is for."""
     for key in sorted(set(RATE_KEYS.values())):
         if key in given and all(getattr(stage.config.train, key) is None for stage in stages):
-            part = next(part for part, kind in RATE_KEYS if RATE_KEYS[part, kind] == key)
             raise InputError(
-                f'"train.{key}" is given, but no stage trains its part so; set it to null, or "train.trainable.{part}" of a '
+                f'"train.{key}" is given, but no stage trains its part so; set it to null, or '
+                f'"train.trainable.{_part_at(key)}" of a '
                 f"stage to {' or '.join(_kinds_at(key)).replace('top', 'top:N')}."
             )
 
@@ -275,14 +289,22 @@ def refuse_stage_contradictions(stages: Sequence[StageConfig]) -> None:
             )
         lora_of = lora_of or (stage if has_lora else None)
         for other in stages[:i]:
-            if other.config.data.qa_file == config.data.qa_file and _made_of(other.config) != _made_of(config):
-                raise InputError(
-                    f'{where}: "data.qa_file" is {config.data.qa_file}, which stage "{other.name}" makes of other data; '
-                    "give each its own file."
-                )
+            _refuse_shared_files(where, config.data, f'stage "{other.name}"', other.config.data)
 
 
-def _made_of(config: Config) -> tuple:
-    data = config.data
+def _refuse_shared_files(where: str, data: DataConfig, other_name: str, other: DataConfig) -> None:
+    """A file that two stages make must be made of the same, and for the same use."""
+    for key in ("qa_file", "validation_file"):
+        for its_key in ("qa_file", "validation_file"):
+            path = getattr(data, key)
+            if path is None or path != getattr(other, its_key):
+                continue
+            if key == its_key and (_made_of(data) == _made_of(other) or not (data.sources or other.sources)):
+                continue
+            what = "makes of other data" if key == its_key else f'has for its "data.{its_key}"'
+            raise InputError(f'{where}: "data.{key}" is {path}, which {other_name} {what}; give each its own file.')
+
+
+def _made_of(data: DataConfig) -> tuple:
     sources = [dataclasses.replace(source, weight=1.0) for source in data.sources]
-    return sources, data.validation_file, data.validation_fraction, data.verify_images, config.seed
+    return sources, data.qa_file, data.validation_file, data.validation_fraction, data.verify_images

@@ -237,10 +237,16 @@ def is_finished(run: Run, resume_from: Path | None) -> bool:
     if run.validation_set is not None and not scores.exists():
         return False  # it was interrupted while it was scored
     on_main(lambda: verify_folder(final))
-    run.say(f"This run is finished: {final}. For a new one give another output_dir, or --resume none.")
-    if scores.exists():
-        run.say(score_table(json.loads(scores.read_text(encoding="utf-8"))))
+    say_finished(final, run.say)
     return True
+
+
+def say_finished(final: Path, say: Callable[[str], None]) -> None:
+    """That the run that ended with `final` needs no more, and how it ended."""
+    say(f"This run is finished: {final}. For a new one give another output_dir, or --resume none.")
+    scores = final / "scores.json"
+    if scores.exists():
+        say(score_table(read_json(scores)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

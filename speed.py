@@ -188,7 +188,7 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
     stored = cache.nbytes if folder.exists() else 0
     size = expected_bytes(sum(map(_count_pictures, run.datasets)), tower, dtype)
     free = shutil.disk_usage(beside).free
-    epochs = run.epoch(run.total_steps)
+    epochs = run.total_steps * run.samples_per_step / run.order.pass_length
     evaluations = run.total_steps // config.train.eval_steps if config.train.eval_steps else 0
     if word == "auto" and epochs <= 1 and evaluations <= 1 and not stored:
         return Choice(name, "off", "each picture is seen once"), None

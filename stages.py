@@ -9,43 +9,94 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accelerate import PartialState
 
-from config import Config, InputError, StageConfig, nearest
+from config import Config, InputError, StageConfig, changed_keys, load_config, nearest
 from dataprocess.train_tokenizer import learn_if_missing
-from evaluation.runlog import draw_curves, read_rows
+from evaluation.runlog import draw_curves, not_written, read_rows
 from model.folder import MANIFEST, read_json, replace_text, verify_folder, weights_digest, write_folder
-from resume import NO_HISTORY, RunLock, move_aside, on_main
+from resume import NO_HISTORY, RunLock, move_aside, on_main, say_finished
 
 
-def run_stages(config: Config, arguments: argparse.Namespace, run: Callable[[Config, argparse.Namespace], int]) -> int:
+def run_stages(
+    config: Config,
+    arguments: argparse.Namespace,
+    run: Callable[[Config, argparse.Namespace], int],
+    look_ahead: Callable[[Config, Callable[[str], None]], None],
+) -> int:
     """Train the stages of `config` in their order, or `arguments.stage` alone, each by `run(its config, arguments)`; a
     finished one is passed over. Returns what the first of them that was stopped ended with, or 0.
 
-    InputError where a stage has nothing to start from, or was trained on top of something else than is there now.
+    look_ahead: refuses a stage's data, by an InputError, before an earlier one trains. InputError also where a stage has
+    nothing to start from, or was trained on top of something else than is there now.
     """
     stages = config.train.stages
     chosen = _chosen(stages, arguments)
     with contextlib.nullcontext() if arguments.check else RunLock(config.output_dir, _say):
         if arguments.resume == "none" and arguments.stage is None and not arguments.check:
-            move_aside(config.output_dir, _say)
+            # all of it now: a run that is stopped in its first stage must not find the old run's later ones
+            for folder in (config.output_dir, *(stage.config.output_dir for stage in stages)):
+                move_aside(folder, _say)
         # from the data of all stages, whichever of them trains now
         if size := on_main(lambda: learn_if_missing([stage.config for stage in stages])):
             _say(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
-        ended = 0
+        if arguments.check:
+            return _check(stages, chosen, arguments, run)
+        ended, is_first = 0, True
         for number in chosen:
             _say(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
-            ended = run(_with_start(stages, number, arguments), arguments)
+            stage = _with_start(stages, number, arguments)
+            if arguments.resume == "auto" and on_main(lambda stage=stage: _is_over(stage)):
+                say_finished(stage.output_dir / "final", _say)
+                continue
+            if is_first:
+                for later in chosen[chosen.index(number) + 1 :]:
+                    with _named(stages[later]):
+                        look_ahead(stages[later].config, _say)
+            is_first = False
+            ended = run(stage, arguments)
             if ended:
                 break
-        if not arguments.check:
-            on_main(lambda: _publish(config))
-    if not ended and not arguments.check and chosen[-1] == len(stages) - 1:
+        on_main(lambda: _publish(config))
+    if not ended and chosen[-1] == len(stages) - 1:
         _say(f"\nthe model that all stages together made: {config.output_dir / 'final'}")
     return ended
+
+
+def _check(stages: tuple[StageConfig, ...], chosen: list[int], arguments: argparse.Namespace, run: Callable) -> int:
+    """Look at all chosen stages, then say what is wrong with any of them."""
+    wrong = []
+    for number in chosen:
+        _say(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
+        try:
+            with _named(stages[number]):
+                run(_with_start(stages, number, arguments), arguments)
+        except InputError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise InputError("\n\n".join(wrong))
+    return 0
+
+
+@contextlib.contextmanager
+def _named(stage: StageConfig) -> Iterator[None]:
+    """Inside, an InputError says which stage it is of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f'stage "{stage.name}": {error}') from None
+
+
+def _is_over(config: Config) -> bool:
+    """Whether a stage of this very config has ended. Its data and its checkpoints may be gone since."""
+    final = config.output_dir / "final"
+    if not final.exists() or (config.data.validation_file is not None and not (final / "scores.json").exists()):
+        return False
+    verify_folder(final)
+    return not changed_keys(load_config(final / "config.yaml"), config)
 
 
 def place_of(stages: tuple[StageConfig, ...], name: str) -> int:
@@ -124,10 +175,14 @@ def _publish(config: Config) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     metrics, picture = config.output_dir / "metrics.jsonl", config.output_dir / "curves.png"
     if not metrics.exists() or metrics.read_text(encoding="utf-8") != text:
-        draw_curves(logs, picture)
+        try:
+            draw_curves(logs, picture)
+        except OSError as error:
+            raise not_written(picture, error) from None
         replace_text(metrics, text)  # last: it says that both are up to date
     last, final = config.train.stages[-1].config.output_dir / "final", config.output_dir / "final"
-    if last.exists() and not (final.exists() and read_json(final / MANIFEST) == read_json(last / MANIFEST)):
+    is_there = (final / MANIFEST).exists()
+    if last.exists() and not (is_there and read_json(final / MANIFEST) == read_json(last / MANIFEST)):
         verify_folder(last)
         write_folder(final, lambda folder: _copy(last, folder))
 

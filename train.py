@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.stage:
         place_of(config.train.stages, arguments.stage)  # a name that there is not is refused before anything is opened
     state = PartialState(cpu=not torch.accelerator.is_available())  # torchrun's processes find each other on CPUs too
-    ended = run_stages(config, arguments, run_config) if config.train.stages else run_config(config, arguments)
+    ended = (
+        run_stages(config, arguments, run_config, look_ahead) if config.train.stages else run_config(config, arguments)
+    )
     state.destroy_process_group()
     return ended
 
@@ -114,7 +116,7 @@ def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accel
     if arguments.check:
         check_folders(config.output_dir, findings, say)
     # a run that goes on keeps the records that it began with, whatever has become of their pictures
-    prepare_data(config, accelerator, resume_from is not None, arguments.check, say)
+    prepare_data(config, resume_from is not None, arguments.check, say)
     if size := on_main(lambda: learn_if_missing([config])):
         say(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
     with findings.collect():
@@ -129,6 +131,7 @@ def run_locked(arguments: argparse.Namespace, config: Config, accelerator: Accel
         with findings.collect():
             flash = attention(config, accelerator.device, precision)
             built = build(config, precision, processors, resume_from, attention_name(flash))
+            balance_factor(config, built.model)
     findings.stop()
     run = open_run(config, accelerator, precision, built, left_out, say)
     say(trainable_table(run.built.model, trainable_words(config), rates(config)))
@@ -176,9 +179,9 @@ def train(run: Run, resume_from: Path | None) -> int:
     lowest = best_val_loss(run)
     context = autocast(run.precision, accelerator.device)
     pad = run.built.tokenizer.pad_token_id
-    factor = balance_factor(config, run.built)
+    balance = balance_factor(config, model)
     stepper = Stepper(
-        model, optimizer, accelerator, context, config.seed, settings.max_grad_norm, pad, run.encoder, factor
+        model, optimizer, accelerator, context, config.seed, settings.max_grad_norm, pad, run.encoder, balance
     )
     batches = iter(open_loader(run, start_step))
     micros_here = run.cut[1] // processes  # of a step, in this process
@@ -252,10 +255,27 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> fl
 # Before the loop
 
 
-def prepare_data(config: Config, accelerator: Accelerator, goes_on: bool, check: bool, say) -> None:
+def look_ahead(config: Config, say) -> None:
+    """InputError for what is wrong with the data of a stage, long before its turn. What is merely worth knowing is said
+    then."""
+    prepare_data(config, any(config.output_dir.glob("checkpoint-*")), False, say)
+    findings = Findings(config.output_dir / "findings.jsonl")
+
+    def look() -> None:
+        check_data(config, processors, findings, False, lambda _: None)
+        findings.save()
+        findings.stop()
+
+    processors = None
+    with findings.collect():
+        processors = open_processors(config)
+    on_main(look)
+
+
+def prepare_data(config: Config, goes_on: bool, check: bool, say) -> None:
     """The QA file from its sources, by the main process, before the others go on."""
     try:
-        with accelerator.main_process_first():
+        with PartialState().main_process_first():
             report = prepare_from_config(config, images_may_change=goes_on)
         if report is not None:
             say(summary(report))

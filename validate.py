@@ -43,9 +43,9 @@ class Validation(NamedTuple):
 
     @property
     def values(self) -> dict[str, float]:
-        """By the names that metrics.jsonl and scores.json have for them, without what there is not."""
+        """By the names that metrics.jsonl and scores.json have for them, without what there is not: JSON has no infinity."""
         found = {"loss": self.loss, "perplexity": self.perplexity, **self._asdict()}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None and value != math.inf}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.training import machine
-from config import load_config, to_yaml
+from config import InputError, load_config, run_script, to_yaml
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs" / "from-scratch-demo.yaml"
@@ -53,16 +53,16 @@ def write_config(folder: Path, without_text: bool) -> Path:
 
 
 def train(config: Path, folder: Path, words: Sequence[str]) -> dict:
-    """One run, in a process of its own; its scores."""
-    scores = folder / "final" / "scores.json"
-    if not scores.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), f"output_dir={folder}", *words]
-        with open(folder / "log.txt", "w", encoding="utf-8") as log:
-            subprocess.run(
-                command, check=True, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-    return json.loads(scores.read_text(encoding="utf-8"))
+    """One run, in a process of its own; its scores. One that has ended is passed over, and one of other settings refused, by
+    train.py itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), f"output_dir={folder}", *words]
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment).returncode
+    if ended:
+        raise InputError(f"{folder}: this run ended with {ended}; log.txt there says why. The same command goes on.")
+    return json.loads((folder / "final" / "scores.json").read_text(encoding="utf-8"))
 
 
 def run_all(output: Path, variants: Sequence[str], seeds: Sequence[int], words: Sequence[str], jobs: int) -> dict:
@@ -123,4 +123,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

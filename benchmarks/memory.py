@@ -37,7 +37,7 @@ from dataset.loader import collate
 from model.build import autocast, checkpoint_activations
 from model.loss import CHUNK_BYTES
 from model.model import VisionLanguageModel
-from model.projector import build_projector
+from model.projector import NUM_QUERIES, build_projector
 from model.trainable import param_groups, set_trainable
 from step import Stepper
 from visual.encoders import ENCODERS, VisionTower
@@ -56,6 +56,7 @@ DINOV2_BASE = {
     "patch_size": 14,
 }
 STEPS = 5
+MICROS = 2  # the second finds the gradients of the first
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def shapes_of(config: Config, batch: int, length: int) -> Shapes:
     sizes = {key: value for key, value in dataclasses.asdict(new).items() if key not in ("tokenizer", "vocab_size")}
     if new.vocab_size is None:
         raise InputError('"model.from_scratch.vocab_size" is null, so the size of the vocabulary is not known; set it.')
-    queries = config.model.num_queries or 32
+    queries = config.model.num_queries or NUM_QUERIES
     return Shapes(DINOV2_BASE, 224, queries, config.model.attention, new.vocab_size, sizes, batch, length)
 
 
@@ -205,8 +206,9 @@ def table(shapes: Shapes) -> tuple[list[tuple[str, int]], dict[str, int]]:
     tokens, width = shapes.batch * shapes.length, shapes.sizes["hidden_size"]
     kept, casts = kept_for_backward(shapes, checkpointing=False)
     kept_less, _ = kept_for_backward(shapes, checkpointing=True)
-    # a chunk of logits and its softmax, the head's matrix in half precision, the gradient of the hidden states
-    head = 2 * CHUNK_BYTES + HALF.itemsize * shapes.vocabulary * width + 4 * tokens * width
+    # a chunk of logits and its softmax, the head's matrix in half precision, the gradients of that matrix and of the hidden
+    # states, both once more where they are multiplied by the loss's factor
+    head = 2 * CHUNK_BYTES + (HALF.itemsize + 8) * shapes.vocabulary * width + 8 * tokens * width
     rows = [(f"weights: {title}", size) for title, size in weights.items()]
     rows += [
         ("gradients", trained),
@@ -217,11 +219,12 @@ def table(shapes: Shapes) -> tuple[list[tuple[str, int]], dict[str, int]]:
         ("  the same with activation checkpointing", kept_less),
         ("head and cross entropy, a chunk at a time", head),
     ]
-    base, layers = sum(weights.values()) + 2 * trained, shapes.sizes["num_hidden_layers"]
+    # weights, AdamW's state, and, from a step's second micro-batch on, the gradients that are added to
+    base, layers = sum(weights.values()) + 3 * trained, shapes.sizes["num_hidden_layers"]
     moments = {
         "between forward and backward": base + casts + kept + head,
         "the same with activation checkpointing": base + kept_less + head + (casts + kept - kept_less) // layers,
-        "in the optimizer's step": base + 2 * trained,
+        "in the optimizer's step": base + trained,
     }
     return rows, moments
 
@@ -238,8 +241,8 @@ def as_markdown(rows: list[tuple[str, int]], moments: dict[str, int]) -> str:
 
 
 def measure(shapes: Shapes, device: torch.device, cap: float, checkpointing: bool) -> str:
-    """Take STEPS optimizer steps of the real training step on random pictures and texts, on a GPU under a cap of `cap` GiB.
-    Returns what happened in a sentence."""
+    """Take STEPS optimizer steps of the real training step, of MICROS micro-batches each, on random pictures and texts, on a
+    GPU under a cap of `cap` GiB. Returns what happened in a sentence."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total), device)
@@ -258,12 +261,17 @@ def measure(shapes: Shapes, device: torch.device, cap: float, checkpointing: boo
     text = shapes.length - shapes.queries
     losses = []
     for step in range(STEPS):
-        samples = [random_sample(like, chance, text // 4, text - text // 4) for _ in range(shapes.batch)]
-        batch = collate(samples, PAD_TOKEN_ID, packed=True)
-        outcome, _ = stepper(step, [batch], [1e-4] * len(groups), False)
+        micros = []
+        for _ in range(MICROS):
+            samples = [random_sample(like, chance, text // 4, text - text // 4) for _ in range(shapes.batch)]
+            micros.append(collate(samples, PAD_TOKEN_ID, packed=True))
+        outcome, _ = stepper(step, micros, [1e-4] * len(groups), False)
         losses.append(outcome.loss)
     how = "with" if checkpointing else "without"
-    said = f"{STEPS} steps of {shapes.batch} x {shapes.length} tokens {how} activation checkpointing, loss {losses[-1]:.3f}"
+    said = (
+        f"{STEPS} steps of {MICROS} x {shapes.batch} x {shapes.length} tokens {how} activation checkpointing, loss "
+        f"{losses[-1]:.3f}"
+    )
     if device.type != "cuda":
         return f"{said}; on {device.type}, where nothing caps the memory"
     peak, held = (read(device) / GIB for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
@@ -282,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     shapes = TINY if arguments.tiny else shapes_of(load_config(arguments.config), arguments.batch, arguments.length)
     has_gpu = torch.cuda.is_available()
+    if arguments.checkpointing and not arguments.measure:
+        raise InputError("--checkpointing says how to --measure; the count shows both.")
     if arguments.measure and not has_gpu and not arguments.tiny:
         raise InputError("--measure needs a GPU, or --tiny for the same code on a CPU.")
     print(f"{datetime.date.today()}, torch {torch.__version__}, {machine()}\n")

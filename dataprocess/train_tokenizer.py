@@ -14,6 +14,7 @@ import argparse
 import errno
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,11 +23,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from config import Config, InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
-from dataset.json_stream import stream_json
+from dataset.json_stream import NotJson, stream_json
 from dataset.record import parse_record, parts_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")  # the last ids, as in Qwen's
 BYTES = 256
+SAMPLE_BYTES = (
+    64 * 2**20
+)  # learning takes some 70 times the memory of the text, where words are whole clauses as in Chinese
 LEARNED_FROM = "learned_from.json"  # beside the tokenizer: what it was made of
 
 # How a text is cut before anything is merged, as Qwen2 does: words with the blank before them, each digit alone, runs of
@@ -37,14 +41,17 @@ WORDS = (
 
 
 def train_tokenizer(qa_files: Sequence[Path], vocab_size: int, output: Path) -> int:
-    """Learn a tokenizer of at most `vocab_size` tokens, the special ones among them, from all turns of all records, and
-    write the folder `output`: whole or not at all. Returns how many tokens it has. The same files give the same tokenizer.
-    Raises InputError where the files cannot be read or hold too little, or the folder cannot be written."""
+    """Learn a tokenizer of at most `vocab_size` tokens, the special ones among them, from all turns of all records, or of a
+    seeded choice of records where the files are larger than SAMPLE_BYTES together; and write the folder `output`: whole or
+    not at all. Returns how many tokens it has. The same files give the same tokenizer. Raises InputError where the files
+    cannot be read, or the folder is there already or cannot be written."""
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise InputError(
             f"vocab_size is {vocab_size}; {BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens need {smallest}."
         )
+    if output.exists():
+        raise InputError(f"{output}: is there already; remove it, or give another folder.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -62,17 +69,30 @@ def train_tokenizer(qa_files: Sequence[Path], vocab_size: int, output: Path) -> 
     )
     tokenizer.train_from_iterator(_texts(qa_files), trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    _write(tokenizer, {"vocab_size": vocab_size, "qa_files": [str(path) for path in qa_files]}, output)
+    learned_from = {
+        "vocab_size": vocab_size,
+        "qa_files": [str(path) for path in qa_files],
+        "sample_bytes": SAMPLE_BYTES,
+    }
+    _write(tokenizer, learned_from, output)
     return tokenizer.get_vocab_size()
 
 
 def _texts(qa_files: Sequence[Path]) -> Iterator[str]:
-    """Everything that is said in the records, read one at a time."""
+    """What is said in the records, read one at a time."""
     for path in qa_files:
         if not path.exists():
             raise InputError(f"{path}: no such QA file; prepare the data first (python -m dataprocess.process_image).")
+    share = SAMPLE_BYTES / max(1, sum(path.stat().st_size for path in qa_files))
+    chance = random.Random(0)
+    for path in qa_files:
         for item in stream_json(path):
-            record = parse_record(item.value, f"{path} {f'line {item.line}' if item.line else f'item {item.index}'}")
+            if share < 1 and chance.random() >= share:
+                continue
+            place = f"{path} {f'line {item.line}' if item.line else f'item {item.index}'}"
+            if isinstance(item.value, NotJson):
+                raise InputError(f"{place}: {item.value}")
+            record = parse_record(item.value, place)
             for turns in (record.conversations, *record.alternatives):
                 for turn in turns:
                     yield from (part for part in parts_of(turn) if isinstance(part, str))
@@ -95,8 +115,8 @@ def _write(tokenizer: Tokenizer, learned_from: dict, output: Path) -> None:
             (partial / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         partial.rename(output)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and (output / LEARNED_FROM).exists():
-            return  # another run has learned it meanwhile
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and _made_of(output) == learned_from:
+            return  # another run has learned the same meanwhile
         raise InputError(
             f"{output}: cannot be written ({error.strerror}); give a folder that is not there yet, where there is room."
         ) from None
@@ -104,17 +124,22 @@ def _write(tokenizer: Tokenizer, learned_from: dict, output: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _made_of(folder: Path) -> dict:
+    """What a tokenizer's folder says that it was learned from; nothing where this program did not make it."""
+    try:
+        found = json.loads((folder / LEARNED_FROM).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def is_missing(folder: str, vocab_size: int | None) -> bool:
     """Whether the tokenizer that a config names has yet to be learned. InputError where another one is there already."""
     if vocab_size is None:
         return False
-    made_of = Path(folder, LEARNED_FROM)
     if not Path(folder).exists():
         return True
-    try:
-        found = json.loads(made_of.read_text(encoding="utf-8"))["vocab_size"]
-    except (OSError, ValueError, LookupError, TypeError):
-        found = None
+    found = _made_of(Path(folder)).get("vocab_size")
     if found != vocab_size:
         what = f"was learned with vocab_size {found}" if found else "was not made by dataprocess.train_tokenizer"
         raise InputError(

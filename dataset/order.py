@@ -14,8 +14,9 @@ from config import InputError
 
 
 class SampleOrder:
-    """An endless stream of samples: epoch after epoch, each a seeded permutation of `kept` by weight, or the first `limit`
-    samples of one, which differ from epoch to epoch.
+    """An endless stream of samples: pass after pass over the data, each a seeded permutation of `kept` by weight. An epoch
+    is a pass, or `limit` samples where that is fewer: the next epoch goes on where it ended, so every record is taken once
+    before any is taken again.
 
     kept [n]: the records that may be used. weights [n]: how often a record is taken in an epoch; the whole part every
     epoch, and for the rest a seeded choice among the records of the same weight that changes from epoch to epoch, of at
@@ -29,13 +30,14 @@ class SampleOrder:
         self.epoch_length = sum(copies * len(members) + more for members, copies, more in self._groups())
         if self.epoch_length == 0:
             raise InputError('no sample to train on: every record has weight 0; raise the "weight" of a source.')
+        self.pass_length = self.epoch_length
         if limit is not None:
-            self.epoch_length = min(limit, self.epoch_length)
+            self.epoch_length = min(limit, self.pass_length)
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def at(self, position: int) -> tuple[int, int]:
-        """(epoch, record) of the sample at `position` of the stream."""
-        epoch, offset = divmod(position, self.epoch_length)
+        """(pass over the data, record) of the sample at `position` of the stream."""
+        epoch, offset = divmod(position, self.pass_length)
         if epoch != self._epoch:  # one epoch is kept: 8 bytes a record
             self._epoch, self._permutation = epoch, self._permute(epoch)
         return epoch, int(self._permutation[offset])

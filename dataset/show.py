@@ -118,7 +118,8 @@ def vocabulary(processors: Processors) -> Vocabulary:
             return bytes([int(text[3:5], 16)])
         return text.replace("▁", " ").encode()
 
-    is_byte_level = set("".join(tokenizer.get_vocab())) <= byte_of.keys()
+    own = tokenizer.get_vocab().keys() - {str(added) for added in tokenizer.added_tokens_decoder.values()}
+    is_byte_level = set("".join(own)) <= byte_of.keys()
     return Vocabulary(
         token_bytes=token_bytes,
         special={token: str(added) for token, added in tokenizer.added_tokens_decoder.items()},

@@ -138,7 +138,7 @@ class RunLog:
             try:
                 draw_curves([("", self.metrics)], picture)
             except OSError as error:
-                raise _not_written(picture, error) from None
+                raise not_written(picture, error) from None
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -150,10 +150,10 @@ def _append(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             file.truncate(size)
-            raise _not_written(path, error) from None
+            raise not_written(path, error) from None
 
 
-def _not_written(path: Path, error: OSError) -> InputError:
+def not_written(path: Path, error: OSError) -> InputError:
     return InputError(
         f"{path}: cannot be written ({error.strerror}); make room there, and the same command goes on from the last "
         "checkpoint."
@@ -189,7 +189,7 @@ def _keep_rows(path: Path, last_step: int) -> None:
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise _not_written(path, error) from None
+            raise not_written(path, error) from None
 
 
 def draw_curves(runs: Sequence[tuple[str, Path]], picture: Path) -> None:

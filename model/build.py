@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 import qwen
-from config import InputError, refuse_frozen
+from config import InputError, frozen_error
 from model.checkpoint import has_adapter, load_adapter, load_trained, refuse_other_sizes
 from model.model import VisionLanguageModel
 from model.projector import build_projector, count_tokens
@@ -102,6 +102,7 @@ def build_model(
 ) -> Built:
     """Load encoder and language model (folders or hub names) in `dtype`, make the projector, add LoRA, fill in what
     `checkpoint`, which the caller has verified, trained, and let train what `trainable` (part -> word) says, in float32.
+    A language model from scratch is float32 as a whole: its weights are nowhere but in what this project writes.
 
     processors: as `load_processors` returns them. lora: r, alpha, dropout, target_modules. from_scratch: instead of a
     language_model the sizes of a new one, as `qwen.new_language_model` takes them. attention: causal or mixed.
@@ -114,9 +115,10 @@ def build_model(
         lm = qwen.load_language_model(language_model, dtype, attn_implementation)
     else:
         sizes = from_scratch | {"attn_implementation": attn_implementation}
+        vocabulary = 1 + max(processors.tokenizer.get_vocab().values())  # ids may have gaps
         if checkpoint is not None:
-            refuse_other_sizes(checkpoint, len(processors.tokenizer), sizes)
-        lm = qwen.new_language_model(len(processors.tokenizer), seed, **sizes).to(dtype)
+            refuse_other_sizes(checkpoint, vocabulary, sizes)
+        lm = qwen.new_language_model(vocabulary, seed, **sizes)
     qwen.set_image_attention(lm, attention)
     qwen.attach_tokenizer(lm, processors.tokenizer)
 
@@ -143,8 +145,8 @@ def build_model(
     torch.set_rng_state(generator_state)
 
     set_trainable(model, trainable)
-    for part in sorted(model.untrained - set(freeze_random), reverse=True):
-        raise refuse_frozen(part, trainable[part])
+    if left := sorted(model.untrained - set(freeze_random), reverse=True):
+        raise frozen_error(left[0], trainable[left[0]])
     return Built(**vars(processors), model=model.train())
 
 

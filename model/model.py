@@ -53,7 +53,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def has_experts(self) -> bool:
-        return getattr(self.causal_lm.config, "num_experts_per_tok", None) is not None
+        return any(hasattr(layer.mlp, "experts") for layer in self.causal_lm.model.layers)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[M,3,H,W] -> image_features [M,K,D]."""

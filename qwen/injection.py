@@ -44,6 +44,8 @@ class ImageInjection:
         `lengths`: how the one row is made of documents that do not see each other; instead of a mask and positions.
         """
         images = None
+        if image_features is not None and (input_ids is None or inputs_embeds is not None):
+            raise ValueError("image_features need input_ids, which say where the images stand; inputs_embeds do not.")
         if image_features is not None and getattr(self.config, "image_attention", "causal") == "mixed":
             images = number_images(input_ids, self.config.image_token_id, image_features.shape[1])
         if lengths is not None:
@@ -58,8 +60,6 @@ class ImageInjection:
             inputs_embeds, input_ids = self.embed_with_images(input_ids, image_features, not is_step), None
             if images is not None and lengths is None:
                 attention_mask = self.mixed_mask(images, inputs_embeds, attention_mask, past_key_values, position_ids)
-        elif image_features is not None:
-            raise ValueError("image_features need input_ids, which say where the images stand; inputs_embeds do not.")
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -55,7 +55,9 @@ def new_language_model(
         **{name: size for name, size in sizes.items() if size is not None},
     )
     if hasattr(config, "norm_topk_prob"):
-        config.norm_topk_prob = True  # the weights of the chosen experts add up to 1, however sure the router is
+        # the weights of the chosen experts add up to 1, however sure the router is; one alone keeps its probability, which
+        # is all that the router can learn from
+        config.norm_topk_prob = config.num_experts_per_tok > 1
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:

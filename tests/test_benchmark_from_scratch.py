@@ -8,7 +8,7 @@ import json
 import pytest
 
 from benchmarks import from_scratch
-from config import load_config
+from config import InputError, load_config
 from tests.toy_project import write_staged_project
 
 QUICK = ["--override", "train.max_steps=1", "--override", "train.eval_steps=null", "--seeds", "0"]
@@ -35,8 +35,13 @@ def test_runs_are_made_once_and_the_table_holds_every_variant(toy, monkeypatch, 
     assert (toy / "out" / "0-0" / "stages" / "text" / "final").exists()
     assert not (toy / "out" / "4-0" / "stages" / "text").exists()
 
-    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("a run was made again"))
+    finals = [toy / "out" / name / "final" / "manifest.json" for name in ("0-0", "4-0")]
+    before = [path.stat().st_mtime_ns for path in finals]
     assert from_scratch.main(words) == 0
+    assert [path.stat().st_mtime_ns for path in finals] == before, "a run was made again"
+    with pytest.raises(InputError, match="0-0: this run ended with 2; log.txt there says why"):
+        from_scratch.main([*words, "--override", "seed=5"])
+    assert "belongs to a run of another config (seed: 0 -> 5)" in (toy / "out" / "0-0" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("name", from_scratch.VARIANTS)

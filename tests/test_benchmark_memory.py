@@ -64,7 +64,7 @@ def test_the_recipe_fits_into_eight_gigabytes():
         trained = sum(p.numel() for p in qwen.new_language_model(32_000, 0, **shapes.sizes).parameters())
     assert dict(rows)["AdamW: mean and mean square"] == pytest.approx(8 * trained, rel=0.02)
     assert max(moments["the same with activation checkpointing"], moments["in the optimizer's step"]) < 7 * 2**30
-    assert moments["between forward and backward"] < 8 * 2**30
+    assert moments["between forward and backward"] > 8 * 2**30, "so activation checkpointing is needed"
 
 
 def test_it_prints_the_table_and_takes_real_steps(capsys):
@@ -74,12 +74,14 @@ def test_it_prints_the_table_and_takes_real_steps(capsys):
         AcceleratorState._reset_state(reset_partial_state=True)
     printed = capsys.readouterr().out
     assert "| weights: routed experts |" in printed and "| **in the optimizer's step** |" in printed
-    assert "5 steps of 2 x 48 tokens with activation checkpointing" in printed
+    assert "5 steps of 2 x 2 x 48 tokens with activation checkpointing" in printed
 
 
 def test_mistakes_are_one_message(tmp_path):
     with pytest.raises(InputError, match="no model.from_scratch"):
         memory.main(["--config", str(memory.ROOT / "config.yaml")])
+    with pytest.raises(InputError, match="how to --measure"):
+        memory.main(["--checkpointing"])
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="needs a GPU, or --tiny"):
             memory.main(["--measure"])

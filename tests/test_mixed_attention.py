@@ -22,6 +22,7 @@ from qwen.injection import number_images
 from tests.test_answer_speed import NEW, SHARED, Tower, make_prompts, one_at_a_time, pictures_of
 from tests.test_injection import LAYOUTS, N, answer, make_batch
 from tests.toy_language import HIDDEN, WRITERS, write_qwen2
+from tests.toy_project import SIZES
 
 IMAGE, TEXT = 999, 5
 
@@ -65,6 +66,17 @@ def explicit_mask(ids: list[int], is_real: list[int], image: int) -> list[list[b
 
 
 # --- which tokens are one image
+
+
+def test_features_need_ids_here_too():
+    model = qwen.new_language_model(300, 0, **SIZES)
+    qwen.set_image_attention(model, "mixed")
+    model.config.image_token_id = 7
+    with pytest.raises(ValueError, match="image_features need input_ids"):
+        model(
+            inputs_embeds=torch.zeros(1, 4, SIZES["hidden_size"]),
+            image_features=torch.zeros(1, 4, SIZES["hidden_size"]),
+        )
 
 
 def test_images_are_told_apart_also_side_by_side():

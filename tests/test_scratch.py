@@ -81,6 +81,8 @@ def test_the_first_weights_are_the_seeds_and_nothing_elses():
     again, other = (qwen.new_language_model(300, seed, **SIZES).state_dict() for seed in (3, 4))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    one = qwen.new_language_model(300, 0, **SIZES | {"num_experts_per_tok": 1})
+    assert not one.model.layers[0].mlp.gate.norm_topk_prob, "a weight of one alone would be 1, whatever the router says"
     with pytest.raises(InputError, match='architecture: "qwen4" is unknown'):
         qwen.new_language_model(300, 0, **SIZES | {"architecture": "qwen4"})
 
@@ -103,6 +105,37 @@ def project(tmp_path_factory):
 def whole(project):
     run_training(project, "train.save_total_limit=null")
     return project.parent / "run"
+
+
+def test_the_model_is_the_same_at_every_precision(project, whole):
+    """Float32, the first weights as well as RoPE's frequencies: what is trained in half precision is read again in any."""
+    config = load_config(project)
+    made = [build(config, precision, open_processors(config)).model.causal_lm for precision in ("fp32", "bf16", "fp16")]
+    tensors = [[*model.parameters(), *model.buffers()] for model in made]
+    for other in tensors[1:]:
+        for of_one, of_other in zip(tensors[0], other, strict=True):
+            assert of_other.dtype == torch.float32 and torch.equal(of_one, of_other)
+
+
+def test_a_folder_to_start_from_that_is_no_model_is_named(project, tmp_path):
+    for folder in (tmp_path / "nope", tmp_path):
+        with pytest.raises(InputError, match=f"^{re.escape(str(folder))}") as caught:
+            run_training(project, f"output_dir={tmp_path / 'run'}", f"model.start_from={folder}")
+        assert "vocab_size" not in str(caught.value)
+
+
+def test_a_vocabulary_with_gaps_is_as_large_as_its_highest_id(project, whole, tmp_path):
+    config = load_config(project)
+    shutil.copytree(config.model.from_scratch.tokenizer, tmp_path / "gaps")
+    path = tmp_path / "gaps" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 700
+    path.write_text(json.dumps(values))
+    config = load_config(
+        project, [f"model.from_scratch.tokenizer={tmp_path / 'gaps'}", "model.from_scratch.vocab_size=null"]
+    )
+    assert build(config, "fp32", open_processors(config)).model.causal_lm.config.vocab_size == 704
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3_moe"])

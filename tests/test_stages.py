@@ -232,6 +232,53 @@ def test_all_stages_anew_move_the_old_run_aside(project, whole, again):
     assert (again / "previous-1" / "final").exists() and (again / "stages" / "text" / "previous-1" / "final").exists()
 
 
+def test_all_stages_anew_go_on_where_they_were_interrupted(project, again, monkeypatch):
+    """Of the old run nothing is found any more, in the later stages neither."""
+    words = [f"output_dir={again}", "train.language_model_lr=2e-3"]
+    call = Stepper.__call__
+
+    def interrupted(self, number, *arguments):
+        if number == 2:
+            raise KeyboardInterrupt
+        return call(self, number, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Stepper, "__call__", interrupted)
+        run_training(project, *words, "--resume", "none")
+    assert not final(again, "chat").exists()
+    run_training(project, *words)
+    assert (final(again, "chat") / "scores.json").exists()
+
+
+def test_a_stage_that_has_ended_needs_neither_its_data_nor_its_checkpoints(tmp_path):
+    project = write_staged_project(tmp_path)
+    run = tmp_path / "run"
+    run_training(project, "--stage", "text")
+    for folder in (run / "stages" / "text").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    values = yaml.safe_load(project.read_text())
+    (tmp_path / values["train"]["stages"][0]["data"]["sources"][0]["annotations"]).unlink()
+    run_training(project)
+    assert (run / "final" / "scores.json").exists()
+
+
+def test_data_of_a_later_stage_are_looked_at_before_an_earlier_one_trains(project, tmp_path, monkeypatch, capsys):
+    """The tokenizer is there; a file is missing, or holds what cannot be used. --check names all of them at once."""
+    run_training(project, f"output_dir={tmp_path / 'run'}", "--check")
+    monkeypatch.setattr(Stepper, "__call__", lambda *_: pytest.fail("trained"))
+    gone = [f"train.stages.chat.data.{key}_file={tmp_path / key}.jsonl" for key in ("qa", "validation")]
+    gone += ["train.stages.chat.data.sources.0.annotations=gone.json"]
+    with pytest.raises(InputError, match='stage "chat": .*gone.json'):
+        run_training(project, f"output_dir={tmp_path / 'run'}", *gone)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "a", "conversations": []}\n')
+    no_record = [f"train.stages.vision.data.qa_file={bad}", "train.stages.vision.data.sources=[]"]
+    with pytest.raises(InputError, match='(?s)stage "vision": .*bad.jsonl'):
+        run_training(project, f"output_dir={tmp_path / 'run'}", *no_record, *gone[:2])
+    with pytest.raises(InputError, match='(?s)stage "vision": .*bad.jsonl.*stage "chat": .*gone.json'):
+        run_training(project, f"output_dir={tmp_path / 'run'}", *no_record, *gone, "--check")
+
+
 def test_a_stage_of_another_config_is_not_continued(project, again):
     with pytest.raises(InputError, match="train.language_model_lr: 0.001 -> 0.002"):
         run_training(project, f"output_dir={again}", "train.stages.text.train.language_model_lr=2e-3")
@@ -360,6 +407,9 @@ def test_a_config_with_stages_survives_being_written_and_read_again(project, tmp
         ({"train": {"trainable": {"language_model": "top:1"}}}, ['stage "text"', "language model would be random"]),
         ({"train": {"trainable": {"embeddings": "frozen"}}}, ['stage "text"', "embeddings would be random"]),
         ({"data": {"qa_file": "qa.jsonl", "validation_file": "validation.jsonl"}}, ['stage "vision"', "its own file"]),
+        ({"data": {"qa_file": "validation.jsonl"}, "train": {"eval_steps": None}},
+         ['stage "vision"', '"data.validation_file"', 'which stage "text" has for its "data.qa_file"']),
+        ({"train": {"freeze_random": ["language_model"]}}, ['stage "text"', "names language_model, which trains"]),
     ],
     ids=str,
 )  # fmt: skip

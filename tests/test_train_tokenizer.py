@@ -92,7 +92,11 @@ def test_by_a_config_it_learns_from_all_stages_and_only_once(tmp_path, capsys):
     assert train_tokenizer.main(["--config", str(path)]) == 0
     assert "320 tokens" in capsys.readouterr().out
     made_of = json.loads((tmp_path / "tokenizer" / "learned_from.json").read_text())
-    assert made_of == {"vocab_size": 320, "qa_files": [str(tmp_path / "text.jsonl"), str(tmp_path / "qa.jsonl")]}
+    assert made_of == {
+        "vocab_size": 320,
+        "qa_files": [str(tmp_path / "text.jsonl"), str(tmp_path / "qa.jsonl")],
+        "sample_bytes": train_tokenizer.SAMPLE_BYTES,
+    }
     vocabulary = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").get_vocab()
     assert "Ġred" in vocabulary and "Ġagain" in vocabulary  # of the texts, and of the pictures' answers
     with pytest.raises(InputError, match="is there already"):
@@ -116,7 +120,9 @@ def test_whether_it_is_to_be_learned(learned, tmp_path):
         (["--config", "config.yaml", "--vocab-size", "320"], "give either"),
         (["--qa", "none.jsonl", "--vocab-size", "320", "--output", "t"], "no such QA file"),
         (["--qa", "qa.jsonl", "--vocab-size", "20", "--output", "t"], "need 260"),
-        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "full"], "cannot be written"),
+        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "full"], "is there already"),
+        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "."], "is there already"),
+        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "qa.jsonl/t"], "cannot be written"),
         (["--qa", "bad.jsonl", "--vocab-size", "320", "--output", "t"], r"bad.jsonl line 2 \(\"b\"\)"),
     ],
 )
@@ -151,3 +157,38 @@ def test_two_that_learn_at_once_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tokenizer, "_write", slower)
     assert train_tokenizer.train_tokenizer([qa], 300, tmp_path / "tokenizer") <= 300
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_there_is_not_written_over(learned, tmp_path):
+    qa = write_qa(tmp_path / "qa.jsonl")
+    before = (learned / "tokenizer.json").read_bytes()
+    for folder in (learned, tmp_path):
+        with pytest.raises(InputError, match="is there already; remove it, or give another folder"):
+            train_tokenizer.train_tokenizer([qa], 290, folder)
+    assert (learned / "tokenizer.json").read_bytes() == before
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    qa = write_qa(tmp_path / "qa.jsonl")
+    qa.write_text(qa.read_text() + "{\n")
+    with pytest.raises(InputError, match="qa.jsonl line 5: not a JSON value"):
+        train_tokenizer.train_tokenizer([qa], 290, tmp_path / "tokenizer")
+
+
+def test_of_large_files_a_seeded_choice_is_read(tmp_path, monkeypatch):
+    """From all over the files, about as much as was asked for, the same each time."""
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        rows = [{"id": f"{i}", "conversations": [{"role": "text", "content": f"{path.name} {i}"}]} for i in range(1000)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    everything = list(train_tokenizer._texts(paths))
+    assert len(everything) == 2000
+    monkeypatch.setattr(train_tokenizer, "SAMPLE_BYTES", paths[0].stat().st_size // 2)
+    chosen = list(train_tokenizer._texts(paths))
+    assert 400 < len(chosen) < 600 and chosen == list(train_tokenizer._texts(paths))
+    assert set(chosen) < set(everything)
+    numbers = [int(text.split()[1]) for text in chosen if text.startswith("b")]
+    assert 200 < len(numbers) < 300 and numbers[0] < 50 and numbers[-1] > 950
+    train_tokenizer.train_tokenizer(paths, 290, tmp_path / "tokenizer")
+    learned_from = json.loads((tmp_path / "tokenizer" / "learned_from.json").read_text())
+    assert learned_from["sample_bytes"] == train_tokenizer.SAMPLE_BYTES

@@ -54,6 +54,11 @@ def test_sums_are_added_up_over_processes_and_a_dense_model_has_no_balance():
     assert Validation(800.0, 0.0, None).perplexity == math.inf
 
 
+def test_a_perplexity_that_no_float_holds_is_left_out():
+    found = of_sums(Sums(loss=2000.0, targets=2, right=0, tokens=4), has_experts=False)
+    assert found.perplexity == math.inf and found.values == {"loss": 1000.0, "token_accuracy": 0.0}
+
+
 def test_counting_goes_by_chunks_and_misses_none(monkeypatch):
     head = torch.nn.Linear(8, 50, bias=False)
     hidden = torch.randn(333, 8, generator=torch.Generator().manual_seed(0))
