@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train what config.yaml says:   sh train.sh [--config FILE] [--resume auto|none|DIR] [--check] [key=value ...]
+# Train what config.yaml says:   sh train.sh [--config FILE] [--stage NAME] [--resume auto|none|DIR] [--check] [key=value ...]
 # Several GPUs share each step's samples; the config stays as it is:
 #   LAUNCHER="torchrun --nproc_per_node 4" sh train.sh
 set -eu

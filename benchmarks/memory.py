@@ -191,8 +191,8 @@ def saved_bytes(lm: nn.Module, ids: Tensor, lengths: Sequence[int], features: Te
     routes = {"output_router_logits": True} if "moe" in lm.config.model_type else {}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", HALF):
         lm.model(input_ids=ids, lengths=list(lengths), image_features=features, use_cache=False, **routes)
+    is_checkpointed = any(layer.gradient_checkpointing for layer in lm.model.layers)
     total = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
-    is_checkpointed = lm.is_gradient_checkpointing
     casts = (
         0 if is_checkpointed else sum(HALF.itemsize * p.numel() for p in lm.model.layers.parameters() if p.ndim >= 2)
     )
