@@ -231,6 +231,12 @@ def test_a_size_in_a_strangers_config_fills_no_memory(whole, monkeypatch):
         (["model.from_scratch.tokenizer=some/name"], ["reads as a name on the hub", "./some/name"]),
         (["model.attention=mixed", "train.attn_implementation=flash_attention_2"], ["flash_attention_2", "mixed"]),
         (["model.attention=both"], ["causal, mixed"]),
+        (
+            ["model.from_scratch.architecture=qwen2", "model.from_scratch.intermediate_size=64"]
+            + [f"model.from_scratch.{key}=null" for key in ROUTED if "expert" in key or key.startswith("moe")]
+            + ["model.from_scratch.shared_expert_intermediate_size=null"],
+            ["router_aux_loss_coef.* is 0.01", "no experts to balance"],
+        ),
     ],
     ids=str,
 )
