@@ -1,5 +1,5 @@
-"""The data and the model's processors, brought together before anything is trained: is every record what training takes it
-for? `dataset.check` finds out, this says so in the terms of a config and a run."""
+"""The data and the model's processors, brought together before anything is trained: the QA files are made, and is every
+record what training takes it for? `dataset.check` finds out, this says so in the terms of a config and a run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,59 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from tqdm import tqdm
 
-from assemble import chat_format
+from assemble import chat_format, open_processors
 from config import Config
+from dataprocess.process_image import prepare_from_config
+from dataprocess.report import summary
 from dataset.check import Checked, check_file, check_leakage
-from dataset.check_report import describe, notes
+from dataset.check_report import describe, notes, refused_rows
 from dataset.check_sample import check_labels, check_pictures
 from dataset.findings import Findings
 from model.build import Processors
+from model.folder import verify_folder
+from resume import on_main
 
 # records whose pictures are decoded and whose labels are read back: at every start, and with --check
 START_SAMPLE, CHECK_SAMPLE = 64, 2000
+
+
+def prepare_data(config: Config, goes_on: bool, check: bool, say) -> None:
+    """The QA file from its sources, by the main process, before the others go on."""
+    try:
+        with PartialState().main_process_first():
+            report = prepare_from_config(config, images_may_change=goes_on)
+        if report is not None:
+            say(summary(report))
+    finally:  # the list of refused records stands there whether they were too many or not
+        if check and config.data.sources:
+            say(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
+
+
+def look_ahead(config: Config, say) -> None:
+    """InputError for what is wrong with the data of a stage, long before its turn. What is merely worth knowing is said
+    then."""
+    prepare_data(config, any(config.output_dir.glob("checkpoint-*")), False, say)
+    findings, processors = Findings(config.output_dir / "findings.jsonl"), None
+    with findings.collect():
+        processors = open_processors(config)
+
+    def look() -> None:
+        check_data(config, processors, findings, False, lambda _: None)
+        findings.save()
+        findings.stop()
+
+    on_main(look)
+
+
+def check_folders(output_dir: Path, findings: Findings, say) -> None:
+    """Compare every checkpoint of a run with its hashes."""
+    for folder in sorted([*output_dir.glob("checkpoint-*"), *output_dir.glob("final")]):
+        with findings.collect():
+            verify_folder(folder)
+            say(f"{folder}: whole")
 
 
 def check_data(

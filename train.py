@@ -30,12 +30,9 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from tqdm import tqdm
 
 from assemble import Run, balance_factor, build, open_loader, open_processors, open_run, rates, trainable_words
-from check import check_data
+from check import check_data, check_folders, look_ahead, prepare_data
 from config import DEFAULT_CONFIG, STAGES_FOLDER, Config, InputError, load_config, run_script, to_yaml
-from dataprocess.process_image import prepare_from_config
-from dataprocess.report import summary
 from dataprocess.train_tokenizer import learn_if_missing
-from dataset.check_report import refused_rows
 from dataset.findings import Findings
 from dataset.loader import dead_workers_named, make_loader
 from dataset.order import share_out
@@ -44,7 +41,6 @@ from evaluation.score import Question, questions_of, score, score_table
 from interrupt import StopRequest, exit_on_sigterm
 from model.answer import Request
 from model.build import PRECISIONS, autocast, resolve_precision
-from model.folder import verify_folder
 from model.parallel import check_equal_weights, gathered, shard
 from model.trainable import param_groups, trainable_table
 from resume import (
@@ -255,35 +251,6 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> fl
 # Before the loop
 
 
-def look_ahead(config: Config, say) -> None:
-    """InputError for what is wrong with the data of a stage, long before its turn. What is merely worth knowing is said
-    then."""
-    prepare_data(config, any(config.output_dir.glob("checkpoint-*")), False, say)
-    findings = Findings(config.output_dir / "findings.jsonl")
-
-    def look() -> None:
-        check_data(config, processors, findings, False, lambda _: None)
-        findings.save()
-        findings.stop()
-
-    processors = None
-    with findings.collect():
-        processors = open_processors(config)
-    on_main(look)
-
-
-def prepare_data(config: Config, goes_on: bool, check: bool, say) -> None:
-    """The QA file from its sources, by the main process, before the others go on."""
-    try:
-        with PartialState().main_process_first():
-            report = prepare_from_config(config, images_may_change=goes_on)
-        if report is not None:
-            say(summary(report))
-    finally:  # the list of refused records stands there whether they were too many or not
-        if check and config.data.sources:
-            say(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a vision-language model as a config says.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
@@ -296,14 +263,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="open and check everything, train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.lora_lr=2e-4")
     return parser.parse_intermixed_args(argv)
-
-
-def check_folders(output_dir: Path, findings: Findings, say) -> None:
-    """Compare every checkpoint of a run with its hashes."""
-    for folder in sorted([*output_dir.glob("checkpoint-*"), *output_dir.glob("final")]):
-        with findings.collect():
-            verify_folder(folder)
-            say(f"{folder}: whole")
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ import step as step_module
 import test
 import train
 from config import InputError, load_config, run_script
+from dataprocess.process_image import prepare_from_config
 from dataset import loader
 from dataset.loader import collate
 from evaluation import runlog
@@ -271,7 +272,7 @@ def open_model(project: Path, *overrides: str) -> VisionLanguageModel:
 def make_batch(project: Path, size: int = 2) -> dict:
     config = load_config(project, [])
     processors = assemble.open_processors(config)
-    train.prepare_from_config(config)
+    prepare_from_config(config)
     dataset = assemble.open_qa_file(config, processors, config.data.qa_file)
     return collate([dataset[0, i] for i in range(size)], processors.tokenizer.pad_token_id)
 
@@ -513,7 +514,7 @@ def test_a_worker_that_dies_is_named_and_the_run_goes_on_afterwards(project, tmp
 
 def prepare(config: Path) -> None:
     """Make the QA files; pictures are damaged afterwards."""
-    train.prepare_from_config(load_config(config, []))
+    prepare_from_config(load_config(config, []))
 
 
 def damage(config: Path) -> None:
