@@ -212,7 +212,8 @@ class FeatureCache:
         data, rows = _as_bytes(features), self._files().rows
         try:
             rows.seek(place * self._row_bytes)
-            rows.readinto(data)
+            if rows.readinto(data) < len(data):
+                return None  # what stands in the rest is what this memory held before, which may be an older copy of it
         except OSError:  # a bad place of the disk
             return None
         return features if zlib.crc32(data) == checksum else None
