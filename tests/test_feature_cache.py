@@ -426,6 +426,15 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong(tmp_path):
 # Damage
 
 
+def test_a_short_row_is_damaged_even_where_old_memory_would_complete_it(tmp_path, cache, paths, monkeypatch):
+    (features,) = add(cache, paths, [0])
+    file = tmp_path / "features" / "features.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", lambda *_, **__: features.clone())
+        assert new_cache(tmp_path).find(paths[0])[0] is None
+
+
 @pytest.mark.parametrize("damage", ["flipped", "zeros", "short", "gone"])
 def test_a_damaged_row_is_encoded_again_and_written_over(tmp_path, cache, paths, damage):
     add(cache, paths, [0, 1, 2])
