@@ -72,6 +72,7 @@ class Shapes:
     sizes: dict
     batch: int
     length: int
+    projector_hidden_size: int | None = None
 
 
 def shapes_of(config: Config, batch: int, length: int) -> Shapes:
@@ -84,7 +85,8 @@ def shapes_of(config: Config, batch: int, length: int) -> Shapes:
     if new.vocab_size is None:
         raise InputError('"model.from_scratch.vocab_size" is null, so the size of the vocabulary is not known; set it.')
     queries = config.model.num_queries or NUM_QUERIES
-    return Shapes(DINOV2_BASE, 224, queries, config.model.attention, new.vocab_size, sizes, batch, length)
+    texts = new.vocab_size, sizes, batch, length
+    return Shapes(DINOV2_BASE, 224, queries, config.model.attention, *texts, config.model.projector_hidden_size)
 
 
 TINY_ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -101,7 +103,9 @@ def new_model(shapes: Shapes, device: torch.device | str) -> VisionLanguageModel
     with torch.device(device):
         encoder = Dinov2Model(Dinov2Config(**shapes.encoder)).to(HALF)
         width = shapes.sizes["hidden_size"]
-        projector = build_projector("resampler", encoder.config.hidden_size, None, width, shapes.queries)
+        projector = build_projector(
+            "resampler", encoder.config.hidden_size, shapes.projector_hidden_size, width, shapes.queries
+        )
         language_model = qwen.new_language_model(shapes.vocabulary, 0, **shapes.sizes)
     language_model.config.image_token_id = IMAGE_TOKEN_ID
     language_model.generation_config.pad_token_id = PAD_TOKEN_ID
