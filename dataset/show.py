@@ -92,11 +92,13 @@ def show(config: Config, config_name: str, count: int) -> str:
         shown += samples
         if shown >= count:
             break
-    side = processors.image_processor.image_size
+    side, new = processors.image_processor.image_size, config.model.from_scratch
     about = {
         "config": config_name,
         "encoder": f"{config.model.vision_tower} ({side} × {side} pixels, {processors.num_image_tokens} tokens a picture)",
-        "language model": str(config.model.language_model),
+        "language model": str(config.model.language_model)
+        if new is None
+        else f"{new.architecture} from scratch; tokenizer {new.tokenizer}",
         "max_length": f"{limit:,} tokens"
         + (f"; left out as they do not fit: {len(left_out):,} of {len(dataset):,} records" if left_out else ""),
         "samples": f"the first {shown:,} that training reads, of {order.epoch_length:,} an epoch; seed {config.seed}",
