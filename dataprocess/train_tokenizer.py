@@ -28,9 +28,8 @@ from dataset.record import parse_record, parts_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")  # the last ids, as in Qwen's
 BYTES = 256
-SAMPLE_BYTES = (
-    64 * 2**20
-)  # learning takes some 70 times the memory of the text, where words are whole clauses as in Chinese
+# of QA files: learning takes up to some 75 times the text's memory where "words" are whole clauses, as in Chinese
+SAMPLE_BYTES = 64 * 2**20
 LEARNED_FROM = "learned_from.json"  # beside the tokenizer: what it was made of
 
 # How a text is cut before anything is merged, as Qwen2 does: words with the blank before them, each digit alone, runs of
