@@ -1,6 +1,6 @@
-# Sets PYTHON to a Python that has the packages of $REQUIREMENTS (files, relative to $ROOT). Sourced by train.sh, test.sh and
-# tests/run.sh, which set both. Takes, in this order: $PYTHON if the user set it, .venv, the python3 on the PATH; and where
-# none of them has the packages, makes .venv and installs them there.
+# Sets PYTHON to a Python that has the packages of $REQUIREMENTS (files, relative to $ROOT). train.sh, test.sh and
+# tests/run.sh set both variables and source this file. It takes the first that has the packages: $PYTHON if the user set
+# it, .venv, the python3 on the PATH. If none has them, it creates .venv and installs them there.
 
 has_packages() {
     command -v "$1" >/dev/null 2>&1 && "$1" - "$ROOT" $REQUIREMENTS <<'CHECK'
@@ -43,7 +43,7 @@ elif has_packages python3; then
     PYTHON=python3
 else
     PYTHON="$ROOT/.venv/bin/python"
-    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then # no .venv, or one that was left half made
+    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then # no .venv, or an incomplete one
         BASE=
         for name in python3 python3.13 python3.12 python3.11; do
             if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
@@ -53,11 +53,11 @@ else
         done
         [ -n "$BASE" ] || fail "Python 3.11 or newer is needed; found $(python3 --version 2>&1 || echo none)."
         "$BASE" -m venv --clear "$ROOT/.venv" ||
-            fail "cannot make $ROOT/.venv with $BASE (on Debian and Ubuntu: apt install python3-venv)."
+            fail "cannot create $ROOT/.venv with $BASE (on Debian and Ubuntu: apt install python3-venv)."
     fi
     echo "Installing the packages into $ROOT/.venv (once)"
     for file in $REQUIREMENTS; do
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file" ||
-            fail "pip could not install $file into $ROOT/.venv; run the command again when the cause above is mended."
+            fail "pip could not install $file into $ROOT/.venv; fix the cause shown above, then run the command again."
     done
 fi

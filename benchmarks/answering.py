@@ -80,7 +80,7 @@ def measure(name: str, folder: Path, precision: str, pictures: int, new_tokens: 
     """Seconds, memory above that of the loaded model at the highest (MiB), and the answers, of one way of asking."""
     import torch
 
-    from assemble import answerer, build, open_processors
+    from training.run import answerer, build, open_processors
     from benchmarks.data import Clock
     from config import load_config
 

@@ -1,6 +1,6 @@
 """What each choice of the from-scratch recipe is worth: `python -m benchmarks.from_scratch --output DIR [--jobs 2]`.
 
-Trains configs/from-scratch-demo.yaml as it is and with one choice switched off, with several seeds each, and writes means
+Trains recipes/from-scratch-demo.yaml as it is and with one choice switched off, with several seeds each, and writes means
 and spreads of the held-out scores into DIR as from_scratch.md and from_scratch.json. A run that is there already is not made
 again, so the command goes on where it was interrupted. Some six minutes of one CPU core a run.
 """
@@ -24,7 +24,7 @@ from benchmarks.training import machine
 from config import InputError, load_config, run_script, to_yaml
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "configs" / "from-scratch-demo.yaml"
+RECIPE = ROOT / "recipes" / "from-scratch-demo.yaml"
 DENSE = (  # as many parameters pass a token as with two routed experts and the shared one
     "model.from_scratch.architecture=qwen2", "model.from_scratch.intermediate_size=192",
     "model.from_scratch.num_experts=null", "model.from_scratch.num_experts_per_tok=null",

@@ -127,9 +127,9 @@ def make_task(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device,
 def pass_flops(task: Task) -> dict[bool, int]:
     """Whether features are cached -> the operations of every sample once."""
     shapes = random_model(task.sizes, task.dtype, torch.device("meta"), task.lora_rank)
-    lengths = [len(sample["input_ids"]) for sample in task.samples]
-    images = sum(len(sample["is_cached"]) for sample in task.samples)
-    targets = sum(int((sample["labels"] != IGNORE_INDEX).sum()) for sample in task.samples)
+    lengths = [len(sample.input_ids) for sample in task.samples]
+    images = sum(len(sample.is_cached) for sample in task.samples)
+    targets = sum(int((sample.labels != IGNORE_INDEX).sum()) for sample in task.samples)
     return {cached: sum(step_flops(shapes, lengths, images, targets, cached).values()) for cached in (False, True)}
 
 
@@ -167,7 +167,7 @@ def measure(name: str, way: str, task: Task, flops: dict[bool, int], rate: float
         name,
         way,
         samples_per_s=len(task.samples) / seconds,
-        tokens_per_s=sum(len(sample["input_ids"]) for sample in task.samples) / seconds,
+        tokens_per_s=sum(len(sample.input_ids) for sample in task.samples) / seconds,
         peak_fraction=flops[switches.get("cached", False)] / seconds / rate,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if task.device.type == "cuda" else None,
         first_loss=float(losses[0]),

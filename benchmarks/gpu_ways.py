@@ -25,15 +25,15 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.random_model import FEATURE_LAYER, IMAGE_TOKEN_ID, PAD_TOKEN_ID, RATES, WORDS, Sizes, random_model
 from config import IGNORE_INDEX
-from dataset.loader import collate
+from dataset.batch import collate
 from model.build import checkpoint_activations
-from model.compiled import compile_elementwise, use_liger
-from model.fused import fuse_lora
+from model.elementwise import compile_elementwise, use_liger
+from model.fused_lora import fuse_lora
 from model.model import Losses, VisionLanguageModel
 from model.trainable import param_groups
 from qwen.attention import PACKED_SDPA
 from qwen.lora import LINEARS
-from step import Stepper, count_targets
+from training.step import Stepper, count_targets
 
 MAX_GRAD_NORM = 1.0
 SEED = 0
@@ -126,7 +126,7 @@ def ours(
         SEED,
         MAX_GRAD_NORM,
         PAD_TOKEN_ID,
-        encoder=(lambda batch: batch["patch_features"].to(task.device, non_blocking=True)) if cached else None,
+        encoder=(lambda batch: batch.patch_features.to(task.device, non_blocking=True)) if cached else None,
     )
     rates = [group["lr"] for group in optimizer.param_groups]
 
@@ -173,7 +173,7 @@ class AllLogits(VisionLanguageModel):
 def with_features(model: VisionLanguageModel, task: Task, batch: dict) -> dict:
     """The batch as it comes from the second epoch on, with features in the place of pixels."""
     with task.autocast():
-        features = model.patch_features(batch["pixel_values"].to(task.device)).cpu()
+        features = model.patch_features(batch.pixel_values.to(task.device)).cpu()
     if task.device.type == "cuda":
         features = features.pin_memory()
     return {**batch, "pixel_values": None, "patch_features": features}
@@ -230,7 +230,7 @@ def trainer_like(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    samples = sorted(task.samples, key=lambda sample: len(sample["input_ids"])) if by_length else task.samples
+    samples = sorted(task.samples, key=lambda sample: len(sample.input_ids)) if by_length else task.samples
     batches = task.batches(samples)
     optimizer = llava_optimizer(model, task)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -239,7 +239,7 @@ def trainer_like(
         for batch in itertools.cycle(batches):
             with task.autocast():
                 inputs = {key: batch[key].to(task.device, non_blocking=True) for key in PADDED}
-                loss = model(**inputs, use_cache=False, num_items_in_batch=count_targets(batch)).loss
+                loss = model(**inputs, use_cache=False, num_items_in_batch=batch.num_targets).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
             optimizer.step()

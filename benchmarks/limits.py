@@ -29,7 +29,7 @@ import train
 from benchmarks.flops import Product, linear_products, step_flops, torchs_counter
 from benchmarks.training import machine
 from benchmarks.vlm_workload import make_workload
-from step import Stepper, count_targets
+from training.step import Stepper, count_targets
 
 WARM_UP, PROFILED, COUNTED = 4, 3, 1  # steps before and after those that are measured
 SQUARES = (1024, 2048)  # sides of the large products
@@ -76,7 +76,7 @@ def measured_stepper(findings: Findings, steps: int) -> type[Stepper]:
                 with profile(activities=[ProfilerActivity.CPU]) as seen:
                     result = take()
                 seconds = time.process_time() - begun
-                findings.parts.append(share_out(seen.events(), seconds))
+                findings.parts.append(split_step(seen.events(), seconds))
             else:
                 with torchs_counter() as counter, torch.compiler.set_stance("force_eager"):
                     result = take()
@@ -96,20 +96,20 @@ def compute_dtype(stepper: Stepper) -> torch.dtype:
 
 
 def is_cached(batch: dict) -> bool:
-    return batch["pixel_values"] is None
+    return batch.pixel_values is None
 
 
 def document_lengths(batch: dict) -> list[int]:
     """Of the samples, without padding."""
-    if batch["lengths"] is None:
-        return batch["attention_mask"].sum(dim=1).tolist()
-    return batch["lengths"][: len(batch["ids"])]
+    if batch.lengths is None:
+        return batch.attention_mask.sum(dim=1).tolist()
+    return batch.lengths[: len(batch.ids)]
 
 
 def sum_flops(model, micros) -> dict[str, int]:
     """What a step has to compute: part -> operations."""
     batches = [
-        step_flops(model, document_lengths(batch), len(batch["is_cached"]), count_targets(batch), is_cached(batch))
+        step_flops(model, document_lengths(batch), len(batch.is_cached), batch.num_targets, is_cached(batch))
         for batch in micros
     ]
     return {part: sum(one[part] for one in batches) for part in batches[0]}
@@ -117,8 +117,8 @@ def sum_flops(model, micros) -> dict[str, int]:
 
 def products_of(model, micros) -> dict[Product, int]:
     """The products that a step computes, those of its padding included."""
-    tokens = sum(batch["input_ids"].numel() for batch in micros)
-    images = sum(len(batch["is_cached"]) for batch in micros)
+    tokens = sum(batch.input_ids.numel() for batch in micros)
+    images = sum(len(batch.is_cached) for batch in micros)
     targets = sum(map(count_targets, micros))
     return linear_products(model, tokens, images, targets, is_cached(micros[0]))
 
@@ -160,7 +160,7 @@ def fastest(call: Callable, times: int = 2) -> float:
 # ------------------------------------------------------------------------------------------------------------ the profile
 
 
-def share_out(events: list[FunctionEvent], seconds: float) -> dict[str, float]:
+def split_step(events: list[FunctionEvent], seconds: float) -> dict[str, float]:
     """`seconds` among PARTS: what each operation took itself; Python is what no operation took."""
     parts = dict.fromkeys(PARTS, 0.0)
     for event in events:

@@ -5,7 +5,7 @@ from a forward of the real code over tensors that have a shape and no memory. On
 real steps of the same shapes under a hard cap and says what the allocator counted. `--tiny` does the same with small shapes,
 also without a GPU.
 
-By default: configs/from-scratch.yaml behind a DINOv2-base, a batch of 4 texts of 768 tokens with a picture each.
+By default: recipes/from-scratch.yaml behind a DINOv2-base, a batch of 4 texts of 768 tokens with a picture each.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ import qwen
 from benchmarks.random_model import random_sample
 from benchmarks.training import machine
 from config import Config, InputError, load_config, run_script
-from dataset.loader import collate
+from dataset.batch import collate
 from model.build import autocast, checkpoint_activations
 from model.loss import CHUNK_BYTES
 from model.model import VisionLanguageModel
 from model.projector import NUM_QUERIES, build_projector
 from model.trainable import param_groups, set_trainable
-from step import Stepper
+from training.step import Stepper
 from visual.encoders import ENCODERS, VisionTower
 
 ROOT = Path(__file__).parent.parent
@@ -284,7 +284,7 @@ def measure(shapes: Shapes, device: torch.device, cap: float, checkpointing: boo
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Count, and measure, the memory of training a model from scratch.")
-    parser.add_argument("--config", default=ROOT / "configs" / "from-scratch.yaml")
+    parser.add_argument("--config", default=ROOT / "recipes" / "from-scratch.yaml")
     parser.add_argument("--batch", type=int, default=4, help="texts at once")
     parser.add_argument("--length", type=int, default=768, help="tokens of each, its picture's among them")
     parser.add_argument("--measure", action="store_true", help="take real steps as well, on a GPU under the cap")

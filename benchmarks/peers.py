@@ -33,13 +33,13 @@ from transformers import (
     TrainingArguments,
 )
 
-import step
+from training import step
 import train
-from assemble import chat_format, open_processors, rates
+from training.run import chat_format, open_processors, rates
 from config import IGNORE_INDEX, Config, load_config
 from dataset.order import SampleOrder
 from dataset.qa_file import QAFile
-from evaluation.runlog import read_rows
+from training.log import read_rows
 from qwen.lora import LINEARS
 
 
@@ -114,8 +114,8 @@ def amount(config: Config, settings: Settings, taken: list[dict]) -> dict:
     measured = taken[settings.warmup * config.train.per_device_train_batch_size :]
     return {
         "samples": len(measured),
-        "tokens": sum(len(sample["input_ids"]) for sample in measured),
-        "targets": sum(label != IGNORE_INDEX for sample in measured for label in sample["labels"]),
+        "tokens": sum(len(sample.input_ids) for sample in measured),
+        "targets": sum(label != IGNORE_INDEX for sample in measured for label in sample.labels),
     }
 
 
@@ -162,23 +162,23 @@ class Collator:
         self.image_processor, self.pad_token_id = image_processor, pad_token_id
 
     def __call__(self, batch: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(sample["input_ids"]) for sample in batch)
+        length = max(len(sample.input_ids) for sample in batch)
 
         def padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
             return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
         images = [Image.open(path).convert("RGB") for sample in batch for path in sample["images"]]
         return {
-            "input_ids": padded((sample["input_ids"] for sample in batch), self.pad_token_id),
-            "labels": padded((sample["labels"] for sample in batch), IGNORE_INDEX),
-            "attention_mask": padded(([1] * len(sample["input_ids"]) for sample in batch), 0),
+            "input_ids": padded((sample.input_ids for sample in batch), self.pad_token_id),
+            "labels": padded((sample.labels for sample in batch), IGNORE_INDEX),
+            "attention_mask": padded(([1] * len(sample.input_ids) for sample in batch), 0),
             "pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
         }
 
 
 def sorted_batches(taken: list[dict], size: int, seed: int) -> list[dict]:
     """The same samples in batches of like length, the batches in a random order: the least padding that can be."""
-    by_length = sorted(taken, key=lambda sample: len(sample["input_ids"]))
+    by_length = sorted(taken, key=lambda sample: len(sample.input_ids))
     batches = [by_length[first : first + size] for first in range(0, len(taken), size)]
     random.Random(seed).shuffle(batches)
     return [sample for batch in batches for sample in batch]

@@ -29,7 +29,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from assemble import build, open_processors
+from training.run import build, open_processors
 from benchmarks.workload import SEED, WORDS
 from config import load_config
 

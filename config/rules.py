@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from typed_yaml import InputError, Trainable, kind_of, nearest
+from config.typed_yaml import (InputError, Trainable, kind_of, nearest)
 
 if TYPE_CHECKING:
-    from config import Config, DataConfig, ScratchConfig, StageConfig
+    from config.schema import Config, DataConfig, ScratchConfig, StageConfig
 
 CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions a picture
 
@@ -260,7 +260,7 @@ def drop_unused_rates(train: dict, own: dict, defaults: dict[str, str]) -> None:
             train.pop(key, None)
 
 
-def refuse_rates_for_nobody(given: Sequence[str], stages: Sequence[StageConfig]) -> None:
+def refuse_unused_learning_rates(given: Sequence[str], stages: Sequence[StageConfig]) -> None:
     """InputError for a learning rate among the keys `given` for all stages, if no stage trains what it is for."""
     for key in sorted(set(RATE_KEYS.values())):
         if key in given and all(getattr(stage.config.train, key) is None for stage in stages):

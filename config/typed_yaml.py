@@ -14,15 +14,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
-
-class InputError(Exception):
-    """Bad input that a person can act on: what was found, where, what was expected, what to do. Scripts exit with 2."""
-
-
-def nearest(name: str, options) -> str:
-    """`; did you mean "x"?` for the option that is spelled most like `name`, or a full stop."""
-    close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"?' if close else "."
+from config.errors import InputError, is_hub_name, nearest
 
 
 class FolderOrHub(str):
@@ -38,6 +30,11 @@ class Trainable(str):
     def kind(self) -> str:
         """The word without its number: frozen, lora, full or top."""
         return self.split(":")[0]
+
+    @property
+    def top(self) -> int | None:
+        """N of `top:N`; None for the other words."""
+        return int(self.split(":")[1]) if self.kind == "top" else None
 
 
 class Switch(str):
@@ -281,8 +278,7 @@ def _folder_or_hub(value: str, where: str, folder: Path) -> str:
     """An existing folder (against the YAML's folder) as an absolute path; `owner/name` that is no folder stays a hub
     name; anything else is meant as a path, and is made absolute so that the loader's message shows where it looked."""
     path = _absolute(value, where, folder)
-    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", value) is not None
-    return value if is_hub_name and not os.path.exists(path) else str(path)
+    return value if is_hub_name(value) and not os.path.exists(path) else str(path)
 
 
 def kind_of(value) -> str:

@@ -1,1 +1,1 @@
-"""From raw annotations to the QA file."""
+"""Data preparation: raw annotations to the QA file."""

@@ -1,9 +1,13 @@
-"""What holds raw records: JSON, parquet, CSV, COCO's object of two lists, a folder of pictures and texts -> a stream.
+"""Stream raw records from JSON, parquet, CSV, COCO's object of two lists, or a folder of images and texts.
 
-Told by the file itself, whatever the records mean; nothing is read whole that may be large. A record comes out as one
-decoded value: of JSON and parquet as it stands there, of a CSV {column: cell}, of COCO's captions {"image": {...},
-"captions": [...]} (or {"annotation": {...}}, about no image in the file), of a folder {"picture": path, "text": ...}
-(without "text" where there is none, or {"text_file": path}, beside no picture).
+The container is detected from the file itself; the meaning of the records does not matter here. Nothing large is read
+into memory at once. Each record is one decoded value:
+
+    JSON, parquet   the value itself
+    CSV             {column: cell}
+    COCO captions   {"image": {...}, "captions": [...]}, or {"annotation": {...}} if its image is not in the file
+    folder          {"picture": path, "text": ...}, without "text" if there is no text file; {"text_file": path} if there
+                    is no image
 """
 
 from __future__ import annotations
@@ -23,50 +27,49 @@ from config import InputError
 from dataset.json_stream import Item, NotJson, stream_json
 from visual.images import IMAGE_SUFFIXES
 
-PARQUET_ROWS = 64  # decoded at a time: with their pictures, rows may be megabytes each
-DEEPEST = 64  # that COCO's objects are nested; they are four deep
-LONGEST_CELL = 1 << 24  # of a CSV; the standard library's own limit is 128 KiB
+PARQUET_ROWS = 64  # decoded at a time; a row with its images may take megabytes
+DEEPEST = 64  # largest depth of nesting in COCO's file; a valid file has four levels
+LONGEST_CELL = 1 << 24  # characters in a cell of a CSV; the standard library's own limit is 128 KiB
 TABLES = (".csv", ".tsv")
 
 
 class Chunk(NamedTuple):
-    """Some consecutive records of one file."""
+    """Consecutive records of one file."""
 
     file: Path
-    first: int  # how many records the files before this one hold
-    items: list[Item]  # each with its index within the file
+    first: int  # number of records in the files before this one
+    items: list[Item]  # indices are within the file
 
 
 class _Part(NamedTuple):
-    """One file of a source, and how its records are read."""
+    """One file of a source and the function that reads its records."""
 
     file: Path
     items: Callable[[], Iterator[Item]]
 
 
 def stream_records(
-    annotations: Path, images: Path | None, limit: int | None, sample: int, size: int
+    annotations: Path, images: Path | None, *, limit: int | None, first_size: int, size: int
 ) -> Iterator[Chunk]:
-    """The first `limit` records of a source, in chunks of at most `size`; before them a first one of at most `sample`.
+    """Yield the first `limit` records of a source: one chunk of at most `first_size`, then chunks of at most `size`.
 
-    Raises InputError where nothing can be read any further: no such file, damaged, or not in a form that is known.
+    Raises InputError if reading cannot continue: the file does not exist, is damaged, or has an unknown form.
     """
     first = 0
     for file, open_items in _parts(annotations, images):
         left = None if limit is None else limit - first
         items, count = itertools.islice(open_items(), left), 0
-        while chunk := list(itertools.islice(items, size if first + count else sample)):
+        while chunk := list(itertools.islice(items, size if first + count else first_size)):
             yield Chunk(file, first, chunk)
             count += len(chunk)
         first += count
 
 
 def stamps(annotations: Path, images: Path | None) -> list:
-    """What changes when the raw records change: of every file that holds some, its name, size and modification time."""
+    """Values that change when the raw records change: name, size and modification time of every file with records."""
     if annotations.is_dir() and not (files := _tables(annotations)):
-        texts, pictures = _texts(annotations), _pictures(images or annotations)
-        files = [annotations / name for name in texts]
-        return [_stamp(file) for file in files] + sorted(pictures)
+        files = [annotations / name for name in _texts(annotations)]
+        return [_stamp(file) for file in files] + sorted(_images(images or annotations))
     return [_stamp(file) for file in (files if annotations.is_dir() else [annotations])]
 
 
@@ -99,30 +102,30 @@ def _reader_of(file: Path) -> Callable[[Path], Iterator[Item]]:
 
 
 def _tables(folder: Path) -> list[Path]:
-    """The parquet shards of a folder in the order of their names, or its one CSV; empty for a folder of pictures."""
+    """The parquet shards of a folder, sorted by name, or its only CSV; empty for a folder of images."""
     files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     shards = [file for file in files if file.suffix == ".parquet"]
     tables = [file for file in files if file.suffix.lower() in TABLES]
     if not shards and len(tables) > 1:
         names = ", ".join(file.name for file in tables[:5])
-        raise InputError(f"{folder}: holds {len(tables)} tables ({names}); name one of them as annotations.")
+        raise InputError(f"{folder}: contains {len(tables)} tables ({names}); set annotations to one of them.")
     return shards or tables
 
 
 def _parquet_items(file: Path) -> Iterator[Item]:
-    import pyarrow  # takes longer to import than most annotations take to read
+    import pyarrow  # here because the import takes longer than reading most annotations
     import pyarrow.parquet
 
     index = 0
     try:
-        # A buffered stream instead of whole column chunks: pictures make those gigabytes.
+        # Read a buffered stream instead of whole column chunks, which take gigabytes if they contain images.
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
             for batch in table.iter_batches(PARQUET_ROWS, use_threads=False):
                 for value in _rows(batch):
                     yield Item(index, None, 0, value)
                     index += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{file}: the parquet file is damaged after {index} rows ({error}); get it again.") from None
+        raise InputError(f"{file}: parquet file damaged after {index} rows ({error}); download it again.") from None
 
 
 def _rows(batch) -> list:
@@ -137,7 +140,7 @@ def _rows(batch) -> list:
 def _csv_items(file: Path) -> Iterator[Item]:
     csv.field_size_limit(LONGEST_CELL)
     try:
-        # Bytes that are no UTF-8 become half surrogate pairs, for which the record is refused, not the file.
+        # Bytes that are not UTF-8 become half surrogate pairs, which refuse the record instead of the whole file.
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
             header = opened.readline()
             opened.seek(0)
@@ -146,7 +149,7 @@ def _csv_items(file: Path) -> Iterator[Item]:
             line, index = rows.line_num + 1, 0
             for row in rows:
                 if row:
-                    value = dict(zip(columns, row, strict=False))
+                    value: dict | NotJson = dict(zip(columns, row, strict=False))
                     if len(row) != len(columns):
                         value = NotJson(
                             f"{len(row)} cells in a table of {len(columns)} columns ({', '.join(columns)})."
@@ -161,7 +164,7 @@ def _csv_items(file: Path) -> Iterator[Item]:
 
 
 def _is_coco(file: Path) -> bool:
-    """Whether the first object of a file is COCO's, with its lists "images" and "annotations" in any order."""
+    """Whether the first object of a file is COCO's, with the lists "images" and "annotations" in any order."""
     try:
         for depth, key, event, value in _events(file):
             if depth == 2 and event == "start_array" and key == "annotations":
@@ -176,12 +179,14 @@ def _is_coco(file: Path) -> bool:
 
 
 def _events(file: Path) -> Iterator[tuple[int, str | None, str, object]]:
-    """ijson's events of a file's first value: (depth after it, the outer object's key that it belongs to, event, value).
-    Without ijson's own prefixes, whose cost grows with the square of the depth."""
+    """Yield ijson's events of a file's first value: (depth after the event, key of the outer object, event, value).
+
+    ijson's own prefixes are not used, because their cost grows with the square of the depth.
+    """
     depth, key = 0, None
     with open(file, "rb") as opened:
         _skip_bom(opened)
-        # as floats: a whole number of thousands of digits would end the process (ijson 3.6)
+        # Numbers as floats: an integer with thousands of digits would end the process (ijson 3.6).
         for event, value in ijson.basic_parse(opened, use_float=True, multiple_values=True):
             depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
             if depth > DEEPEST:
@@ -192,7 +197,10 @@ def _events(file: Path) -> Iterator[tuple[int, str | None, str, object]]:
 
 
 def _coco_items(file: Path) -> Iterator[Item]:
-    """Every image with its captions; then the annotations about no image in the file. Holds the captions in memory."""
+    """Yield every image with its captions, then the annotations whose image is not in the file.
+
+    Keeps all captions in memory.
+    """
     captions: dict[object, list] = {}
     for annotation in _coco_list(file, "annotations"):
         captions.setdefault(_image_id(annotation), []).append(
@@ -232,17 +240,17 @@ def _skip_bom(file) -> None:
 
 
 def _folder_items(folder: Path, images: Path) -> Iterator[Item]:
-    """Pictures and the text files of the same name, in the order of their names."""
+    """Yield images with the text files of the same name, sorted by name."""
     texts = {name[: -len(".txt")]: folder / name for name in _texts(folder)}
-    pictures = _pictures(images)
-    if not texts and not pictures:
-        raise InputError(f"{folder}: holds no picture, no .txt, no .parquet and no .csv; expected one of these.")
-    stems = {os.path.splitext(name)[0] for name in pictures}
-    entries = [(os.path.splitext(name)[0], name) for name in pictures] + [(stem, "") for stem in texts.keys() - stems]
-    for index, (stem, picture) in enumerate(sorted(entries)):
+    names = _images(images)
+    if not texts and not names:
+        raise InputError(f"{folder}: contains no image, .txt, .parquet or .csv file; expected at least one of these.")
+    stems = {os.path.splitext(name)[0] for name in names}
+    entries = [(os.path.splitext(name)[0], name) for name in names] + [(stem, "") for stem in texts.keys() - stems]
+    for index, (stem, image) in enumerate(sorted(entries)):
         text = texts.get(stem)
-        value = {"picture": picture} if picture else {"text_file": str(text)}
-        if picture and text:
+        value = {"picture": image} if image else {"text_file": str(text)}
+        if image and text:
             with open(text, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
                 value["text"] = opened.read()
         yield Item(index, None, 0, value)
@@ -252,12 +260,12 @@ def _texts(folder: Path) -> list[str]:
     return sorted(name for name in _walk(folder) if name.lower().endswith(".txt"))
 
 
-def _pictures(folder: Path) -> list[str]:
+def _images(folder: Path) -> list[str]:
     return [name for name in _walk(folder) if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Paths of all files below a folder, relative to it; hidden ones are left out."""
+    """Yield the paths of all files below a folder, relative to it, without hidden files and folders."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         here = os.path.relpath(root, folder)

@@ -1,4 +1,4 @@
-"""One source's raw records -> QA records, each kept on a side of the split or refused with a reason."""
+"""Convert one source's raw records to QA records. Each is kept on a side of the split or refused with a reason."""
 
 from __future__ import annotations
 
@@ -16,99 +16,119 @@ from tqdm import tqdm
 from config import InputError, SourceConfig
 from dataprocess.containers import stream_records
 from dataprocess.detect import reader_for
-from dataprocess.images import Found, ImageFolder, Listings, PictureStore, folder_from
+from dataprocess.image_paths import Found, ImageFolder, ImageStore, Listings, folder_from
 from dataprocess.marks import repair_marks
 from dataprocess.outputs import AsideFile, UniqueNames
 from dataprocess.readers import Draft
 from dataprocess.report import Refusal, Tally
 from dataprocess.split import TRAIN, Split
-from dataprocess.verify import ImageVerifier
+from dataprocess.verify_images import ImageVerifier
 from dataset.json_stream import Item, NotJson
 from dataset.record import RecordError, check_record
 
-BATCH = 512  # records whose images are verified together, and by the first of which a format is told
-SMALL_BATCH = 64  # where no image is verified: so few stay in the CPU's cache until they are written
+BATCH = 512  # records whose images are verified together; the first batch also decides the format
+SMALL_BATCH = 64  # without verification: few enough to stay in the CPU's cache until they are written
 
 
 class _Candidate(NamedTuple):
-    """A raw record on its way: what will be written of it, or why nothing will."""
+    """A raw record in progress: the QA records to write, or the error that refuses it."""
 
     item: Item
-    wanted: str  # its id within the source
+    wanted: str  # its id within the source, before it is made unique
     images: list[Found]
-    objects: list[dict]  # QA records as JSON objects, with image paths as the training file needs them
+    objects: list[dict]  # QA records as JSON objects; image paths are relative to the training file
     repairs: Sequence[str]
     error: RecordError | None
 
 
-_candidate = partial(tuple.__new__, _Candidate)  # from a tuple of the six, at half the price
+_candidate = partial(tuple.__new__, _Candidate)  # takes a tuple of the six fields; half the cost of the constructor
 
 
-class Sorter:
-    """Reads sources into `files`, one for each side, and what cannot be kept into `refused`.
+class Converter:
+    """Converts sources: kept records go to `files`, refused ones to `refused`.
 
-    verifier: decodes the images of every record that is good otherwise; None: it is enough that they exist.
+    files: side of the split -> the QA file of that side.
+    split: chooses the side of each record.
+    tally: counts the records.
+    store: takes images that are stored inside the records.
+    verifier: decodes the images of every record that is otherwise good. With None, images only have to exist.
     """
 
     def __init__(
         self,
+        *,
         files: dict[str, AsideFile],
         refused: AsideFile,
         split: Split,
         tally: Tally,
-        store: PictureStore,
+        store: ImageStore,
         verifier: ImageVerifier | None,
     ):
-        self._files, self._refused, self._tally = files, refused, tally
-        self._split, self._store, self._verifier = split, store, verifier
+        self.files, self.refused = files, refused
+        self.split, self.tally = split, tally
+        self.store, self.verifier = store, verifier
         self._folders: dict[Path | None, ImageFolder] = {}
-        self._listings = Listings()  # takes time, and sources share folders
+        self._listings = Listings()  # shared, because listing a folder is slow and sources share folders
 
-    def read(self, source: SourceConfig) -> None:
-        """Sort every record of a source. Raises InputError where its files or its settings cannot be used."""
+    def convert(self, source: SourceConfig) -> None:
+        """Convert every record of a source. Raises InputError if its files or settings cannot be used."""
         folder, names, read = self._folder_of(source), UniqueNames(), None
-        progress = tqdm(desc=source.name, unit=" records", delay=2, leave=False, disable=None)  # on a terminal's stderr
-        with progress, _no_cycles():
-            size = BATCH if self._verifier else SMALL_BATCH
-            for file, first, items in stream_records(source.annotations, source.images, source.limit, BATCH, size):
+        chunks = stream_records(
+            source.annotations,
+            source.images,
+            limit=source.limit,
+            first_size=BATCH,
+            size=BATCH if self.verifier else SMALL_BATCH,
+        )
+        # `disable=None` shows the bar only if stderr is a terminal.
+        progress = tqdm(desc=source.name, unit=" records", delay=2, leave=False, disable=None)
+        with progress, _garbage_collection_paused():
+            for file, first, items in chunks:
                 read = read or reader_for(source, file, items)
-                candidates = self._candidates(items, first, read, source, folder)
-                if self._verifier:
-                    candidates = self._verified(candidates)
-                self._sort(candidates, source, file, names)
+                candidates = self._candidates(items, first=first, read=read, source=source, folder=folder)
+                if self.verifier:
+                    candidates = self._verified(candidates, self.verifier)
+                self._write(candidates, source=source, file=file, names=names)
                 progress.update(len(items))
         if read is None:
-            raise InputError(f'source "{source.name}": {source.annotations} holds no record; give a file that does.')
+            raise InputError(
+                f'source "{source.name}": {source.annotations} contains no records; give a file that does.'
+            )
 
     @property
     def image_folders(self) -> dict[str, int | None]:
-        """Each folder in which an image was looked for -> its modification time."""
+        """Each folder that was searched for an image -> its modification time (ns), or None if it does not exist."""
         return {path: time for folder in self._folders.values() for path, time in folder.modified.items()}
 
     def _folder_of(self, source: SourceConfig) -> ImageFolder:
         root = source.images or (source.annotations if source.annotations.is_dir() else None)
         if root not in self._folders:
-            self._folders[root] = ImageFolder(root, source.name, self._store, self._listings)
+            self._folders[root] = ImageFolder(root, source=source.name, store=self.store, listings=self._listings)
         return self._folders[root]
 
     def _candidates(
         self,
         items: list[Item],
+        *,
         first: int,
         read: Callable[[dict, int], Draft],
         source: SourceConfig,
         folder: ImageFolder,
     ) -> list[_Candidate]:
-        """What the items are, apart from their images' content and the split. `first`: the number of the file's first."""
-        candidates, qa_folder, find = [], self._files[TRAIN].folder, folder.find
+        """Read and check the items, except for the content of their images and the split.
+
+        first: how many records of the source come before this file.
+        """
+        candidates: list[_Candidate] = []
+        qa_folder, find = self.files[TRAIN].folder, folder.find
         source_name, captions = source.name, source.captions
         for item in items:
             index, _, _, value = item
             try:
                 if value.__class__ is not dict:
-                    raise _no_object(value)
-                name, pictures, conversations, kind, repairs = read(value, first + index)
-                images = [find(pictures[0])] if len(pictures) == 1 else [find(picture) for picture in pictures]
+                    raise _not_an_object(value)
+                name, paths, conversations, kind, repairs = read(value, first + index)
+                images = [find(paths[0])] if len(paths) == 1 else [find(path) for path in paths]
                 wanted = name or str(first + index)
                 obj = {
                     "id": f"{source_name}:{wanted}",
@@ -122,17 +142,17 @@ class Sorter:
                     obj["type"] = kind
                 repairs = _checked(obj, images, repairs)
                 objects = [obj] if len(conversations) == 1 else _with_captions(obj, conversations, captions)
-                self._store.write_placed()
+                self.store.write_placed()
             except RecordError as error:
-                self._store.forget_placed()
-                candidates.append(_candidate((item, "", [], [], (), _bare(error))))
+                self.store.forget_placed()
+                candidates.append(_candidate((item, "", [], [], (), _without_traceback(error))))
             else:
                 candidates.append(_candidate((item, wanted, images, objects, repairs, None)))
         return candidates
 
-    def _verified(self, candidates: list[_Candidate]) -> list[_Candidate]:
-        """The candidates with their images' digests; an image that cannot be decoded refuses its record."""
-        verdicts = iter(self._verifier.verify([image.real for one in candidates for image in one.images]))
+    def _verified(self, candidates: list[_Candidate], verifier: ImageVerifier) -> list[_Candidate]:
+        """Add the digests of the images; refuse a record if one of its images cannot be decoded."""
+        verdicts = iter(verifier.verify([image.real for one in candidates for image in one.images]))
         verified = []
         for one in candidates:
             pairs = [(image, next(verdicts)) for image in one.images]
@@ -146,45 +166,54 @@ class Sorter:
             verified.append(one)
         return verified
 
-    def _sort(self, candidates: list[_Candidate], source: SourceConfig, file: Path, names: UniqueNames) -> None:
-        """Write the candidates, in their order, to the side where each belongs, or to the refused ones."""
-        # One buffer a side: a line by itself keeps the several times larger memory in which orjson wrote it.
-        lines = {side: bytearray() for side in self._files}
+    def _write(self, candidates: list[_Candidate], *, source: SourceConfig, file: Path, names: UniqueNames) -> None:
+        """Write the candidates, in their order, to the file of their side or to the refused records."""
+        # One buffer per side: each line of orjson keeps a buffer alive that is several times larger than the line.
+        lines = {side: bytearray() for side in self.files}
         refused = []
         for item, wanted, images, objects, repairs, error in candidates:
             if error is None:
-                unique = None if images else names.take(wanted)  # without an image the id decides; it is never refused
+                # Without an image the id decides the side. Such a record is never refused, so its id is not wasted.
+                unique = None if images else names.take(wanted)
                 try:
-                    side = self._split.side(source.split, images, unique and f"{source.name}:{unique}")
+                    side = self.split.side(source.split, images, unique and f"{source.name}:{unique}")
                 except RecordError as caught:
-                    error = _bare(caught)
+                    error = _without_traceback(caught)
             if error is not None:
-                place = (item.line, item.index, _raw_id(item.value))
-                refused.append(Refusal(source.name, str(file), *place, error.reason, error.detail))
+                refused.append(
+                    Refusal(
+                        source=source.name,
+                        file=str(file),
+                        line=item.line,
+                        position=item.index,
+                        id=_raw_id(item.value),
+                        reason=error.reason,
+                        detail=error.detail,
+                    )
+                )
                 continue
             unique = unique or names.take(wanted)
             if unique != wanted:
                 _rename(objects, f"{source.name}:{wanted}", f"{source.name}:{unique}")
             if side != TRAIN:
-                self._split.hold_out(images)
+                self.split.hold_out(images)
                 if images:
                     for obj in objects:
-                        obj["image"] = _paths(images, self._files[side].folder)
+                        obj["image"] = _paths(images, self.files[side].folder)
             for obj in objects:
                 lines[side] += orjson.dumps(obj, None, orjson.OPT_APPEND_NEWLINE)
             if repairs:
-                self._tally.repairs.update(set(repairs))
-        self._tally.keep(source.name, len(candidates) - len(refused))
-        self._tally.refuse(refused)
-        self._refused.write([refusal.to_line() for refusal in refused])
+                self.tally.repairs.update(set(repairs))
+        self.tally.keep(source.name, len(candidates) - len(refused))
+        self.tally.refuse(refused)
+        self.refused.write([refusal.to_line() for refusal in refused])
         for side, written in lines.items():
-            self._files[side].write_ended(written)
+            self.files[side].write_terminated(written)
 
 
 @contextmanager
-def _no_cycles() -> Iterator[None]:
-    """Without the search for objects that refer to each other in a circle, which takes a fourth of the time: records, of
-    which there are thousands at a time, never do."""
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause the search for reference cycles, which takes a quarter of the time: records contain no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -194,19 +223,19 @@ def _no_cycles() -> Iterator[None]:
             gc.enable()
 
 
-def _bare(error: RecordError) -> RecordError:
-    """Without the traceback, whose frames hold this batch, the error among it: a circle, and nobody looks for those."""
+def _without_traceback(error: RecordError) -> RecordError:
+    """Drop the traceback: its frames reference the batch that holds the error, and the cycle collector is paused."""
     return RecordError(error.reason, error.detail)
 
 
-def _no_object(value: object) -> RecordError:
+def _not_an_object(value: object) -> RecordError:
     if isinstance(value, NotJson):
         return RecordError("not_json", value)
     return RecordError("wrong_type", f"a raw record is a JSON object, not {type(value).__name__}.")
 
 
 def _paths(images: list[Found], qa_folder: str) -> str | list[str]:
-    """The "image" of a record in a QA file of that folder."""
+    """The "image" of a record in a QA file in the folder `qa_folder`."""
     if len(images) == 1:
         folder, real_folder, name, *_ = images[0]
         return folder_from(qa_folder, folder, real_folder) + name
@@ -214,7 +243,10 @@ def _paths(images: list[Found], qa_folder: str) -> str | list[str]:
 
 
 def _checked(obj: dict, images: list[Found], repairs: Sequence[str]) -> Sequence[str]:
-    """The repairs that were needed to make a QA record of `obj`: `repairs` and more. RecordError where it cannot be one."""
+    """Check `obj` as a QA record and repair its image marks if possible. Returns `repairs` and the rules used here.
+
+    Raises RecordError if it cannot be a QA record.
+    """
     for *_, repair, _ in images:
         if repair:
             repairs = [*repairs, repair]
@@ -231,8 +263,10 @@ def _checked(obj: dict, images: list[Found], repairs: Sequence[str]) -> Sequence
 
 
 def _with_captions(obj: dict, conversations: list, captions: str) -> list[dict]:
-    """The QA records of a picture with several captions, from the one for the first. The reader has seen to the rest: they
-    differ in the caption alone."""
+    """The QA records of an image with several captions, made from `obj`, which has the first one.
+
+    The other conversations need no check of their own: the reader makes sure that only the captions differ.
+    """
     if captions == "one_per_epoch":
         obj["alternatives"] = conversations[1:]
         return [obj]
@@ -245,7 +279,7 @@ def _rename(objects: list[dict], old: str, new: str) -> None:
 
 
 def _raw_id(value: object) -> str | int | None:
-    """The id of a raw record, or what names its picture: for a person to find it by."""
+    """The id of a raw record, or the name of its image, so that a person can find the record."""
     if not isinstance(value, dict):
         return None
     for key in ("id", "image_id", "image", "picture", "text_file"):

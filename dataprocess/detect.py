@@ -1,4 +1,4 @@
-"""Which format raw records are in, by the keys of the first of them."""
+"""Detect the format of raw records from the keys of the first ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from config import CAPTION_FORMATS, InputError, SourceConfig, choose
 from dataprocess.readers import CAPTION_COLUMNS, FORMATS, IMAGE_COLUMNS, Draft
 from dataset.json_stream import Item
 
-# keys with which a "text" is something else: said of a picture, or one part of a conversation
+# With one of these keys a "text" is a caption or a part of a conversation, not a record of plain text.
 BESIDE_A_TEXT = {
     *IMAGE_COLUMNS,
     "picture",
@@ -24,15 +24,15 @@ BESIDE_A_TEXT = {
 
 
 def reader_for(source: SourceConfig, file: Path, items: list[Item]) -> Callable[[dict, int], Draft]:
-    """The reader of a source's format; of "auto", what the first records `items` of `file` say.
+    """The reader for a source's format, detected from `items`, the first records of `file`, if the format is "auto".
 
-    Raises InputError where they say nothing or several things, and where a table lacks the columns that are needed.
+    Raises InputError if no format or several formats match, or a table lacks the required columns.
     """
     name = detect(source, file, items) if source.format == "auto" else source.format
     if source.captions == "one_per_epoch" and name not in CAPTION_FORMATS:
         raise InputError(
-            f'source "{source.name}": captions: one_per_epoch needs several captions a picture; {file} is of format {name}, '
-            "which has none."
+            f'source "{source.name}": captions: one_per_epoch needs several captions per image; {file} has format '
+            f"{name}, which has only one text per record."
         )
     if name == "csv":
         _check_columns(source, file, items)
@@ -40,28 +40,32 @@ def reader_for(source: SourceConfig, file: Path, items: list[Item]) -> Callable[
 
 
 def check_format(source: SourceConfig) -> None:
-    """Raises InputError for a format that there is not."""
+    """Raise InputError if the source's format does not exist."""
     choose(FORMATS | {"auto": None}, source.format, f'source "{source.name}": format')
 
 
 def detect(source: SourceConfig, file: Path, items: list[Item]) -> str:
+    """The name of the only format that fits the keys of `items`.
+
+    Raises InputError if no format or several formats fit.
+    """
     objects = [item.value for item in items if isinstance(item.value, dict)]
     found = set().union(*map(_by_keys, objects))
-    if not found:  # rows of text alone, which several formats have in the same form
+    if not found:  # records without images, which look the same in several formats
         found = {format for format in map(_of_text, objects) if format}
     if len(found) == 1:
         return found.pop()
     keys = sorted({str(key) for obj in objects for key in obj})
-    says = f"could be {' or '.join(sorted(found))}" if found else "is none that is known"
+    says = f"could be {' or '.join(sorted(found))}" if found else "is unknown"
     raise InputError(
-        f'source "{source.name}": the format of {file} {says}: its records have the keys {", ".join(keys) or "(none)"}. '
-        f"Name it in data.sources, for example format: {min(found, default='llava')}. Known: {', '.join(FORMATS)}."
+        f'source "{source.name}": the format of {file} {says}: its records have the keys {", ".join(keys) or "(none)"}.'
+        f" Set it in data.sources, for example format: {min(found, default='llava')}. Known: {', '.join(FORMATS)}."
     )
 
 
 def _by_keys(obj: dict) -> set[str]:
-    """The formats whose marks an object bears; usually one, none for text alone."""
-    found = set()
+    """The formats that an object's keys fit: usually one; none for a record without images."""
+    found: set[str] = set()
     turn_keys = _turn_keys(obj)
     if turn_keys and obj.get("image") is not None:
         found.add("llava" if "from" in turn_keys else "chat")
@@ -88,16 +92,19 @@ def _by_keys(obj: dict) -> set[str]:
 
 
 def _turn_keys(obj: dict) -> set[str]:
+    """The keys of the first turn of a conversation; empty if there is none."""
     turns = obj.get("conversations")
     return set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
 
 
 def _of_text(obj: dict) -> str | None:
+    """The format of a conversation without images."""
     keys = _turn_keys(obj)
     return ("llava" if "from" in keys else "chat") if keys else None
 
 
 def _is_row(obj: dict) -> bool:
+    """Whether an object has the columns of a table with questions or captions."""
     named = any(isinstance(obj.get(name), str) for name in IMAGE_COLUMNS)
     asked = {"question", "answer"} <= obj.keys()
     return named and (asked or any(isinstance(obj.get(name), str) for name in CAPTION_COLUMNS))

@@ -1,4 +1,4 @@
-"""Where the image of an annotation lies on disk, and that it lies inside its source's folder. Decodes no image."""
+"""Find the image of an annotation on disk and check that it is inside its source's folder. Decodes no image."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from config import InputError
 from dataset.record import RecordError
 from visual.images import ImageError, image_suffix
 
-# COCO's 2014 release puts one of these before the file names of 2017; annotations and folders of the two get mixed.
+# File names of COCO 2014 are those of COCO 2017 with one of these prefixes. Annotations of one release are often used
+# with the images of the other.
 COCO_2014 = ("COCO_train2014_", "COCO_val2014_")
-# Absolute, here or on Windows, or with a part "..".
+# Absolute (POSIX or Windows), or with a part "..".
 _leads_away = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?:.*/)?\.\.(?:/|\Z)", re.DOTALL).match
 _is_address = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE).match
 
-NAMES_KEPT = 1_000_000  # of files in listed folders; some 100 MB. What does not fit is looked up one by one
+NAMES_KEPT = 1_000_000  # file names of listed folders in memory, about 100 MB; other files are looked up one by one
 
 
 def coco_name(name: str) -> str | None:
-    """The name of 2017 ("000000000009.jpg") of an image of COCO, by either name; None for any other name."""
+    """The COCO 2017 name ("000000000009.jpg") for a file name of COCO 2014 or 2017; None for any other name."""
     if len(name) != 16:
         if len(name) > 31 or name[:-16] not in COCO_2014:
             return None
@@ -36,31 +37,34 @@ class Found(NamedTuple):
     """An image that exists."""
 
     folder: str  # absolute, as the user spelled it
-    real_folder: str  # the same folder with every symlink followed
-    name: str  # its file name there
-    target: str | None = None  # where that leads, every symlink followed, if it is one
-    repair: str | None = None  # the rule that was needed to find it
-    digest: str = ""  # of its bytes, where they were read
+    real_folder: str  # the same folder with symlinks resolved
+    name: str  # the file name in this folder
+    target: str | None = None  # the resolved path if the file is a symlink
+    repair: str | None = None  # the rule that was needed to find the file
+    digest: str = ""  # of its bytes, if they were read
 
     @property
     def real(self) -> str:
-        """The path of the file, every symlink followed."""
+        """The path of the file with symlinks resolved."""
         return self.target or f"{self.real_folder}/{self.name}"
 
 
-_found = partial(tuple.__new__, Found)  # from a tuple of the six, at half the price
+_found = partial(tuple.__new__, Found)  # takes a tuple of the six fields; half the cost of the constructor
 
 
-class PictureStore:
-    """The folder for pictures that lie inside the records, as in parquet files: each a file named by its content."""
+class ImageStore:
+    """The folder for images that are stored inside the records, as in parquet files.
+
+    Each file is named after its content.
+    """
 
     def __init__(self, folder: Path):
         self.folder = os.path.abspath(folder)
         self.is_used = False
-        self._placed: dict[str, bytes] = {}  # what is not yet written
+        self._placed: dict[str, bytes] = {}  # file name -> bytes, not yet written
 
     def place(self, data: bytes) -> Found:
-        """Where a picture belongs; nothing is written yet. Raises RecordError with the reason of the ImageError."""
+        """Choose the file of an image without writing it. Raises RecordError with the reason of the ImageError."""
         try:
             suffix = image_suffix(data)
         except ImageError as error:
@@ -70,7 +74,7 @@ class PictureStore:
         return Found(self.folder, real_folder, name)
 
     def write_placed(self) -> None:
-        """Write what was placed, unless it is there."""
+        """Write the placed images, except for files that exist already."""
         if self._placed:
             self.is_used = True
             for name, data in self._placed.items():
@@ -78,6 +82,7 @@ class PictureStore:
             self._placed.clear()
 
     def forget_placed(self) -> None:
+        """Drop the placed images without writing them."""
         self._placed.clear()
 
     def _write(self, name: str, data: bytes) -> None:
@@ -89,35 +94,35 @@ class PictureStore:
                     file.write(data)
                 os.replace(aside, path)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); make room or rights there.") from None
+            raise InputError(f"{path}: cannot be written ({error.strerror}); free space or make it writable.") from None
 
 
 class _Folder(NamedTuple):
     path: str
     real: str
-    files: frozenset[str]  # its plain files; empty where there are too many to keep
+    files: frozenset[str]  # names of its plain files; empty if there are too many to keep
 
 
 class Listings:
-    """The names of the plain files in folders. Each folder is listed once, however many sources show it."""
+    """Names of the plain files in folders. Each folder is listed once, even if several sources use it."""
 
     def __init__(self):
         self._files: dict[str, frozenset[str]] = {}
         self._room = NAMES_KEPT
 
     def files(self, folder: str) -> frozenset[str]:
-        """Of the folder with this real path; empty where there are too many to keep, or where it cannot be read."""
+        """Plain files of the folder with this resolved path; empty if too many to keep or the folder cannot be read."""
         if folder not in self._files:
             names = self._files[folder] = frozenset(self._list(folder))
             self._room -= len(names)
         return self._files[folder]
 
     def _list(self, folder: str) -> list[str]:
-        """A backslash may lead away on another system: such a name is left out, and looked at closely."""
         names: list[str] = []
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
+                    # A name with a backslash may lead outside on Windows. It is left out and so gets the full check.
                     if entry.is_file(follow_symlinks=False) and "\\" not in (name := entry.name):
                         names.append(name)
                         if len(names) > self._room:
@@ -128,29 +133,33 @@ class Listings:
 
 
 class ImageFolder:
-    """The image folder of a source (None: its pictures, if any, are inside the records, and go to `store`). Raises
-    InputError if there is no such folder.
+    """The image folder of a source.
 
-    A folder is listed once, when the first image in it is looked for: an image then costs a look into a set. Links, and
-    what the list does not have, are looked up on disk.
+    root: the folder, or None if the source has none. Images inside the records go to `store`.
+    source: the name of the source, for error messages.
+    modified: folder -> modification time (ns; None if it does not exist) of each folder that was searched, so that a
+        later run can see whether an image was added, removed or renamed.
 
-    `modified` maps each folder in which an image was looked for to its modification time (ns; None: no such folder), so
-    that a later run can tell whether an image has come, gone or been renamed.
+    A folder is listed when the first image in it is searched, so that each further image costs one set lookup. Symlinks
+    and names that are not listed are looked up on disk. Raises InputError if `root` is not a folder.
     """
 
-    def __init__(self, root: str | os.PathLike | None, source: str, store: PictureStore, listings: Listings):
+    def __init__(self, root: str | os.PathLike | None, *, source: str, store: ImageStore, listings: Listings):
         if root is not None and not os.path.isdir(root):
-            raise InputError(f'source "{source}": images: {root} is not a folder; give the folder the images lie in.')
-        self._root = None if root is None else os.path.abspath(root)
-        self._real_root = None if root is None else os.path.realpath(root)
-        self._folders: dict[str, _Folder] = {}  # by what stands before the file name in a path, with its "/"
+            raise InputError(
+                f'source "{source}": images: {root} is not a folder; give the folder that contains the images.'
+            )
+        self._root = "" if root is None else os.path.abspath(root)  # empty: the source has no image folder
+        self._real_root = "" if root is None else os.path.realpath(root)
+        self._folders: dict[str, _Folder] = {}  # key: the part of a path before the file name, with the final "/"
         self._store, self._listings = store, listings
         self.modified: dict[str, int | None] = {}
 
     def find(self, path: object) -> Found:
-        """The image at `path`, relative to the folder, POSIX separators; or a picture's bytes, which get a file.
+        """Find the image at `path`, relative to the folder with POSIX separators. Bytes of an image get a file instead.
 
-        Raises RecordError: wrong_type, path_outside_folder (absolute, `..`, or a symlink that leads out), missing_image.
+        Raises RecordError: wrong_type, path_outside_folder (absolute, `..`, or a symlink to a place outside),
+        missing_image.
         """
         if type(path) is str:
             cut = path.rfind("/") + 1
@@ -158,9 +167,9 @@ class ImageFolder:
                 parent, real_parent, files = folder
                 if (name := path[cut:]) in files:
                     return _found((parent, real_parent, name, None, None, ""))
-        return self._find_anew(path)
+        return self._search(path)
 
-    def _find_anew(self, path: object) -> Found:
+    def _search(self, path: object) -> Found:
         if isinstance(path, bytes):
             return self._store.place(path)
         if not isinstance(path, str) or not path:
@@ -170,7 +179,7 @@ class ImageFolder:
                 "missing_image",
                 f"{path:.80}: an address, and nothing is downloaded here; download it and give its path.",
             )
-        if self._root is None:
+        if not self._root:
             raise RecordError(
                 "missing_image", f"{path}: the source has no images folder; give data.sources its images."
             )
@@ -180,7 +189,7 @@ class ImageFolder:
         name = path[cut:]
         try:
             folder = self._folders.get(path[:cut]) or self._enter(path[:cut])
-        except ValueError as error:  # characters that no path can hold
+        except ValueError as error:  # characters that a path cannot contain
             raise RecordError("missing_image", f"{path!r}: {error}.") from None
         found = self._look(folder, name, None)
         if found is None and (bare := coco_name(name)):
@@ -229,15 +238,15 @@ class ImageFolder:
 
 @lru_cache(maxsize=4096)
 def folder_from(qa_folder: str, folder: str, real_folder: str) -> str:
-    """How a file in `qa_folder` names `folder`: relative, with "/" at the end (empty for the same folder)."""
+    """The path of `folder` relative to `qa_folder`, with "/" at the end (empty for the same folder)."""
     relative = os.path.relpath(folder, qa_folder)
-    if relative.split("/")[0] == "..":  # out of a symlinked folder, ".." leads somewhere else
+    if relative.split("/")[0] == "..":  # in a symlinked folder, ".." is the parent of the link's target
         relative = os.path.relpath(real_folder, os.path.realpath(qa_folder))
     return "" if relative == "." else relative + "/"
 
 
 def modified_ns(path: str | Path) -> int | None:
-    """The modification time in nanoseconds; None where there is nothing."""
+    """The modification time in nanoseconds; None if the path does not exist."""
     try:
         return os.stat(path).st_mtime_ns
     except OSError:

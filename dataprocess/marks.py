@@ -1,6 +1,7 @@
-"""Where a picture stands in a text: marks and parts, and the two repairs of a row whose marks and pictures disagree.
+"""Positions of images in a text: marks and parts, and the repairs of a record whose marks and images disagree.
 
-Works on turns {"role", "content"} of the QA format; knows no annotation format, no file and no setting.
+Works on turns {"role", "content"} of the QA format. This module knows nothing about annotation formats, files or
+settings.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from collections.abc import Sequence
 
 from dataset.record import IMAGE_MARK
 
-Piece = str | None  # literal text, or a picture
+Piece = str | None  # literal text, or None for an image
 
-_runs = re.compile(rf"{IMAGE_MARK}(?:\s*{IMAGE_MARK})*").finditer  # marks with nothing but white space between them
+_runs = re.compile(rf"{IMAGE_MARK}(?:\s*{IMAGE_MARK})*").finditer  # marks with only white space between them
 _space = re.compile(r"\s*").match
 _line_end = re.compile(r"[ \t]*\n").match
 
 
 def content_of(pieces: Sequence[Piece]) -> str | list[dict]:
-    """The content of a turn: a string with a mark per picture; a list of parts where the text itself says "<image>"."""
+    """The content of a turn: a string with a mark per image, or a list of parts if the text contains "<image>"."""
     text = "".join(IMAGE_MARK if piece is None else piece for piece in pieces)
     if text.count(IMAGE_MARK) == sum(piece is None for piece in pieces):
         return text
@@ -34,7 +35,10 @@ def content_of(pieces: Sequence[Piece]) -> str | list[dict]:
 
 
 def literal(text: object, images: int = 0) -> object:
-    """Text without a mark convention as the content of a turn, after `images` pictures. What is no text is left alone."""
+    """The content of a turn: `images` images, then `text`, in which "<image>" is plain text.
+
+    A `text` that is not a string is returned unchanged.
+    """
     if not isinstance(text, str):
         return text
     if IMAGE_MARK not in text:
@@ -43,16 +47,17 @@ def literal(text: object, images: int = 0) -> object:
 
 
 def mark_count(turns: list[dict]) -> int:
-    """Marks in the strings of all turns."""
+    """Number of marks in the string contents of all turns."""
     return sum(turn["content"].count(IMAGE_MARK) for turn in turns if isinstance(turn["content"], str))
 
 
 def repair_marks(turns: list[dict], images: int) -> tuple[list[dict], list[str]] | None:
-    """Turns whose marks fit the number of images, and the rules that were needed; None where no rule applies.
+    """Make the marks fit the number of images. Returns the turns and the rules that were used; None if no rule applies.
 
-    image_mark_added: pictures and no mark at all; they are shown at the start of the first question.
-    extra_image_marks_removed, image_mark_kept_as_text: one picture and several marks. The first mark is the picture;
-    another one is removed where it stands alone on its line or at an end of its text, and inside a sentence it is text.
+    image_mark_added: images but no marks. The images go to the start of the first question.
+    extra_image_marks_removed, image_mark_kept_as_text: one image and several marks. The first mark is the image.
+    Another mark is removed if it is alone on its line or at either end of its text; inside a sentence it is kept as
+    text.
     """
     asked = [turn for turn in turns if turn["role"] == "user"]
     if images and asked and mark_count(turns) == 0 and isinstance(asked[0]["content"], str):
@@ -60,34 +65,38 @@ def repair_marks(turns: list[dict], images: int) -> tuple[list[dict], list[str]]
         return [shown if turn is asked[0] else turn for turn in turns], ["image_mark_added"]
     if images != 1 or mark_count(asked) < 2 or not all(isinstance(turn["content"], str) for turn in asked):
         return None
-    repaired, rules, shown = [], set(), False
+    repaired: list[dict] = []
+    rules: set[str] = set()
+    has_image = False
     for turn in turns:
         if turn["role"] == "user" and IMAGE_MARK in turn["content"]:
-            turn = {**turn, "content": _without_extra_marks(turn["content"], shown, rules)}
-            shown = True
+            turn = {**turn, "content": _without_extra_marks(turn["content"], has_image, rules)}
+            has_image = True
         repaired.append(turn)
     return repaired, sorted(rules)
 
 
-def _without_extra_marks(text: str, shown: bool, rules: set[str]) -> str | list[dict]:
-    """`text` with one picture at its first mark (none if `shown` already); adds the rules that were needed to `rules`."""
+def _without_extra_marks(text: str, has_image: bool, rules: set[str]) -> str | list[dict]:
+    """`text` with one image at its first mark (with none if `has_image`); adds the rules that were used to `rules`."""
     pieces: list[Piece] = []
-    at = 0  # the text before is in the pieces
+    at = 0  # the text before this position is in the pieces
     for number, run in enumerate(_runs(text)):
-        before, rest = text[at : run.start()], _space(text, run.end()).end()
+        space = _space(text, run.end())
+        assert space is not None  # the pattern also matches no space at all
+        before, rest = text[at : run.start()], space.end()
         at_start = number == 0 and not before.strip()
         alone = at_start or rest == len(text) or (before.rstrip(" \t")[-1:] == "\n" and _line_end(text, run.end()))
-        extra = run[0] if shown else run[0][len(IMAGE_MARK) :]
+        extra = run[0] if has_image else run[0][len(IMAGE_MARK) :]
         at = run.end()
         if not alone:
-            pieces += [before, *([] if shown else [None]), extra]
+            pieces += [before, *([] if has_image else [None]), extra]
             rules |= {"image_mark_kept_as_text"} if extra else set()
-        elif not shown:
+        elif not has_image:
             pieces += [before, None]
             rules |= {"extra_image_marks_removed"} if extra else set()
-        else:  # the white space that led to it goes with it
+        else:  # remove the white space before the mark as well
             pieces.append(before.rstrip())
             at = rest if at_start else at
             rules.add("extra_image_marks_removed")
-        shown = True
+        has_image = True
     return content_of([*pieces, text[at:]])

@@ -1,4 +1,4 @@
-"""The files that preprocessing writes, whole or not at all, and the ids in them."""
+"""Output files that are written completely or not at all, and the ids in them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 class AsideFile:
-    """A file of lines that takes its name only when it is whole: written beside it, then renamed. A context manager: what
-    was not published by its end is removed."""
+    """A file of lines, written under a temporary name in the same folder and renamed by `publish`.
+
+    A context manager: a file that was not published is removed at the end.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -20,14 +22,15 @@ class AsideFile:
         self._file = open(self._aside, "wb")
 
     def write(self, lines: list[bytes]) -> None:
-        self.write_ended(b"".join(line + b"\n" for line in lines))
+        self.write_terminated(b"".join(line + b"\n" for line in lines))
 
-    def write_ended(self, lines: bytes | bytearray) -> None:
-        """Lines that have their newlines."""
+    def write_terminated(self, lines: bytes | bytearray) -> None:
+        """Write lines that already end in newlines."""
         self.lines += lines.count(b"\n")
         self.bytes += self._file.write(lines)
 
     def publish(self) -> None:
+        """Write everything to disk and give the file its name."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -42,14 +45,16 @@ class AsideFile:
 
 
 class UniqueNames:
-    """Makes the ids of one source unique: the second "a" that is kept becomes "a#2". Remembers a hash of each name, not
-    the name; two names that share one would cost a needless "#2", nothing else."""
+    """Makes the ids of one source unique: the second "a" that is kept becomes "a#2".
+
+    Stores a hash of each name instead of the name. Two names with the same hash only cause an unnecessary "#2".
+    """
 
     def __init__(self):
         self._uses: dict[int, int] = {}
 
     def take(self, name: str) -> str:
-        """A name of this source that was not taken before."""
+        """Return `name`, or `name#2` and so on if it was taken before."""
         uses, key = self._uses, hash(name)
         if key not in uses:
             uses[key] = 1

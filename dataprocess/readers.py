@@ -1,8 +1,8 @@
-"""The raw annotation formats: one function each, from one raw record to a draft of QA records.
+"""The raw annotation formats: one function each, which reads one raw record into a draft of QA records.
 
-A reader looks at nothing but the record: no disk, no other record, no settings. It changes text only by the repairs that
-it names in the draft, and raises `RecordError` with a reason where the record makes no sense in its format. What the
-formats have in common (roles in order, marks equal to pictures, no empty answer) is left to `dataset.record.check_record`.
+A reader uses only the record: no disk, no other record, no settings. It changes text only by the repairs that it names
+in the draft, and raises `RecordError` with a reason if the record does not fit the format. Rules that all formats share
+(order of roles, number of marks, no empty answer) are checked by `dataset.record.check_record`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from dataprocess.marks import Piece, content_of, literal, mark_count
 from dataset.record import IMAGE_MARK, RecordError
 from visual.images import IMAGE_SUFFIXES, ImageError, read_image
 
-# Captions come without questions. Two prompts alternate, in the caption's language ("描述一下这张图片。" is "Describe this
-# image.", "图片里有什么？" "What is in the image?").
+# Captions have no questions. Two prompts alternate, in the caption's language. "描述一下这张图片。" means "Describe this
+# image.", "图片里有什么？" means "What is in the image?".
 CAPTION_PROMPTS = ("描述一下这张图片。", "图片里有什么？")
 ENGLISH_CAPTION_PROMPTS = ("Describe this image.", "What is in this image?")
 
-# What a CSV's columns may be called, the first that is there.
+# Names of a CSV's columns; the first one that exists is used.
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "path", "image_id")
 CAPTION_COLUMNS = ("caption", "text")
 
@@ -31,21 +31,26 @@ _is_chinese = re.compile("[\u3400-\u9fff]").search
 
 
 class Draft(NamedTuple):
-    """A raw record in our words. Of several conversations the reader sees to it that each has an answer in UTF-8."""
+    """A raw record in the terms of the QA format.
 
-    id: str | None  # None where the format has no ids: its number in the file will do
-    images: list  # paths, still relative to the source's image folder, or the bytes of pictures
-    conversations: list  # of lists of {"role", "content"}; more than one only where the format gives several answers
+    If there are several conversations, the reader must check that each has an answer in valid UTF-8.
+    """
+
+    id: str | None  # None if the record has no id; its number in the source is used instead
+    images: list  # paths relative to the source's image folder, or the bytes of images
+    conversations: list  # lists of {"role", "content"}; more than one only if the format gives several answers
     type: str = ""
     repairs: Sequence[str] = ()
 
 
-_draft = partial(tuple.__new__, Draft)  # from a tuple of the five, at half the price
+_draft = partial(tuple.__new__, Draft)  # takes a tuple of the five fields; half the cost of the constructor
 
 
 def read_llava(obj: dict, index: int) -> Draft:
     """LLaVA's instruction files (detail_23k, complex_reasoning_77k, conversation_58k, mix665k):
-    {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; rows without an image are text alone."""
+
+    {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}. A record without "image" is text only.
+    """
     name, image = obj.get("id"), obj.get("image")
     return _draft(
         (
@@ -59,11 +64,14 @@ def read_llava(obj: dict, index: int) -> Draft:
 
 
 def read_chat(obj: dict, index: int) -> Draft:
-    """SVLM-Data and minimind-v: {"image", "conversations": [{"role", "content"}]}. Several images may be joined in one
-    string by commas ("0.jpg, 1.jpg"): split where there are several marks, or none and every part is an image's name.
-    The parquet files have conversations as JSON text, pictures in "image_bytes" and a black 8 x 8 one beside text alone."""
+    """SVLM-Data and minimind-v: {"image", "conversations": [{"role", "content"}]}.
+
+    "image" may be several paths joined by commas ("0.jpg, 1.jpg"). It is split if there are several marks, or if there
+    is no mark and every part is the name of an image file. The parquet files have conversations as JSON text, images in
+    "image_bytes", and a black image of 8 x 8 pixels in records that are text only.
+    """
     turns, images = _turns(obj.get("conversations")), _images(obj)
-    repairs = ()
+    repairs: Sequence[str] = ()
     if len(images) == 1:
         image = images[0]
         if isinstance(image, str) and "," in image:
@@ -77,31 +85,37 @@ def read_chat(obj: dict, index: int) -> Draft:
 
 
 def read_messages(obj: dict, index: int) -> Draft:
-    """messages / ShareGPT (LLaMA-Factory, TRL, ms-swift): {"messages" | "conversations": [{"role", "content"}], "images":
-    [...]}, perhaps with a "system" prompt beside them. A content is a string with marks in a user's turns, or a list of
-    parts; a part may name its own picture, the others take the next of "images"."""
+    """messages / ShareGPT (LLaMA-Factory, TRL, ms-swift):
+
+    {"messages" | "conversations": [{"role", "content"}], "images": [...]}, optionally with "system", a prompt. A
+    content is a string, with marks in a user's turns, or a list of parts. A part may name its own image; the other
+    parts take the next one of "images".
+    """
     raw = obj.get("conversations") if obj.get("messages") is None else obj["messages"]
-    turns, wanted = [], []
+    turns: list[dict] = []
+    wanted: list = []  # for each mark or image part: its own image, or None for the next one of "images"
     for turn in _turns(raw):
         content = turn["content"]
         if isinstance(content, list):
-            pieces, pictures = _pieces(content)
+            pieces, own_images = _pieces(content)
             content = content_of(pieces)
-            wanted += pictures
+            wanted += own_images
         elif isinstance(content, str) and turn["role"] == "user":
             wanted += [None] * content.count(IMAGE_MARK)
         turns.append({"role": turn["role"], "content": content})
     if obj.get("system") and turns and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": obj["system"]})
     listed = iter(_images(obj))
-    images = [next(listed, None) if picture is None else picture for picture in wanted]
+    images = [next(listed, None) if own is None else own for own in wanted]
     images = [image for image in images if image is not None] + list(listed)
     return Draft(_id(obj), images, [turns], _type(obj))
 
 
 def read_cauldron(obj: dict, index: int) -> Draft:
-    """the_cauldron and FineVision: {"images": [...], "texts": [{"user", "assistant", ...}]}. There are no marks: all
-    pictures come before the first question."""
+    """the_cauldron and FineVision: {"images": [...], "texts": [{"user", "assistant", ...}]}.
+
+    There are no marks; all images come before the first question.
+    """
     texts, images = obj.get("texts"), _images(obj)
     if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
         raise RecordError("wrong_type", '"texts" is missing or not a list of objects.')
@@ -112,8 +126,10 @@ def read_cauldron(obj: dict, index: int) -> Draft:
 
 
 def read_ai_challenger(obj: dict, index: int) -> Draft:
-    """AI Challenger's image captions: {"image_id": "a.jpg", "caption": [five sentences]}. Each caption answers a prompt;
-    the prompts alternate over captions and records, and empty captions are left out."""
+    """AI Challenger's image captions: {"image_id": "a.jpg", "caption": [five sentences]}.
+
+    Each caption answers a prompt. The prompts alternate over captions and records, and empty captions are left out.
+    """
     name = obj.get("image_id")
     if not isinstance(name, str):
         raise RecordError("wrong_type", '"image_id" is missing; expected the image\'s file name.')
@@ -121,7 +137,7 @@ def read_ai_challenger(obj: dict, index: int) -> Draft:
 
 
 def read_coco_captions(obj: dict, index: int) -> Draft:
-    """COCO's captions, an image with all that is said about it: {"image": {"id", "file_name"}, "captions": [...]}."""
+    """COCO's captions, one image with all its captions: {"image": {"id", "file_name"}, "captions": [...]}."""
     if "annotation" in obj:
         annotation = obj["annotation"]
         name = annotation.get("image_id") if isinstance(annotation, dict) else None
@@ -137,8 +153,10 @@ def read_coco_captions(obj: dict, index: int) -> Draft:
 
 
 def read_csv(obj: dict, index: int) -> Draft:
-    """A row of a table: a picture's path, and a question with its answer or a caption. No text has marks. A row without
-    a path is about text alone."""
+    """A row of a table: the path of an image, and a question with its answer or a caption.
+
+    There are no marks. A row with a question and without a path is text only.
+    """
     path = next((obj[name] for name in IMAGE_COLUMNS if name in obj), None)
     images = [] if path is None or path == "" else [path]
     if "question" in obj and "answer" in obj:
@@ -152,17 +170,17 @@ def read_csv(obj: dict, index: int) -> Draft:
 
 
 def read_folder(obj: dict, index: int) -> Draft:
-    """A picture with the text of the .txt file beside it."""
-    picture, text = obj.get("picture"), obj.get("text")
-    if not isinstance(picture, str):
+    """An image with the text of the .txt file of the same name: {"picture": path, "text": ...}."""
+    image, text = obj.get("picture"), obj.get("text")
+    if not isinstance(image, str):
         raise RecordError("missing_image", f"{obj.get('text_file')}: no picture of that name lies beside it.")
     if not isinstance(text, str):
-        raise RecordError("no_answer", f"{picture}: no .txt file of that name lies beside it.")
-    return Draft(picture, [picture], [_caption(text.strip(), index)])
+        raise RecordError("no_answer", f"{image}: no .txt file of that name lies beside it.")
+    return Draft(image, [image], [_caption(text.strip(), index)])
 
 
 def read_text(obj: dict, index: int) -> Draft:
-    """A text by itself, as language models are trained on from nothing: {"text": "..."} (minimind's pretrain_hq.jsonl)."""
+    """A plain text for training a language model from scratch: {"text": "..."} (minimind's pretrain_hq.jsonl)."""
     text = obj.get("text")
     if not isinstance(text, str):
         raise RecordError("wrong_type", '"text" is missing or no text.')
@@ -183,9 +201,9 @@ FORMATS: dict[str, Callable[[dict, int], Draft]] = {
 
 
 def _turns(turns: object) -> list[dict]:
-    """Turns by our names, from {"role", "content"} or {"from", "value"}; a table's column may hold them as JSON text."""
+    """Turns as {"role", "content"}, from such turns, from {"from", "value"}, or from JSON text of either."""
     if type(turns) is list:
-        try:  # nearly always
+        try:  # a fast path for valid turns
             if turns and "from" in turns[0]:
                 return [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
             return [{"role": _ROLES[turn["role"]], "content": turn["content"]} for turn in turns]
@@ -209,9 +227,9 @@ def _role(name: object) -> object:
 
 
 def _pieces(parts: list) -> tuple[list[Piece], list]:
-    """The pieces of a content, and for each picture among them what it names as its own, or None."""
+    """The pieces of a content, and for each image among them the path or bytes that its part names, or None."""
     pieces: list[Piece] = []
-    pictures = []
+    own_images: list[str | bytes | None] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
@@ -221,21 +239,21 @@ def _pieces(parts: list) -> tuple[list[Piece], list]:
             if kind == "image_url" and isinstance(named, dict):
                 named = named.get("url")
             pieces.append(None)
-            pictures.append(None if named is None else _picture(named, kind))
+            own_images.append(None if named is None else _image(named, kind))
         else:
             raise RecordError("wrong_type", f'a part {part!r:.60}; expected {{"type": "text" or "image", ...}}.')
-    return pieces, pictures
+    return pieces, own_images
 
 
 def _question(question: object, answer: object, images: int) -> list[dict]:
-    """A turn each; the pictures come first, and "<image>" in the texts is nothing but text."""
+    """A question with its answer. The images come first, and "<image>" in the texts is plain text."""
     return [
         {"role": "user", "content": literal(question, images)},
         {"role": "assistant", "content": literal(answer)},
     ]
 
 
-# One object for each prompt, and not one for each caption.
+# One object per prompt, shared by all captions.
 _PROMPT_TURNS, _ENGLISH_PROMPT_TURNS = (
     [{"role": "user", "content": f"{IMAGE_MARK}\n{prompt}"} for prompt in prompts]
     for prompts in (CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS)
@@ -259,7 +277,7 @@ def _captioned(name: str | None, image: str, captions: object, index: int) -> Dr
         raise RecordError("wrong_type", f'"caption" holds {captions!r:.40}; expected a list of texts.') from None
     except UnicodeEncodeError:
         raise RecordError("bad_unicode", "a caption holds half a surrogate pair, which is no character.") from None
-    conversations = [  # a caption's first character nearly always tells
+    conversations = [  # the first character decides the language of most captions, without the slower search
         [
             (_PROMPT_TURNS if "\u3400" <= caption < "\ua000" or _is_chinese(caption) else _ENGLISH_PROMPT_TURNS)[
                 number % 2
@@ -269,7 +287,7 @@ def _captioned(name: str | None, image: str, captions: object, index: int) -> Dr
         for number, caption in enumerate(captions, start=index)
         if caption and not caption.isspace()
     ]
-    if IMAGE_MARK in text:  # nearly never
+    if IMAGE_MARK in text:
         for _, answer in conversations:
             answer["content"] = literal(answer["content"])
     if not conversations:
@@ -295,36 +313,38 @@ def _type(obj: dict) -> str:
 
 
 def _images(obj: dict) -> list:
-    """The pictures in "image", "images" or "image_bytes". What other keys show is refused: without it the record would
-    be another one, about text alone."""
+    """The images in "image", "images" or "image_bytes".
+
+    A record with other media is refused: without them it would become a different record, about text only.
+    """
     image = obj.get("image")
     if image:
-        return [image] if type(image) is str else _pictures(image if isinstance(image, list) else [image], "image")
+        return [image] if type(image) is str else _each_image(image if isinstance(image, list) else [image], "image")
     for key in ("images", "image_bytes"):
         if images := obj.get(key):
-            return _pictures([images] if isinstance(images, (bytes, dict)) else images, key)
+            return _each_image([images] if isinstance(images, (bytes, dict)) else images, key)
     if obj.get("video"):
-        raise _not_read("video")
+        raise _unsupported("video")
     return []
 
 
-def _pictures(images: object, key: str) -> list:
+def _each_image(images: object, key: str) -> list:
     if not isinstance(images, list):
-        raise _not_read(key)
-    return [_picture(image, key) for image in images]
+        raise _unsupported(key)
+    return [_image(image, key) for image in images]
 
 
-def _picture(image: object, key: str) -> str | bytes:
-    """A path or bytes, by itself or in the {"bytes", "path"} of tables."""
+def _image(image: object, key: str) -> str | bytes:
+    """A path or bytes, alone or in the {"bytes", "path"} of parquet tables."""
     if isinstance(image, dict):
         data = image.get("bytes")
         image = image.get("path") if data is None else data if isinstance(data, bytes) else None
     if isinstance(image, bytes) or (isinstance(image, str) and key != "image_bytes"):
         return image
-    raise _not_read(key)
+    raise _unsupported(key)
 
 
-def _not_read(key: str) -> RecordError:
+def _unsupported(key: str) -> RecordError:
     return RecordError(
         "wrong_type", f'"{key}" is not read; expected "image" with the path of a file, or a list of paths.'
     )
@@ -337,4 +357,7 @@ def _is_black_placeholder(data: bytes) -> bool:
         image = read_image(data)
     except ImageError:
         return False
-    return image.size == (8, 8) and max(high for _, high in image.getextrema()) < 8  # JPEG's black is not quite black
+    if image.size != (8, 8):
+        return False
+    extrema = cast(tuple[tuple[int, int], ...], image.getextrema())  # of an RGB image: (low, high) per channel
+    return max(high for _, high in extrema) < 8  # black in a JPEG is not exactly 0

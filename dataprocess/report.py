@@ -1,4 +1,4 @@
-"""The count of what was read, kept and refused, as JSON and as a table."""
+"""Counts of records read, kept and refused, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -11,34 +11,41 @@ from typing import NamedTuple
 
 from dataprocess.split import TRAIN, VALIDATION
 
-EXAMPLES = 3  # of a reason, in the message of too many refusals
+EXAMPLES = 3  # examples of each reason in the message about too many refusals
 
 
 class Refusal(NamedTuple):
-    """Why a raw record was refused, and where it stands."""
+    """The reason why a raw record was refused, and its place."""
 
     source: str
     file: str
-    line: int | None  # from 1; None where a file has no lines
-    index: int  # from 0, within the file
+    line: int | None  # from 1; None if the file has no lines
+    position: int  # from 0, within the file
     id: str | int | None
     reason: str
     detail: str
 
     def to_line(self) -> bytes:
-        """A line of JSON."""
-        fields = self._asdict()
-        fields.pop("index" if self.line else "line")
-        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")  # half a surrogate pair
+        """The refusal as a JSON object, without a newline."""
+        fields = {
+            "source": self.source,
+            "file": self.file,
+            **({"line": self.line} if self.line else {"index": self.position}),
+            "id": self.id,
+            "reason": self.reason,
+            "detail": self.detail,
+        }
+        # "backslashreplace" because a refused record may contain half a surrogate pair.
+        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
     def __str__(self) -> str:
-        place = f"line {self.line}" if self.line else f"item {self.index}"
+        place = f"line {self.line}" if self.line else f"item {self.position}"
         name = "" if self.id is None else f' ("{self.id}")'
         return f"{os.path.basename(self.file)} {place}{name}: {self.detail}"
 
 
 class Tally:
-    """Counts raw records: every one is kept or refused."""
+    """Counts raw records; each is kept or refused."""
 
     def __init__(self, names: Iterable[str]):
         self.by_source = {name: Counter(read=0, kept=0, refused=0) for name in names}
@@ -58,12 +65,13 @@ class Tally:
                 examples.append(refusal)
 
     def examples_by_reason(self, reasons: int) -> list[str]:
-        """A line for each of the first refusals of the most frequent reasons."""
+        """One line for each of the first refusals of the `reasons` most frequent reasons."""
         most = itertools.islice(_largest_first(self.by_reason), reasons)
         return [f"{reason}: {refusal}" for reason in most for refusal in self.examples[reason]]
 
     def report(self) -> dict:
-        total = sum(self.by_source.values(), Counter())
+        """The counts as JSON values, most frequent reasons and repairs first."""
+        total: Counter[str] = sum(self.by_source.values(), Counter())
         return {
             "read": total["read"],
             "kept": total["kept"],
@@ -79,11 +87,11 @@ def _largest_first(counts: Counter[str]) -> dict[str, int]:
 
 
 def summary(report: dict) -> str:
-    """The report as a table for a person."""
+    """The report as a table for the terminal."""
     sources = [(name, *counts.values()) for name, counts in report["by_source"].items()]
     if len(sources) > 1:
         sources.append(("all", *(report[key] for key in ("read", "kept", "refused"))))
-    blocks = [(("source", "read", "kept", "refused"), sources)]
+    blocks: list[tuple[tuple[str, ...], list[tuple]]] = [(("source", "read", "kept", "refused"), sources)]
     for title, key in (("refused for", "by_reason"), ("repaired by", "repairs")):
         if report[key]:
             blocks.append(((title, "records"), list(report[key].items())))

@@ -1,24 +1,24 @@
-"""Which records are held out: a whole image goes to one side, with everything that is said about it in any source."""
+"""Choose the held-out records: an image goes to one side with every record about it, from any source."""
 
 from __future__ import annotations
 
 from hashlib import blake2b
 
-from dataprocess.images import Found, coco_name
+from dataprocess.image_paths import Found, coco_name
 from dataset.record import RecordError
 
 TRAIN, VALIDATION = "train", "validation"
 
 
 class Split:
-    """Decides on which side a record goes: `side`, then `hold_out` once it is kept for validation.
+    """Chooses the side of each record: call `side`, then `hold_out` for a record that is kept for validation.
 
-    In a source to divide, the seed and the image decide: COCO's name for it, both of COCO's being one; else its bytes,
-    where they were read; else its file name. No folder, place or order moves an image to the other side. Equal file names
-    in different folders share a side, which harms nobody.
+    In a source with split "auto" the seed and the image decide: its COCO name (both forms count as one), else a digest
+    of its bytes if they were read, else its file name. The folder, the place in the file and the order of records make
+    no difference. Equal file names in different folders get the same side, which does no harm.
 
-    Feed it the sources to hold out first, then the ones to divide, then the ones to train on: what a side may hold
-    depends on the images held out before.
+    Process sources with split "validation" first, then "auto", then "train": the records that a side may take depend on
+    the images that were held out before.
     """
 
     def __init__(self, seed: int, fraction: float):
@@ -27,16 +27,17 @@ class Split:
         self._held: set[str] = set()
 
     def side(self, split: str, images: list[Found], name: str | None) -> str:
-        """TRAIN or VALIDATION for a record with these images, in a source whose split is "auto", "train" or "validation".
-        `name` decides where there is no image.
+        """TRAIN or VALIDATION for a record with these images.
 
+        split: of the source, "auto", "train" or "validation".
+        name: of the record; decides if there is no image, and may be None otherwise.
         Raises RecordError: image_held_out, images_on_both_sides.
         """
         if split == VALIDATION:
             return VALIDATION
-        if split == "auto" and len(images) == 1:  # nearly always
-            name, identity = _names(images[0])
-            return VALIDATION if identity in self._held or self._is_chosen(name) else TRAIN
+        if split == "auto" and len(images) == 1:  # a shortcut for nearly all records
+            portable, identity = _names(images[0])
+            return VALIDATION if identity in self._held or self._is_chosen(portable) else TRAIN
         names = [_names(image) for image in images]
         held = [identity in self._held for _, identity in names]
         if split == TRAIN:
@@ -44,7 +45,10 @@ class Split:
                 path = images[held.index(True)].real
                 raise RecordError("image_held_out", f"{path} is a validation image; it may not be trained on.")
             return TRAIN
-        chosen = [self._is_chosen(portable) for portable, _ in names] or [self._is_chosen(name)]
+        chosen = [self._is_chosen(portable) for portable, _ in names]
+        if not images:
+            assert name is not None, "a record without an image is divided by its name"
+            chosen = [self._is_chosen(name)]
         if True in held:
             chosen = [one or other for one, other in zip(held, chosen, strict=True)]
         if True not in chosen:
@@ -56,6 +60,7 @@ class Split:
         return VALIDATION
 
     def hold_out(self, images: list[Found]) -> None:
+        """Keep these images out of the training records from now on."""
         self._held.update(_names(image)[1] for image in images)
 
     def _is_chosen(self, name: str) -> bool:
@@ -65,7 +70,7 @@ class Split:
 
 
 def _names(image: Found) -> tuple[str, str]:
-    """What decides for an image on any machine, and what two sources share that show the same picture."""
+    """The name that decides the side of an image on any machine, and the name shared by all sources with this image."""
     _, _, file, target, _, digest = image
     if target:
         file = target[target.rfind("/") + 1 :]

@@ -1,11 +1,12 @@
-"""A tokenizer learned from QA files, for a language model from scratch.
+"""Learn a tokenizer from QA files, for a language model from scratch.
 
-    python -m dataprocess.train_tokenizer --config configs/from-scratch.yaml
+    python -m dataprocess.train_tokenizer --config recipes/from-scratch.yaml
     python -m dataprocess.train_tokenizer --qa FILE [--qa FILE]... --vocab-size 32000 --output FOLDER
 
-Byte-level BPE as Qwen's: any text can be written in it and comes back as it was. With --config it is the one that the
-config names (model.from_scratch.tokenizer, vocab_size), learned from the training files of the run or of all its stages;
-`sh train.sh` does that by itself where the folder is not there yet. Knows no model and no model library.
+The tokenizer is a byte-level BPE like Qwen's, so any text can be encoded and decoded without loss. --config learns the
+tokenizer that the config names (model.from_scratch.tokenizer, vocab_size) from the training files of the run or of all
+its stages; `sh train.sh` does this itself if the folder does not exist. This module knows nothing about models and uses
+no model library.
 """
 
 from __future__ import annotations
@@ -28,29 +29,32 @@ from dataset.record import parse_record, parts_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")  # the last ids, as in Qwen's
 BYTES = 256
-# of QA files: learning takes up to some 75 times the text's memory where "words" are whole clauses, as in Chinese
+# Bytes of QA files to learn from. Learning takes up to about 75 times the text's memory if "words" are whole clauses,
+# as in Chinese.
 SAMPLE_BYTES = 64 * 2**20
-LEARNED_FROM = "learned_from.json"  # beside the tokenizer: what it was made of
+LEARNED_FROM = "learned_from.json"  # in the tokenizer's folder: the files and settings it was made from
 
-# How a text is cut before anything is merged, as Qwen2 does: words with the blank before them, each digit alone, runs of
-# other signs, line ends. (tokenization_qwen2.py)
+# Splits a text before merging, as Qwen2 does (tokenization_qwen2.py): words with the space before them, single digits,
+# runs of other characters, line ends.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def train_tokenizer(qa_files: Sequence[Path], vocab_size: int, output: Path) -> int:
-    """Learn a tokenizer of at most `vocab_size` tokens, the special ones among them, from all turns of all records, or of a
-    seeded choice of records where the files are larger than SAMPLE_BYTES together; and write the folder `output`: whole or
-    not at all. Returns how many tokens it has. The same files give the same tokenizer. Raises InputError where the files
-    cannot be read, or the folder is there already or cannot be written."""
+    """Learn a tokenizer of at most `vocab_size` tokens, with the special ones, and write it to the folder `output`.
+
+    It learns from all turns of all records, or of a seeded sample of records if the files have more than SAMPLE_BYTES
+    together. The same files give the same tokenizer. The folder is written completely or not at all. Returns the number
+    of tokens. Raises InputError if the files cannot be read, or the folder already exists or cannot be written.
+    """
     smallest = BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise InputError(
             f"vocab_size is {vocab_size}; {BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens need {smallest}."
         )
     if output.exists():
-        raise InputError(f"{output}: is there already; remove it, or give another folder.")
+        raise InputError(f"{output}: already exists; remove it, or give another folder.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -78,7 +82,7 @@ def train_tokenizer(qa_files: Sequence[Path], vocab_size: int, output: Path) -> 
 
 
 def _texts(qa_files: Sequence[Path]) -> Iterator[str]:
-    """What is said in the records, read one at a time."""
+    """Yield the texts of the records, one record at a time."""
     for path in qa_files:
         if not path.exists():
             raise InputError(f"{path}: no such QA file; prepare the data first (python -m dataprocess.process_image).")
@@ -98,7 +102,7 @@ def _texts(qa_files: Sequence[Path]) -> Iterator[str]:
 
 
 def _write(tokenizer: Tokenizer, learned_from: dict, output: Path) -> None:
-    """A folder that transformers' AutoTokenizer reads."""
+    """Write a folder that transformers' AutoTokenizer can read."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
@@ -115,16 +119,16 @@ def _write(tokenizer: Tokenizer, learned_from: dict, output: Path) -> None:
         partial.rename(output)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and _made_of(output) == learned_from:
-            return  # another run has learned the same meanwhile
+            return  # another run has written the same tokenizer in the meantime
         raise InputError(
-            f"{output}: cannot be written ({error.strerror}); give a folder that is not there yet, where there is room."
+            f"{output}: cannot be written ({error.strerror}); give a new folder, where there is space."
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _made_of(folder: Path) -> dict:
-    """What a tokenizer's folder says that it was learned from; nothing where this program did not make it."""
+    """The files and settings that a tokenizer was made from; empty if this program did not make it."""
     try:
         found = json.loads((folder / LEARNED_FROM).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -133,7 +137,7 @@ def _made_of(folder: Path) -> dict:
 
 
 def is_missing(folder: str, vocab_size: int | None) -> bool:
-    """Whether the tokenizer that a config names has yet to be learned. InputError where another one is there already."""
+    """Whether the tokenizer of a config still has to be learned. Raises InputError if the folder has another one."""
     if vocab_size is None:
         return False
     if not Path(folder).exists():
@@ -142,8 +146,8 @@ def is_missing(folder: str, vocab_size: int | None) -> bool:
     if found != vocab_size:
         what = f"was learned with vocab_size {found}" if found else "was not made by dataprocess.train_tokenizer"
         raise InputError(
-            f'{folder}: this tokenizer {what}, but "model.from_scratch.vocab_size" is {vocab_size}. Set it to null to use '
-            "the tokenizer as it is, or name another folder."
+            f'{folder}: this tokenizer {what}, but "model.from_scratch.vocab_size" is {vocab_size}. Set it to null to '
+            "use the tokenizer as it is, or name another folder."
         )
     return False
 
@@ -152,8 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Learn a tokenizer from QA files.")
     parser.add_argument("--config", help="a config with model.from_scratch: the tokenizer that it names")
     parser.add_argument("--qa", action="append", type=Path, help="a QA file; may be given several times")
-    parser.add_argument("--vocab-size", type=int, help="how many tokens it will have")
-    parser.add_argument("--output", type=Path, help="the folder to write")
+    parser.add_argument("--vocab-size", type=int, help="number of tokens, including the special ones")
+    parser.add_argument("--output", type=Path, help="the folder to create")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, with --config")
     arguments = parser.parse_intermixed_args(argv)
     by_hand = (arguments.qa, arguments.vocab_size, arguments.output)
@@ -167,20 +171,22 @@ def main(argv: list[str] | None = None) -> int:
     new = config.model.from_scratch
     if new is None or new.vocab_size is None:
         raise InputError(
-            f'{arguments.config}: "model.from_scratch.vocab_size" is not set, so the config learns no tokenizer; set it.'
+            f'{arguments.config}: "model.from_scratch.vocab_size" is not set, so no tokenizer is to be learned; set it.'
         )
-    size = learn_if_missing([stage.config for stage in config.train.stages] or [config])
-    if size is None:
-        raise InputError(f"{new.tokenizer}: is there already; remove it to learn it anew.")
-    print(f"{new.tokenizer}: {size:,} tokens")
+    learned = learn_if_missing([stage.config for stage in config.train.stages] or [config])
+    if learned is None:
+        raise InputError(f"{new.tokenizer}: already exists; remove it to learn it again.")
+    print(f"{new.tokenizer}: {learned:,} tokens")
     return 0
 
 
 def learn_if_missing(configs: Sequence[Config]) -> int | None:
-    """Learn the tokenizer that the configs of a run's stages name, from the training files of all of them, if it is to be
-    learned and is not there yet. Returns how many tokens it has, None where there was nothing to do."""
+    """Learn the tokenizer of a run if the config asks for it and it is missing, from the training files of all stages.
+
+    configs: one per stage. Returns the number of tokens, or None if there was nothing to do.
+    """
     new = configs[0].model.from_scratch
-    if new is None or not is_missing(new.tokenizer, new.vocab_size):
+    if new is None or new.vocab_size is None or not is_missing(new.tokenizer, new.vocab_size):
         return None
     for config in configs:
         prepare_from_config(config)

@@ -1,7 +1,7 @@
-"""Which picture files can be read: each is decoded once, in parallel, and what came of it is remembered.
+"""Check which image files can be read. Each file is decoded once, in parallel, and the verdict is cached.
 
-Knows what a picture is (visual.images) and how a cache is kept; nothing of records or annotation formats. The verdict on
-a file is kept in SQLite by its path, and holds as long as the file's size and modification time stay the same.
+The verdict on a file is stored in SQLite under its path and is valid while the file's size and modification time stay
+the same. This module knows nothing about records or annotation formats.
 """
 
 from __future__ import annotations
@@ -20,39 +20,38 @@ import PIL
 
 from visual.images import ImageError, image_bytes, verify_image
 
-# Raise the number when the rules of visual.images change. A new Pillow may judge otherwise by itself.
+# Increase the number when the rules of visual.images change. Another version of Pillow may also give other verdicts.
 VERSION = zlib.crc32(f"1, Pillow {PIL.__version__}".encode()) & 0x7FFFFFFF
 
-PATHS_PER_TASK = 8  # so that handing out work costs little beside the work
+PATHS_PER_TASK = 8  # enough to make the cost of starting a task small
 PATHS_PER_QUERY = 500
 SECONDS_BETWEEN_COMMITS = 1.0
-LOCKED_SECONDS = 30.0  # how long to wait for another process, which writes for milliseconds
+LOCKED_SECONDS = 30.0  # longest wait for another process to finish writing, which takes milliseconds
 
 _CREATE = """CREATE TABLE verdicts (
     path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, digest BLOB, reason TEXT, detail TEXT) WITHOUT ROWID"""
 
 
 class Verdict(NamedTuple):
-    """`digest` names the content (blake2b, 32 hex digits; "" if there was nothing to read); `reason` is "" for a good
-    picture, else ImageError's, and `detail` is the sentence for a person."""
+    """The result of checking one image file."""
 
-    digest: str
-    reason: str
-    detail: str
+    digest: str  # of the content (blake2b, 32 hex digits); "" if the file could not be read
+    reason: str  # "" for a good image, else the reason of the ImageError
+    detail: str  # the message of the ImageError
 
 
 _Stamp = tuple[int, int]  # size in bytes, modification time in ns
 
 
 class ImageVerifier:
-    """Verdicts on picture files, remembered in `cache_file`. A context manager; its methods are for one thread.
+    """Verdicts on image files, cached in `cache_file`. A context manager; call its methods from one thread only.
 
-    A cache that is damaged, from another version or another program's is replaced; where none can be written, verdicts
-    are remembered in memory. Several processes may share one.
+    A cache that is damaged or was not written by this version is replaced. If no file can be written, the cache is in
+    memory. Several processes may share one file.
     """
 
     def __init__(self, cache_file: Path, workers: int | None = None):
-        """`workers`: threads that decode, by default one per processor that this process may use."""
+        """workers: number of threads that decode; by default one per processor that this process may use."""
         self._cache = _Cache(cache_file)
         self._verified = False
         self._threads = ThreadPoolExecutor(workers or _processors(), "verify-images")
@@ -65,10 +64,10 @@ class ImageVerifier:
         self._cache.close(forget_stale=self._verified and kind is None)
 
     def verify(self, paths: Sequence[str]) -> list[Verdict]:
-        """The verdicts on the files, in the order of the paths, whatever the number of workers. Paths are absolute.
+        """The verdicts on the files, in the order of the paths for any number of workers. Paths are absolute.
 
-        What is done is kept when it is interrupted. A verdict is not kept where the file was missing or unreadable,
-        changed meanwhile, or memory ran out.
+        After an interrupt the finished verdicts stay in the cache. A verdict is not cached if the file was missing or
+        unreadable, changed while it was read, or memory ran out.
         """
         self._verified = True
         verdicts = self._cache.known(paths)
@@ -90,7 +89,7 @@ class ImageVerifier:
         return [verdicts[path] for path in paths]
 
     def changed(self) -> bool:
-        """Whether any file in the cache is gone, or has another size or modification time than when it was verified."""
+        """Whether any file in the cache was removed, or its size or modification time has changed."""
         return self._cache.stale()
 
 
@@ -99,8 +98,8 @@ def _processors() -> int:
 
 
 def _verify_files(paths: list[str]) -> list[tuple[str, _Stamp | None, Verdict]]:
-    """Path, stamp and verdict of each; no stamp where the verdict may be another one next time."""
-    results = []
+    """Path, stamp and verdict of each file; the stamp is None if the verdict must not be cached."""
+    results: list[tuple[str, _Stamp | None, Verdict]] = []
     for path in paths:
         stamp = _stamp(path)
         try:
@@ -116,7 +115,7 @@ def _verify_files(paths: list[str]) -> list[tuple[str, _Stamp | None, Verdict]]:
 
 
 def _verify(data: bytes) -> tuple[Verdict, bool]:
-    """The verdict, and whether it depends on the bytes alone."""
+    """The verdict, and whether it depends only on the bytes."""
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     try:
         verify_image(data)
@@ -134,11 +133,11 @@ def _stamp(path: str | bytes) -> _Stamp | None:
 
 
 class _Cache:
-    """Path -> (stamp, verdict) in SQLite. A convenience: a fault of the file costs time, and is never an error."""
+    """Path -> (stamp, verdict) in SQLite. A damaged or unwritable file costs time but is never an error."""
 
     def __init__(self, file: Path):
         self._file = file
-        self._pending: dict[bytes, tuple] = {}  # rows that are not yet written
+        self._pending: dict[bytes, tuple] = {}  # rows not yet written
         self._stale: set[bytes] = set()
         self._committed = time.monotonic()
         try:
@@ -147,12 +146,12 @@ class _Cache:
             if sound != "ok":
                 raise sqlite3.DatabaseError(sound)
         except sqlite3.OperationalError:
-            self._rows = _connect(":memory:")  # no such folder, no permission, no space, locked for very long
+            self._rows = _connect(":memory:")  # no such folder, no permission, no space, or locked for too long
         except sqlite3.DatabaseError:
             self._replace()
 
     def known(self, paths: Sequence[str]) -> dict[str, Verdict]:
-        """The verdicts on those of the files that are as they were when verified."""
+        """The verdicts on those files that have not changed since they were verified."""
         found = {}
         for start in range(0, len(paths), PATHS_PER_QUERY):
             stamps = {}
@@ -181,20 +180,24 @@ class _Cache:
         self._committed = time.monotonic()
 
     def stale(self) -> bool:
-        """Whether any file has another stamp than in the cache."""
+        """Whether the stamp of any file differs from the cache. `close` can remove the files found here."""
         rows = self._run("SELECT path, size, mtime_ns FROM verdicts")
         self._stale = {path for path, *stamp in rows if _stamp(path) != tuple(stamp)}
         return bool(self._stale)
 
     def close(self, forget_stale: bool) -> None:
-        """`forget_stale`: leave out what `stale` found and nobody has asked for since: files no longer in use."""
+        """Write the pending rows and close the file.
+
+        forget_stale: also delete the rows that `stale` found and that no call has asked for since; these files are no
+            longer in use.
+        """
         self.commit()
         if forget_stale and self._stale:
             self._run("DELETE FROM verdicts WHERE path = ?", [(path,) for path in self._stale])
         self._rows.close()
 
     def _run(self, statement: str, values: tuple | list[tuple] = ()) -> list[tuple]:
-        """The rows that a statement gives; a list of values runs it for each, in one transaction."""
+        """Run a statement and return its rows. A list of values runs it once for each, in one transaction."""
         for _ in range(2):
             try:
                 if isinstance(values, tuple):
@@ -219,9 +222,9 @@ class _Cache:
         self._rows = memory
 
     def _replace(self) -> None:
-        """A new cache in place of one that is damaged, or no cache at all."""
+        """Replace a damaged cache with a new file, or with memory if that fails."""
         try:
-            for suffix in ("", "-journal", "-wal", "-shm"):  # an old journal would be played into the new file
+            for suffix in ("", "-journal", "-wal", "-shm"):  # SQLite would apply an old journal to the new file
                 Path(f"{self._file}{suffix}").unlink(missing_ok=True)
             self._rows = _connect(self._file)
         except (OSError, sqlite3.Error):
@@ -229,14 +232,14 @@ class _Cache:
 
 
 def _connect(file: Path | str) -> sqlite3.Connection:
-    """Open or create the table of verdicts. Another program's tables in the same file are left alone."""
+    """Open or create the table of verdicts. Tables of other programs in the same file stay as they are."""
     rows = sqlite3.connect(file, timeout=LOCKED_SECONDS, isolation_level=None)
     try:
         rows.execute("PRAGMA synchronous = NORMAL")
         if rows.execute("PRAGMA user_version").fetchone()[0] != VERSION:
             with rows:
                 rows.execute("BEGIN IMMEDIATE")
-                if rows.execute("PRAGMA user_version").fetchone()[0] != VERSION:  # by now another process may have
+                if rows.execute("PRAGMA user_version").fetchone()[0] != VERSION:  # another process may have created it
                     rows.execute("DROP TABLE IF EXISTS verdicts")
                     rows.execute(_CREATE)
                     rows.execute(f"PRAGMA user_version = {VERSION}")

@@ -1,1 +1,1 @@
-"""From the QA file to batches."""
+"""From a QA file to batches."""

@@ -1,16 +1,17 @@
-"""Turns of a conversation -> token ids and labels. The only prompt code: training, validation and answering share it.
+"""Convert the turns of a conversation to token ids and labels.
 
-The format is Qwen's ChatML (`make_context` of Qwen-7B-Chat):
+This is the only prompt code: training, validation and answering share it. The format is Qwen's ChatML (`make_context`
+of Qwen-7B-Chat):
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n[image tokens]\\nWhat is this?<|im_end|>\\n
     <|im_start|>assistant\\nA cat.<|im_end|>\\n
 
-A text that is no conversation is `The text.<|endoftext|>`, all of it learned, as base models are trained.
+A text outside of a conversation becomes `The text.<|endoftext|>`, with labels on all tokens, as in pretraining.
 
-It is built segment by segment: every segment of text is tokenised alone, with special tokens disallowed, and the
-special ids are put between the segments by this code. So nothing that a user types can become a special token, and the
-labels are known by construction: no search in the ids. This module knows no tokenizer class and opens no image.
+Each segment of text is tokenised separately, with special tokens disallowed, and this module inserts the special ids
+between the segments. So user text can never become a special token, and the labels are known by construction, without a
+search in the ids. This module knows no tokenizer class and opens no image.
 """
 
 from __future__ import annotations
@@ -24,41 +25,44 @@ from dataset.record import IMAGE, Image, Part, Turn, parts_of
 
 @dataclass(frozen=True)
 class Encoded:
-    """input_ids [L] and labels [L] (unshifted: labels[t] is input_ids[t] or IGNORE_INDEX) of one conversation."""
+    """One encoded conversation of L tokens."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: list[int]  # [L]
+    labels: list[int]  # [L], not shifted: labels[t] is input_ids[t] or IGNORE_INDEX
     num_images: int
 
     @property
     def num_targets(self) -> int:
-        """How many tokens the loss is taken over: a label at position 0 has no logits before it."""
+        """Number of tokens in the loss. A label at position 0 does not count, because no logits precede it."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 class TooLong(InputError):
-    """A conversation in which `max_length` would cut off an image."""
+    """A conversation that `max_length` would cut before the end of an image."""
 
     reason = "longer_than_max_length"
 
 
 class NothingSupervised(TooLong):
-    """A conversation of which `max_length` would leave no answer after the last image, or none at all."""
+    """A conversation that `max_length` would leave without an answer, or without one after the last image."""
 
     reason = "nothing_supervised"
 
 
 def question_parts(question: str, num_images: int) -> list[Part]:
-    """A typed question about `num_images` images, as the training data has it: the images, a newline, the question.
-    The question is text and nothing else: an `<image>` typed in it stays seven characters."""
+    """Return the parts of a typed question about `num_images` images, as in the training data: images, newline, text.
+
+    The question is literal text: an `<image>` in it remains seven characters.
+    """
     return [IMAGE] * num_images + ["\n" + question if num_images else question]
 
 
 class ChatFormat:
     """ChatML for one tokenizer, one encoder and one projector.
 
-    encode_text: text -> ids, with special tokens disallowed; num_image_tokens: how many `image_token_id` an image takes;
-    system_prompt: put before conversations that do not start with a system turn; None for no system segment.
+    encode_text: text -> ids, with special tokens disallowed.
+    num_image_tokens: how many times `image_token_id` is repeated for one image.
+    system_prompt: inserted before conversations without a system turn; None for no system segment.
     """
 
     def __init__(
@@ -79,11 +83,11 @@ class ChatFormat:
         self.system_prompt = system_prompt
 
     def encode(self, turns: Sequence[Turn], max_length: int | None = None) -> Encoded:
-        """A whole conversation for training. Labels stand exactly on the answers and on the `<|im_end|>` that ends each, or
-        on all of a text.
+        """Encode a whole conversation for training.
 
-        `max_length` cuts text from the end and never an image. Raises TooLong where an image would be cut off or nothing
-        supervised would be left.
+        Labels cover exactly the answers and the `<|im_end|>` after each answer, or all of a text turn. `max_length`
+        cuts text from the end, never an image. Raises TooLong if an image would be cut, or NothingSupervised, a
+        TooLong, if no label would remain.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -95,6 +99,7 @@ class ChatFormat:
 
         for turn in self._with_system(turns):
             if turn.role == "text":
+                assert isinstance(turn.content, str)  # only a user turn may have parts
                 put([*self.encode_text(turn.content), self.end_of_text_id], supervised=True)
                 continue
             is_answer = turn.role == "assistant"
@@ -113,8 +118,11 @@ class ChatFormat:
         return Encoded(ids, labels, num_images)
 
     def certainly_fits(self, turns: Sequence[Turn], max_length: int | None) -> bool:
-        """Whether `encode` cannot need more than max_length tokens, told without tokenising: a token is at least a byte of
-        text, of which the tokenizer's normalisation (NFC) makes at most three out of one. False means: encode it and see."""
+        """Whether `encode` cannot need more than max_length tokens, determined without tokenising.
+
+        A token covers at least one byte of text, and the tokenizer's normalisation (NFC) turns one byte into at most
+        three. False does not mean that the conversation is too long.
+        """
         if max_length is None:
             return True
         length = 0
@@ -128,9 +136,12 @@ class ChatFormat:
         return length <= max_length
 
     def encode_prompt(self, turns: Sequence[tuple[str, Sequence[Part]]]) -> list[int]:
-        """The ids after which the model's answer begins. `turns`: (role, parts) pairs that end with a user's turn."""
+        """Return the ids of the prompt, after which the model's answer begins.
+
+        turns: (role, parts) pairs, the last one of role user; otherwise ValueError.
+        """
         if not turns or turns[-1][0] != "user":
-            raise ValueError("a prompt ends with a user's turn")
+            raise ValueError("a prompt must end with a user turn")
         ids: list[int] = []
         if self.system_prompt is not None and turns[0][0] != "system":
             turns = [("system", [self.system_prompt]), *turns]
@@ -148,16 +159,16 @@ class ChatFormat:
 
     @staticmethod
     def _cut(labels: list[int], max_length: int, last_image_end: int) -> int:
-        """The length that is kept: at most max_length, ending at a label, with every image inside."""
+        """Return the length to keep: at most max_length, ending with a label, with every image inside."""
         if last_image_end > max_length:
             raise TooLong(
-                f"{len(labels)} tokens, and an image ends at token {last_image_end}, past max_length {max_length}"
+                f"{len(labels)} tokens, and an image ends at token {last_image_end}, beyond max_length {max_length}"
             )
         length = max_length
-        while length and labels[length - 1] == IGNORE_INDEX:  # a question without its answer teaches nothing
+        while length and labels[length - 1] == IGNORE_INDEX:  # drop a question without an answer
             length -= 1
         if length <= last_image_end:
             raise NothingSupervised(
-                f"{len(labels)} tokens; max_length {max_length} leaves no answer after the last image, or none at all"
+                f"{len(labels)} tokens; max_length {max_length} leaves no answer, or none after the last image"
             )
         return length

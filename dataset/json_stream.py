@@ -1,8 +1,8 @@
-"""A file of JSON values as a stream: JSON Lines or one JSON list, of any size, in little memory.
+"""Stream the JSON values of a file: JSON Lines or one JSON list, of any size, in little memory.
 
-Knows nothing of what the values mean: it serves the QA file and the raw annotations alike. orjson reads what it can; the
-standard library reads what orjson refuses (NaN, half a surrogate pair) and says what is wrong with the rest. So nothing
-depends on which of the two has read a value.
+Knows nothing about the meaning of the values; used for the QA file and for raw annotations. orjson reads what it can.
+The standard library reads what orjson rejects (NaN, unpaired surrogates) and provides the error messages. The result
+never depends on which of the two has read a value.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ import orjson
 
 from config import InputError
 
-CHUNK_BYTES = 1 << 15  # read at a time: values that fit a CPU's cache come twice as fast as those of megabytes
-CUTS = 4  # how many places are tried as the end of a record
+CHUNK_BYTES = 1 << 15  # bytes read at a time; values that fit into the CPU cache are twice as fast as megabytes
+CUTS = 4  # number of positions tried as the end of a record
 
-_space = re.compile(r"[ \t\r\n]*").match
-_next_object = re.compile(rb'[ \t\r\n]*,[ \t\r\n]*\{[ \t\r\n]*"[^"\\]*"').match  # what separates it, and its first key
+_SPACE = re.compile(r"[ \t\r\n]*")
+_next_object = re.compile(rb'[ \t\r\n]*,[ \t\r\n]*\{[ \t\r\n]*"[^"\\]*"').match  # separator, brace and first key
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _LONG = b"0" * 19
 
 
 class NotJson(str):
-    """Stands in the place of a line's value that could not be decoded, and says why."""
+    """The reason why a line could not be decoded, in place of its value."""
 
 
 class Item(NamedTuple):
     """One JSON value of a file."""
 
-    index: int  # from 0
+    index: int  # type: ignore[assignment]  # from 0; hides tuple.index
     line: int | None  # from 1; None in a list
-    offset: int | None  # of its line, or in a list of its first byte; None in a list that is read without offsets
-    value: object  # NotJson where a line could not be decoded
+    offset: int | None  # byte offset of the line, or of the value in a list; None in a list read without offsets
+    value: object  # NotJson if the line could not be decoded
 
 
-_item = partial(tuple.__new__, Item)  # from a tuple of the four, at half the price
+_item = partial(tuple.__new__, Item)  # builds an Item from a tuple of four, twice as fast as Item(...)
 
 
 def stream_json(path: str | os.PathLike, offsets: bool = False) -> Iterator[Item]:
-    """The values of a UTF-8 file, JSON Lines or one JSON list, one at a time; blank lines and a BOM are skipped.
+    """Yield the values of a UTF-8 file, JSON Lines or one JSON list. Blank lines and a BOM are skipped.
 
-    offsets: tell of a list, too, where its values lie in the file; it is then read about five times slower.
-    Raises InputError where nothing can be read any further: no such file, a list that is cut off or malformed, one object
-    over several lines.
+    offsets: also give the offsets of the values of a list; reading a list is then about five times slower.
+    Raises InputError if reading cannot continue: the file does not exist, a list is cut off or malformed, or one object
+    spans several lines.
     """
     try:
         file = open(path, "rb")
@@ -66,13 +66,13 @@ def stream_json(path: str | os.PathLike, offsets: bool = False) -> Iterator[Item
         if first != b"[":
             yield from _line_items(file, start, path)
         elif offsets:
-            yield from _exact_list_items(file, start, 0, path)
+            yield from _exact_list_items(file, offset=start, index=0, path=path)
         else:
             yield from _list_items(file, start, path)
 
 
 def decode(data: bytes) -> object:
-    """The JSON value that UTF-8 bytes hold. Raises ValueError or RecursionError, with the standard library's message."""
+    """Decode one JSON value from UTF-8 bytes. Raises the ValueError or RecursionError of the standard library."""
     if not _may_round(data):
         try:
             return orjson.loads(data)
@@ -82,28 +82,28 @@ def decode(data: bytes) -> object:
 
 
 def _may_round(data: bytes) -> bool:
-    """Whether JSON may hold a whole number beyond 64 bits, which orjson makes a float of: it has 19 digits or more."""
+    """Whether the JSON may contain an integer of 19 or more digits; orjson turns integers over 64 bits into floats."""
     zeros = data.translate(_ZEROS)
     at = zeros.find(_LONG)
     while at >= 0:
-        if at == 0 or zeros[at - 1] in b" \t\r\n[:,-":  # not in the middle of a name
+        if at == 0 or zeros[at - 1] in b" \t\r\n[:,-":  # not inside a name
             return True
         at = zeros.find(_LONG, at + len(_LONG))
     return False
 
 
-def _line_items(file: BinaryIO, offset: int, path) -> Iterator[Item]:
-    index, line = 0, 1  # of the next value, of the next line
+def _line_items(file: BinaryIO, offset: int, path: str | os.PathLike) -> Iterator[Item]:
+    index, line = 0, 1  # the next value, the next line
     while lines := file.readlines(CHUNK_BYTES):
         numbers, offsets = range(line, line + len(lines)), accumulate(map(len, lines), initial=offset)
         try:
             if _may_round(b"".join(lines)):
-                raise ValueError("for decode")
+                raise ValueError("left to decode()")
             values = list(map(orjson.loads, lines))
-        except ValueError:  # a blank line is one, too
+        except ValueError:  # also raised for a blank line
             for number, start, data in zip(numbers, offsets, lines, strict=False):
                 if not data.isspace():
-                    yield Item(index, number, start, _line_value(data, index, path))
+                    yield Item(index=index, line=number, offset=start, value=_line_value(data, index, path))
                     index += 1
         else:
             yield from map(_item, zip(count(index), numbers, offsets, values, strict=False))
@@ -111,11 +111,11 @@ def _line_items(file: BinaryIO, offset: int, path) -> Iterator[Item]:
         line, offset = line + len(lines), offset + sum(map(len, lines))
 
 
-def _line_value(data: bytes, index: int, path) -> object:
+def _line_value(data: bytes, index: int, path: str | os.PathLike) -> object:
     try:
         return decode(data)
     except UnicodeDecodeError as error:
-        return NotJson(f"not UTF-8 from byte {error.start} of the line on.")
+        return NotJson(f"not UTF-8 at byte {error.start} of the line.")
     except (ValueError, RecursionError) as error:
         text = data.strip(b" \t\r\n")
         if index == 0 and text.startswith(b"{") and text.endswith((b"{", b"[", b",")):
@@ -125,31 +125,35 @@ def _line_value(data: bytes, index: int, path) -> object:
         return NotJson(f"not a JSON value: {error}.")
 
 
-def _list_items(file: BinaryIO, offset: int, path) -> Iterator[Item]:
-    """A list in pieces of many objects, one call of orjson for each. A piece begins after a value and ends where what stood
-    at its beginning (a comma and an object's first key) stands once more: what is a list between brackets ends where a value
-    ends, so a wrong guess cannot be taken for a right one. What no guess cuts well, and what orjson refuses or would round,
-    is read exactly."""
+def _list_items(file: BinaryIO, offset: int, path: str | os.PathLike) -> Iterator[Item]:
+    """Yield the values of a list, read in pieces of many objects with one call of orjson per piece.
+
+    A piece begins after a value and ends before a repetition of its first separator (a comma and an object's first
+    key). It is a valid list between brackets only if it ends after a whole value, so a wrong cut cannot pass unnoticed.
+    Pieces without a valid cut, and pieces that orjson rejects or would round, are read exactly.
+    """
     index = 0
     while True:
         before = max(offset - 2, 0)
         file.seek(before)
         window = file.read(CHUNK_BYTES)
-        at = offset - before  # window[at]: the first byte not taken
+        at = offset - before  # window[at] is the first byte not yet consumed
         values = _objects(window, at) if index else None
         if values is None:
-            end, index = yield from _exact_list_items(file, offset, index, path, until=offset + CHUNK_BYTES)
+            end, index = yield from _exact_list_items(
+                file, offset=offset, index=index, path=path, until=offset + CHUNK_BYTES
+            )
             if end is None:
                 return
             offset = end
         else:
             objects, end = values
-            yield from map(_item, zip(count(index), repeat(None), repeat(None), objects))  # ends with objects
+            yield from map(_item, zip(count(index), repeat(None), repeat(None), objects))  # stops after the last object
             offset, index = before + end, index + len(objects)
 
 
 def _objects(window: bytes, at: int) -> tuple[list, int] | None:
-    """(values, where the last one ends) of as many of a list's objects after window[:at] as are surely whole."""
+    """Return (values, end of the last value) for the whole objects after window[:at], or None if no cut is valid."""
     following = _next_object(window, at)
     if not following:
         return None
@@ -171,27 +175,28 @@ def _objects(window: bytes, at: int) -> tuple[list, int] | None:
 
 
 def _exact_list_items(
-    file: BinaryIO, offset: int, index: int, path, until: int | None = None
+    file: BinaryIO, offset: int, index: int, path: str | os.PathLike, until: int | None = None
 ) -> Generator[Item, None, tuple[int | None, int]]:
-    """The list from `offset` on, where the value before `index` ends (or the file begins): value by value, and with the
-    reason why it ends where it should not. Returns where the first value that reaches `until` ends, None for the end of the
-    list, and the index after it.
+    """Yield the values of a list one by one, and raise InputError with the reason if the list is malformed.
 
-    Each turn of the loop takes `[ value` or `, value` from a window on the file, widening it until one fits.
+    Reading begins at `offset`, the end of the value before `index` or the start of the file. Returns the end of the
+    first value that reaches `until`, or None at the end of the list, and the index of the next value.
+
+    Each iteration consumes `[ value` or `, value` from a window of the file, which grows until a value fits.
     """
     file.seek(offset)
     utf8, take = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder().raw_decode
-    window, at = "", 0  # window[at]: the first character not taken; `offset`: its byte
-    more = good = True  # whether more can be read, and whether it is UTF-8
+    window, at = "", 0  # window[at] is the first character not yet consumed, at byte `offset`
+    more = good = True  # whether there is more to read, and whether it is UTF-8
 
     def stop(what: str) -> InputError:
         return InputError(f"{path}: {what} near byte {offset}, after {index} values; expected a JSON list of objects.")
 
     while True:
         wrong = "the file ends inside the list"
-        mark = _space(window, at).end()
-        start = _space(window, mark + 1).end()
-        last = mark if index else start  # where "]" stands, if the list ends here
+        mark = _skip_space(window, at)
+        start = _skip_space(window, mark + 1)
+        last = mark if index else start  # position of "]" if the list ends here
         if window.startswith("]", last):
             if window[last + 1 :].strip(" \t\r\n"):
                 raise stop("text after the end of the list")
@@ -208,27 +213,34 @@ def _exact_list_items(
             except (ValueError, RecursionError) as error:
                 raise stop(f"malformed JSON ({error})") from None
             else:
-                after = _space(window, end).end()
+                after = _skip_space(window, end)
                 if after < len(window) and window[after] in ",]":
-                    yield Item(index, None, offset + start - at, value)
-                    offset += start - at + len(window[start:end].encode())  # what stands between values is ASCII
+                    yield Item(index=index, line=None, offset=offset + start - at, value=value)
+                    offset += start - at + len(window[start:end].encode())  # the text between values is ASCII
                     at, index = end, index + 1
                     if until is not None and offset >= until:
                         return offset, index
                     continue
                 wrong, position = "no comma after a value", end
                 cut = after == len(window)
-            # A value that the window cuts off is an open string, an error near the cut, or a shorter number ("0" of 0.5).
+            # A value cut off by the window is an open string, an error near the cut, or a shorter number ("0" of 0.5).
             if not cut and position < len(window) - 16:
                 raise stop(wrong)
         if not good:
             raise stop("text that is not UTF-8")
         if not more:
             raise stop(wrong)
-        data = file.read(max(CHUNK_BYTES, len(window) - at))  # at least doubling: a long value is not read n times
+        data = file.read(max(CHUNK_BYTES, len(window) - at))  # at least doubles, so a long value takes linear time
         more = bool(data)
         try:
             text = utf8.decode(data, final=not more)
         except UnicodeDecodeError as error:
             text, good = error.object[: error.start].decode(), False
         window, at = window[at:] + text, 0
+
+
+def _skip_space(text: str, at: int) -> int:
+    """Return the position of the first character from `at` on that is not JSON white space."""
+    match = _SPACE.match(text, at)
+    assert match is not None  # the pattern also matches an empty string
+    return match.end()

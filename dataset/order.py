@@ -1,11 +1,13 @@
-"""Which sample comes when. The order is a pure function of (seed, epoch, position): it does not know workers, processes,
-batches or where a run was interrupted, so all of those can change without changing what is trained on.
+"""The order of samples, and how a step's samples are divided among micro-batches, rows and processes.
+
+The order is a pure function of (seed, epoch, position). It does not depend on workers, processes or batches, nor on where a
+run was interrupted: all of these may change without changing the samples of a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +16,14 @@ from config import InputError
 
 
 class SampleOrder:
-    """An endless stream of samples: pass after pass over the data, each a seeded permutation of `kept` by weight. An epoch
-    is a pass, or `limit` samples where that is fewer: the next epoch goes on where it ended, so every record is taken once
-    before any is taken again.
+    """An endless stream of samples: one pass over the data after another, each a seeded permutation of `kept`.
 
-    kept [n]: the records that may be used. weights [n]: how often a record is taken in an epoch; the whole part every
-    epoch, and for the rest a seeded choice among the records of the same weight that changes from epoch to epoch, of at
-    least one record. Raises InputError where nothing is left to take.
+    An epoch is one pass, or `limit` samples if that is fewer. The next epoch continues where the last one ended, so every
+    record is used once before any is used again.
+
+    kept [n]: the records that may be used. weights [n]: how often each record is used in a pass. Its whole part is used in
+    every pass; for its fraction, a seeded choice among the records of the same weight is made for each pass, of at
+    least one record. Raises InputError if every weight is 0.
     """
 
     def __init__(self, kept: np.ndarray, seed: int, weights: np.ndarray, limit: int | None = None):
@@ -36,14 +39,14 @@ class SampleOrder:
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def at(self, position: int) -> tuple[int, int]:
-        """(pass over the data, record) of the sample at `position` of the stream."""
+        """Return (pass over the data, record) of the sample at `position` of the stream."""
         epoch, offset = divmod(position, self.pass_length)
-        if epoch != self._epoch:  # one epoch is kept: 8 bytes a record
+        if epoch != self._epoch:  # keep one pass in memory: 8 bytes a record
             self._epoch, self._permutation = epoch, self._permute(epoch)
         return epoch, int(self._permutation[offset])
 
     def _groups(self) -> Iterator[tuple[np.ndarray, int, int]]:
-        """For each weight: (its places in `kept`, whole copies of each, how many of them come once more)."""
+        """Yield for each weight (its positions in `kept`, copies of each, how many of them are used once more)."""
         for weight in np.unique(self.weights):
             members = np.flatnonzero(self.weights == weight)
             copies = math.floor(weight)
@@ -58,11 +61,11 @@ class SampleOrder:
         return self.kept[generator.permutation(np.concatenate(taken))]
 
 
-def share_out(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
-    """(samples a micro-batch, micro-batches a step), for `processes` that share a step of batch_size x accumulation samples
-    evenly: as they are where that is possible, else the largest smaller micro-batches with which it is.
+def split_step(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
+    """Divide a step of batch_size x accumulation samples evenly among `processes`.
 
-    Raises InputError where the step's samples cannot be shared evenly.
+    Returns (samples a micro-batch, micro-batches a step): the given ones if they divide evenly, else the largest smaller
+    micro-batches that do. Raises InputError if the step's samples cannot be divided evenly.
     """
     samples = batch_size * accumulation
     for size in range(batch_size, 0, -1):
@@ -76,13 +79,13 @@ def share_out(batch_size: int, accumulation: int, processes: int) -> tuple[int, 
 
 
 def micro_batches(
-    order: SampleOrder, steps: range, batch_size: int, accumulation: int, rank: int, world_size: int
+    order: SampleOrder, steps: range, *, batch_size: int, accumulation: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """The (epoch, record) pairs of each micro-batch of this process in `steps`.
+    """Yield the (epoch, record) pairs of each micro-batch of process `rank` in `steps`.
 
-    A step takes the next batch_size x accumulation samples of the stream, whoever computes them: process `rank` takes its
-    micro-batches rank, rank + world_size, ... Every step is full: the last one of a run borrows what it lacks from the
-    next epoch.
+    A step takes the next batch_size x accumulation samples of the stream, whichever process computes them: process `rank`
+    takes micro-batches rank, rank + world_size, ... Every step is full: the last step of a run takes its missing samples
+    from the next epoch.
     """
     for step in steps:
         for micro in range(rank, accumulation, world_size):
@@ -90,7 +93,14 @@ def micro_batches(
             yield [order.at(position) for position in range(first, first + batch_size)]
 
 
-class Share(NamedTuple):
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing: several samples in one row without padding between them
+#
+# The samples of one optimizer step are distributed over its rows so that all rows are about equally long. No sample moves
+# to another step, so each step learns from the same samples as without packing, for any number of processes.
+
+
+class PackedRow(NamedTuple):
     """One of the `rows` rows into which the samples of a step are packed."""
 
     keys: list[tuple[int, int]]  # the (epoch, record) pairs of the whole step
@@ -98,10 +108,37 @@ class Share(NamedTuple):
     row: int
 
 
-def shares(order: SampleOrder, steps: range, samples: int, rows: int, rank: int, world_size: int) -> Iterator[Share]:
-    """This process's rows of each step, for packed rows: `rank`, rank + world_size, ... of `rows`. A step takes the next
-    `samples` samples of the stream, as in `micro_batches`; which of them stand in which row goes by their lengths."""
+def packed_rows(
+    order: SampleOrder, steps: range, *, samples_per_step: int, rows: int, rank: int = 0, world_size: int = 1
+) -> Iterator[PackedRow]:
+    """Yield process `rank`'s rows of each step: rank, rank + world_size, ... of `rows`.
+
+    A step takes the next `samples_per_step` samples of the stream, as in `micro_batches`. Their lengths decide which row
+    each goes into.
+    """
     for step in steps:
-        keys = [order.at(position) for position in range(step * samples, (step + 1) * samples)]
+        keys = [order.at(position) for position in range(step * samples_per_step, (step + 1) * samples_per_step)]
         for row in range(rank, rows, world_size):
-            yield Share(keys, rows, row)
+            yield PackedRow(keys, rows, row)
+
+
+def pack(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Distribute samples over rows: longest first, each into the row that is shortest so far.
+
+    This is Graham's LPT rule: no row is longer than 4/3 of the best possible. lengths: tokens of each sample of a step.
+    Returns `rows` lists of positions in `lengths`, each ascending; none is empty if there are at least `rows` samples.
+    """
+    row_lengths = [0] * rows
+    members: list[list[int]] = [[] for _ in range(rows)]
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = min(range(rows), key=lambda r: (row_lengths[r], r))
+        row_lengths[row] += lengths[position]
+        members[row].append(position)
+    return [sorted(row) for row in members]
+
+
+def bucket(length: int) -> int:
+    """Round `length` up to one of 16 sizes an octave, by at most 1/16. Few shapes recur, and each new shape would cost a
+    compilation, a choice of kernels or memory."""
+    step = max(16, 1 << max(0, length.bit_length() - 5))
+    return -(-length // step) * step

@@ -1,4 +1,4 @@
-"""A file of QA records as a sequence that is not held in memory. What a record is stands in `dataset.record`."""
+"""A file of QA records as a sequence that stays on disk. `dataset.record` defines a record."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dataset.record import FORMAT_VERSION, Record, RecordError, check_record, lo
 class QAFile:
     """A QA file as a sequence of records, read from disk one at a time: `len(qa)`, `qa[i]`.
 
-    The first opening checks every record and keeps where each begins beside the file (`<name>.index.safetensors`; in
-    memory if the folder cannot be written); later openings read only that, unless the file changed. May be shared
-    with forked workers and pickled to spawned ones.
+    The first opening checks every record and saves their offsets next to the file, in `<name>.index.safetensors`, or
+    keeps them in memory if the folder is not writable. Later openings read only this index, unless the file has
+    changed. A QAFile may be shared with forked workers and pickled to spawned workers.
 
-    Raises RecordError for a record that cannot be used (file, line, id), InputError for a file that cannot be read or in
+    Raises RecordError for an invalid record (with file, line and id), InputError for a file that cannot be read or in
     which two records have the same id.
     """
 
     sources: list[str]  # the distinct "source" values, "" for none
-    source_of: np.ndarray  # int32 [n], each record's place in `sources`
+    source_of: np.ndarray  # int32 [n], the position of each record's source in `sources`
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -47,16 +47,16 @@ class QAFile:
     def __len__(self) -> int:
         return len(self.source_of)
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int | np.integer) -> Record:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         begin, end = map(int, self._offsets[index % len(self) :][:2])
         data = os.pread(self._open(), end - begin, begin)
-        # The bytes run on to the next record: in a list a comma, or the closing bracket, follows the object.
+        # The bytes extend to the next record: in a list, a comma or the closing bracket follows the object.
         return parse_record(decode(data.rstrip(b" \t\r\n,]")), self.path.name)
 
     def image_paths(self, record: Record) -> list[Path]:
-        """Where the record's images lie, in order."""
+        """Return the paths of the record's images, in order."""
         return [self.folder / path for path in record.images]
 
     def _load(self, index: Path) -> bool:
@@ -72,7 +72,8 @@ class QAFile:
         return True
 
     def _build(self) -> None:
-        offsets, source_of, sources = array("q"), array("i"), {}
+        sources: dict[str, int] = {}
+        offsets, source_of = array("q"), array("i")
         places, hashes = array("q"), array("q")
         for index, line, offset, obj in stream_json(self.path, offsets=True):
             try:
@@ -82,6 +83,7 @@ class QAFile:
                 if isinstance(obj, NotJson):
                     raise RecordError("not_json", obj, where) from None
                 raise located(error, obj, where) from None
+            assert isinstance(obj, dict) and offset is not None
             offsets.append(offset)
             source_of.append(sources.setdefault(obj.get("source") or "", len(sources)))
             places.append(line or index)
@@ -91,9 +93,9 @@ class QAFile:
         self.sources = list(sources)
         for first, second in _equal_pairs(np.array(hashes, np.int64)):
             if self[first].id == self[second].id:
-                word = "line" if line else "item"
+                word = "lines" if line else "items"
                 raise InputError(
-                    f'{self.path}: {word}s {places[first]} and {places[second]} have the same id "{self[first].id}"; '
+                    f'{self.path}: {word} {places[first]} and {places[second]} have the same id "{self[first].id}"; '
                     "give every record its own."
                 )
 
@@ -107,7 +109,7 @@ class QAFile:
             )
             os.replace(aside, index)
         except (OSError, SafetensorError):
-            aside.unlink(missing_ok=True)  # a folder that cannot be written: this process has the index in memory
+            aside.unlink(missing_ok=True)  # the folder is not writable; the index is in memory
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -121,12 +123,13 @@ class QAFile:
         return {**self.__dict__, "_descriptor": None}
 
     def __del__(self):
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _equal_pairs(values: np.ndarray) -> list[tuple[int, int]]:
-    """Neighbours of equal value (i < j), smallest j first."""
+    """Return the pairs i < j of positions with equal values and no equal value between them, smallest j first."""
     order = np.argsort(values, kind="stable")
     equal = np.flatnonzero(values[order[:-1]] == values[order[1:]])
     return sorted(zip(order[equal].tolist(), order[equal + 1].tolist(), strict=True), key=lambda pair: pair[1])

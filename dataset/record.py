@@ -1,20 +1,22 @@
-"""The QA format: what a record is. Preprocessing writes what `check_record` accepts, training and scoring read what
-`parse_record` makes of it. Knows nothing of files, tokenizers, images' contents or annotation formats.
+"""The QA format: parse and check one record.
+
+Data preparation writes records that `check_record` accepts; training and scoring use what `parse_record` returns. This
+module knows nothing about tokenizers, the contents of images or the formats of raw annotations, and opens no file.
 
 A record is one JSON object:
 
     {"id": "coco:1183", "image": "images/1183.jpg", "source": "coco", "type": "colour",
      "conversations": [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]}
 
-"image" is a path, a list of paths, or absent; a relative path is relative to the file's own folder. "source", "type" and
-"alternatives" may be absent. "alternatives" is a list of further conversations about the same images: an epoch takes
-one of them or "conversations". Other keys are not read.
+"image" is a path, a list of paths, or absent; a relative path is relative to the folder of the QA file. "source",
+"type" and "alternatives" are optional. "alternatives" is a list of further conversations about the same images: each
+epoch uses one of them or "conversations". Other keys are ignored.
 
-A text that is no conversation is a single turn, {"role": "text", "content": "..."}: learned from its first word to its
-last, as it stands, for a language model that is made from nothing.
+A text outside of a conversation is a single turn, {"role": "text", "content": "..."}. All of its tokens are supervised.
+It is meant for a language model trained from scratch.
 
-A "content" is a text, in which every `<image>` of a user's turn is a mark for one picture, or a list of parts, in which
-text is nothing but text: [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}].
+A "content" is a string, in which every `<image>` of a user turn marks one image, or a list of parts, whose text is
+always literal: [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}].
 """
 
 from __future__ import annotations
@@ -23,28 +25,30 @@ import hashlib
 import json
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from config import InputError
 
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant", "text")
-FORMAT_VERSION = "4"  # raise it when what counts as a good record changes
+FORMAT_VERSION = "4"  # increase it when the definition of a valid record changes
 
 
 class RecordError(InputError):
-    """A record that cannot be used. `reason` is a short slug to count by, `detail` the sentence for a person."""
+    """An invalid record. `reason` is a short slug for counting, `detail` a sentence for the user."""
 
     def __init__(self, reason: str, detail: str, where: str = ""):
         super().__init__(f"{where}: {detail}" if where else detail)
         self.reason, self.detail, self.where = reason, detail, where
 
-    def __reduce__(self):  # by default it would be rebuilt from its message alone, and loader workers pickle it
+    def __reduce__(self):
+        # Loader workers pickle the error, and an exception is by default rebuilt from its message alone.
         return type(self), (self.reason, self.detail, self.where)
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Stands for one picture among the parts of a turn's content."""
+    """Placeholder for one image among the parts of a turn's content."""
 
     def __repr__(self):
         return "IMAGE"
@@ -56,8 +60,11 @@ Part = str | Image
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says. content: text, with marks if it is a user's; of a user alone also a tuple of parts, in which no
-    text is empty or follows another. `parts_of` reads both."""
+    """One turn of a conversation.
+
+    content: a string, with `<image>` marks if the role is user. A user turn may have a tuple of parts instead, in which
+    no string is empty or follows another string. `parts_of` reads both forms.
+    """
 
     role: str
     content: str | tuple[Part, ...]
@@ -67,8 +74,11 @@ Conversation = tuple[Turn, ...]
 
 
 def parts_of(turn: Turn) -> list[Part]:
-    """The pictures and texts of a turn, in order. Here alone marks are cut: of a user "<image>\nWho?" -> [IMAGE, "\nWho?"],
-    while a mark in a text part, or in anybody else's text, stays seven characters."""
+    """Return the images and texts of a turn, in order.
+
+    Marks are split only here: "<image>\nWho?" of a user -> [IMAGE, "\nWho?"]. A mark inside a text part, or in a turn
+    of another role, remains seven characters of text.
+    """
     if not isinstance(turn.content, str):
         return list(turn.content)
     if turn.role != "user":
@@ -82,7 +92,7 @@ def parts_of(turn: Turn) -> list[Part]:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample. Every conversation in it has one picture per path in `images`, in the paths' order."""
+    """One sample. Every conversation in it has one image per path in `images`, in the same order."""
 
     id: str
     images: tuple[str, ...]
@@ -92,8 +102,11 @@ class Record:
     alternatives: tuple[Conversation, ...] = ()
 
     def at_epoch(self, seed: int, epoch: int) -> Conversation:
-        """The conversation of this epoch (from 0): n conversations are all taken once in every n epochs, each time in a
-        new order that depends on the seed and the id alone."""
+        """Return the conversation for an epoch, counted from 0.
+
+        Every n epochs use each of the n conversations once, in an order that depends only on the seed, the id and the
+        number of completed cycles.
+        """
         choices = (self.conversations, *self.alternatives)
         if len(choices) == 1:
             return self.conversations
@@ -106,11 +119,13 @@ class Record:
 
 
 def parse_record(obj: object, where: str) -> Record:
-    """The record that a decoded JSON object describes. `where` ("qa.jsonl line 812") opens the message of an error.
+    """Build the record described by a decoded JSON object.
+
+    where: the place of the object ("qa.jsonl line 812"), put at the start of an error message.
 
     Raises RecordError with one of these reasons: wrong_type, bad_unicode, unknown_role, system_not_first,
-    assistant_first, two_users_in_a_row, two_assistants_in_a_row, text_not_alone, no_answer, empty_question, empty_answer,
-    mark_outside_question, marks_and_pictures_disagree.
+    assistant_first, two_users_in_a_row, two_assistants_in_a_row, text_not_alone, no_answer, empty_question,
+    empty_answer, mark_outside_question, marks_and_pictures_disagree.
     """
     try:
         return _parse(obj)
@@ -119,12 +134,15 @@ def parse_record(obj: object, where: str) -> Record:
 
 
 def check_record(obj: object) -> None:
-    """Raise the RecordError that `parse_record` would, but build nothing: several times faster where a record is good."""
+    """Raise the RecordError that `parse_record` would raise, without building the record.
+
+    Several times faster than `parse_record` for a valid record.
+    """
     try:
-        if _surely_good(obj):
+        if _surely_valid(obj):
             return
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
-        pass  # not what it is in nearly every record; what is wrong, if anything, is for _parse to say
+        pass  # an unusual record; _parse decides whether it is valid
     try:
         _parse(obj)
     except RecordError as error:
@@ -132,19 +150,34 @@ def check_record(obj: object) -> None:
 
 
 def located(error: RecordError, obj: object, where: str) -> RecordError:
-    """`error` of a decoded JSON object, with the place where it stands and its id in front."""
+    """Return a copy of `error` whose message starts with the place and the id of the decoded JSON object `obj`."""
     name = obj.get("id") if isinstance(obj, dict) and isinstance(obj.get("id"), str | int) else None
     return RecordError(error.reason, error.detail, f'{where} ("{name}")' if name else where)
 
 
-def _surely_good(obj: dict) -> bool:
-    """Whether a decoded JSON object is a record of the common kinds without a fault. False, or one of the errors that
-    check_record expects, says nothing about it."""
+def encode_refused_row(
+    *, source: str, file: str, line: int | None, index: int, id: object, reason: str, detail: str
+) -> bytes:
+    """Encode one refused record as a line of JSON, without the newline.
+
+    line: counted from 1, None in a file without lines. The row has "line" if it is given, otherwise "index", from 0.
+    An unpaired surrogate is written as its JSON escape.
+    """
+    place = {"line": line} if line else {"index": index}
+    row = {"source": source, "file": file, **place, "id": id, "reason": reason, "detail": detail}
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _surely_valid(obj: Any) -> bool:
+    """Whether a decoded JSON object is a valid record of a common kind.
+
+    False, or one of the exceptions that check_record catches, means that the fast check cannot decide.
+    """
     name, image = obj["id"], obj.get("image")
     if not name or obj.__class__ is not dict:
         return False
     if not name.isascii():
-        name.encode()  # raises UnicodeEncodeError for half a surrogate pair, as everywhere here
+        name.encode()  # raises UnicodeEncodeError for an unpaired surrogate, like the other calls of encode() here
     paths = image if image.__class__ is list else () if image is None else (image,)
     for path in paths:
         if not path:
@@ -156,15 +189,15 @@ def _surely_good(obj: dict) -> bool:
         source.encode()
     if kind and not kind.isascii():
         kind.encode()
-    pictures = len(paths)
-    if not _surely_good_talk(obj["conversations"], pictures):
+    image_count = len(paths)
+    if not _surely_valid_turns(obj["conversations"], image_count):
         return False
     alternatives = obj.get("alternatives")
-    return not alternatives or all(_surely_good_talk(turns, pictures) for turns in alternatives)
+    return not alternatives or all(_surely_valid_turns(turns, image_count) for turns in alternatives)
 
 
-def _surely_good_talk(turns: list, pictures: int) -> bool:
-    """Of strings alone, a question and an answer in turn, none of them blank."""
+def _surely_valid_turns(turns: list, image_count: int) -> bool:
+    """Whether the turns alternate between user and assistant, and every content is a string that is not blank."""
     if turns.__class__ is not list:
         return False
     marks, role = 0, "user"
@@ -181,23 +214,23 @@ def _surely_good_talk(turns: list, pictures: int) -> bool:
             return False
         else:
             role = "user"
-    return marks == pictures and role == "user" and bool(turns)
+    return marks == image_count and role == "user" and bool(turns)
 
 
 def _parse(obj: object) -> Record:
     if not isinstance(obj, dict):
-        raise RecordError("wrong_type", f"a record is a JSON object, not {_kind(obj)}.")
+        raise RecordError("wrong_type", f"a record must be a JSON object, not {_kind(obj)}.")
     if not obj.get("id"):
         raise RecordError("wrong_type", '"id" is missing or empty; give every record its own text id.')
     images = obj.get("image")
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list):
-        raise RecordError("wrong_type", f'"image" is a path, a list of paths or null, not {_kind(images)}.')
+        raise RecordError("wrong_type", f'"image" must be a path, a list of paths or null, not {_kind(images)}.')
     if not all(images):
-        raise RecordError("wrong_type", '"image" holds an empty path; leave it out where there is no image.')
+        raise RecordError("wrong_type", '"image" contains an empty path; omit "image" if there is none.')
     alternatives = obj.get("alternatives") or []
     if not isinstance(alternatives, list):
-        raise RecordError("wrong_type", f'"alternatives" is a list of conversations, not {_kind(alternatives)}.')
+        raise RecordError("wrong_type", f'"alternatives" must be a list of conversations, not {_kind(alternatives)}.')
     return Record(
         id=_text(obj["id"], '"id"'),
         images=tuple(_text(path, '"image"') for path in images),
@@ -208,8 +241,8 @@ def _parse(obj: object) -> Record:
     )
 
 
-# The roles that may follow a role, and start a conversation.
-_NEXT = {
+# Role -> the roles that may follow it; None: the roles that may start a conversation.
+_NEXT: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user", "text"),
     "system": ("user",),
     "user": ("assistant",),
@@ -220,8 +253,8 @@ _NEXT = {
 
 def _conversation(turns: object, image_count: int) -> Conversation:
     if not isinstance(turns, list):
-        raise RecordError("wrong_type", f'"conversations" is a list of turns, not {_kind(turns)}.')
-    conversation = []
+        raise RecordError("wrong_type", f'"conversations" must be a list of turns, not {_kind(turns)}.')
+    conversation: list[Turn] = []
     marks, previous = 0, None
     for turn in turns:
         if not isinstance(turn, dict):
@@ -229,19 +262,19 @@ def _conversation(turns: object, image_count: int) -> Conversation:
         role, content = turn.get("role"), turn.get("content")
         if isinstance(content, list):
             content = _parts(content, conversation)
-            pictures, what = content.count(IMAGE), "an image part"
-            words = "".join(part for part in content if part is not IMAGE)
+            images, what = content.count(IMAGE), "an image part"
+            words = "".join(part for part in content if isinstance(part, str))
         else:
             words = content = _text(content, '"content" of a turn')
-            pictures, what = content.count(IMAGE_MARK), f'"{IMAGE_MARK}"'
+            images, what = content.count(IMAGE_MARK), f'"{IMAGE_MARK}"'
         if role not in _NEXT[previous]:
             raise _wrong_order(role, previous, conversation)
-        if pictures and role != "user":
-            raise _at(conversation, "mark_outside_question", f"({role}) holds {what}; only a user turn may")
-        if (not words or words.isspace()) and not pictures and role != "system":
+        if images and role != "user":
+            raise _at(conversation, "mark_outside_question", f"({role}) contains {what}; only a user turn may")
+        if (not words or words.isspace()) and not images and role != "system":
             raise _at(conversation, "empty_question" if role == "user" else "empty_answer", f"({role}) is empty")
         conversation.append(Turn(role, content if role == "user" else words))
-        marks += pictures
+        marks += images
         previous = role
     if previous not in ("assistant", "text"):
         end = f"ends with a {previous} turn" if previous else "has no turns"
@@ -259,24 +292,26 @@ _PARTS = '{"type": "image"} or {"type": "text", "text": "..."}'
 
 
 def _parts(parts: list, before: list[Turn]) -> tuple[Part, ...]:
-    """The parts of a content, neighbouring texts as one: it is tokenised part by part."""
-    read = []
+    """Parse a list of parts. Adjacent texts are joined, because a content is tokenised part by part."""
+    read: list[Part] = []
     for part in parts:
         if not isinstance(part, dict):
-            raise _at(before, "wrong_type", f"holds {_kind(part)} for a part; expected {_PARTS}")
+            raise _at(before, "wrong_type", f"contains {_kind(part)} instead of a part; expected {_PARTS}")
         kind = part.get("type")
         if kind == "image" and len(part) == 1:
             read.append(IMAGE)
         elif kind == "text" and len(part) == 2 and "text" in part:
             read.append(_text(part["text"], '"text" of a part'))
-        else:  # an unknown kind, or keys that mean something elsewhere, for example a picture of its own
+        else:  # an unknown type, or keys of another format, for example the image's own path
             known = kind in ("image", "text")
             found = f"with {', '.join(map(_shown, list(part)[:4]))}" if known else f"of type {_shown(kind)}"
-            raise _at(before, "wrong_type", f"holds a part {found}; expected {_PARTS}")
-    joined = []
+            raise _at(before, "wrong_type", f"contains a part {found}; expected {_PARTS}")
+    joined: list[Part] = []
     for is_image, group in groupby(read, key=lambda part: part is IMAGE):
-        run = list(group)
-        joined += run if is_image else ["".join(run)]
+        if is_image:
+            joined.extend(group)
+        else:
+            joined.append("".join(part for part in group if isinstance(part, str)))
     return tuple(part for part in joined if part != "")
 
 
@@ -288,29 +323,27 @@ def _wrong_order(role: object, previous: str | None, before: list[Turn]) -> Reco
     if role not in ROLES:
         return _at(before, "unknown_role", f"has role {_shown(role)}; expected {', '.join(ROLES)}")
     if "text" in (role, previous):
-        return _at(
-            before, "text_not_alone", f"({role}) stands beside a text turn; a text is the only turn of its record"
-        )
+        return _at(before, "text_not_alone", f"({role}) is not alone; a text turn must be the only turn of its record")
     if role == "system":
-        return _at(before, "system_not_first", "is a system turn; only the first may be one")
+        return _at(before, "system_not_first", "is a system turn; only the first turn may be one")
     if role == "assistant" and previous != "assistant":
-        return _at(before, "assistant_first", "is an answer to nothing; a user turn comes first")
-    return _at(before, f"two_{role}s_in_a_row", f"and the one before are both {role} turns")
+        return _at(before, "assistant_first", "is an answer without a question; a user turn must come first")
+    return _at(before, f"two_{role}s_in_a_row", f"and the turn before it are both {role} turns")
 
 
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
-        raise RecordError("wrong_type", f"{what} is text, not {_kind(value)}.")
+        raise RecordError("wrong_type", f"{what} must be text, not {_kind(value)}.")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise RecordError("bad_unicode", f"{what} holds half a surrogate pair, which is no character.") from None
+            raise RecordError("bad_unicode", f"{what} contains an unpaired surrogate, not a valid character.") from None
     return value
 
 
 def _shown(value: object) -> str:
-    """A value in a message: never long, and never so deep that it cannot be written."""
+    """Format a value for a message: short, and safe for deeply nested values."""
     return json.dumps(value[:40]) if isinstance(value, str) else _kind(value)
 
 

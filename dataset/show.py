@@ -1,9 +1,9 @@
-"""What the model really gets: the first samples of the training order, as one HTML page. Opens no weights.
+"""Show what the model gets: the first samples of the training order, as one HTML page. Opens no weights.
 
     python -m dataset.show --config config.yaml [--stage NAME] [--count 24] [--output FILE.html] [key=value ...]
 
-They are read, encoded, ordered and packed (or padded) by the code that training uses, on one process; each picture is
-made back out of its pixel_values. A script: like those at the root it reads the config.
+Samples are read, encoded, ordered and packed (or padded) by the code that training uses, on one process. Each image is
+reconstructed from its pixel_values. This is a script: like those at the root, it reads the whole config.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from assemble import chat_format, open_processors, open_qa_file, sample_order
 from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
-from dataset.check import check_file
+from dataset.batch import Batch
+from dataset.checks.records import check_file
 from dataset.loader import QADataset, make_loader
-from dataset.order import Share, micro_batches, shares
-from dataset.packing import pack
-from dataset.page import Row, Vocabulary, write_page, write_row
+from dataset.open import sample_order
+from dataset.order import PackedRow, micro_batches, pack, packed_rows
+from dataset.show_page import Row, Vocabulary, write_page, write_row
 from model.build import Processors
 from qwen import image_token_id
-from speed import packing
-from stages import place_of
+from training.run import chat_format, open_processors, open_qa_file
+from training.speed import packing
+from training.stages import stage_index
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--count is {arguments.count}; show at least 1 sample.")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.stage is not None:
-        config = config.train.stages[place_of(config.train.stages, arguments.stage)].config
+        config = config.train.stages[stage_index(config.train.stages, arguments.stage)].config
     prepare_from_config(config)
     page = show(config, str(arguments.config), arguments.count)
     output = arguments.output or config.output_dir / "show.html"
@@ -50,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Show what the model gets: pictures, tokens and labels, as a page.")
+    parser = argparse.ArgumentParser(description="Show what the model gets: images, tokens and labels, as a page.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
-    parser.add_argument("--stage", metavar="NAME", help="of a run in stages: which one (default: the last)")
+    parser.add_argument("--stage", metavar="NAME", help="the stage to show (default: the last)")
     parser.add_argument("--count", type=int, default=24, help="samples to show (default: 24)")
     parser.add_argument("--output", type=Path, help="the page (default: show.html in output_dir)")
     parser.add_argument(
@@ -62,8 +63,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def show(config: Config, config_name: str, count: int) -> str:
-    """The page of the first `count` samples that a run of `config` trains on, in its micro-batches; packed rows are shown
-    whole, so the last one may bring some more."""
+    """Return the page of the first `count` samples that a run of `config` trains on, by micro-batch. Packed rows are shown
+    whole, so there may be a few more."""
     processors = open_processors(config)
     path, limit = config.data.qa_file, config.data.max_length
     chat = chat_format(config, processors)
@@ -71,15 +72,18 @@ def show(config: Config, config_name: str, count: int) -> str:
     dataset = open_qa_file(config, processors, path, left_out)
     if not len(dataset.kept):
         raise InputError(f'{path}: no record fits into "data.max_length" ({limit}); allow more.')
-    order = sample_order(config, dataset)
+    train = config.train
+    size, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    epoch_limit = None if train.steps_per_epoch is None else train.steps_per_epoch * size * accumulation
+    order = sample_order(dataset, config.data, seed=config.seed, epoch_limit=epoch_limit)
     words = vocabulary(processors)
-    size, accumulation = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
     steps, packed = range(-(-count // (size * accumulation))), packing(config).is_on
+    micros: list[list[tuple[int, int]] | PackedRow] = []
     if packed:
-        micros = list(shares(order, steps, size * accumulation, accumulation, 0, 1))
+        micros += packed_rows(order, steps, samples_per_step=size * accumulation, rows=accumulation)
     else:
-        micros = list(micro_batches(order, steps, size, accumulation, 0, 1))
-    loader = make_loader(dataset, micros, processors.tokenizer.pad_token_id, 0, pin_memory=False, packed=packed)
+        micros += micro_batches(order, steps, batch_size=size, accumulation=accumulation)
+    loader = make_loader(dataset, micros, processors.tokenizer.pad_token_id, packed=packed)
     counts: Counter = Counter()
     batches, shown = [], 0
     for number, (micro, batch) in enumerate(zip(micros, loader, strict=True), start=1):
@@ -87,7 +91,7 @@ def show(config: Config, config_name: str, count: int) -> str:
         for row in rows:
             counts.update(row.kinds(words.image_token_id))
         samples = sum(len(row.names) for row in rows)
-        remark = describe(batch) + (f"; {samples} of the samples are shown" if samples < len(batch["ids"]) else "")
+        remark = describe(batch) + (f"; {samples} of the samples are shown" if samples < batch.num_samples else "")
         batches.append((f"Micro-batch {number}", remark, [write_row(row, words) for row in rows]))
         shown += samples
         if shown >= count:
@@ -95,7 +99,7 @@ def show(config: Config, config_name: str, count: int) -> str:
     side, new = processors.image_processor.image_size, config.model.from_scratch
     about = {
         "config": config_name,
-        "encoder": f"{config.model.vision_tower} ({side} × {side} pixels, {processors.num_image_tokens} tokens a picture)",
+        "encoder": f"{config.model.vision_tower} ({side} × {side} pixels, {processors.num_image_tokens} tokens an image)",
         "language model": str(config.model.language_model)
         if new is None
         else f"{new.architecture} from scratch; tokenizer {new.tokenizer}",
@@ -107,8 +111,11 @@ def show(config: Config, config_name: str, count: int) -> str:
 
 
 def vocabulary(processors: Processors) -> Vocabulary:
-    """How the tokenizer's ids are shown. Byte-level BPE writes each byte of the text as a letter of its own; others, which a
-    language model from scratch may have, write characters, and a byte by itself as <0x0A>."""
+    """Return how the tokenizer's ids are shown.
+
+    Byte-level BPE writes each byte of the text as one letter. Other kinds, which a language model from scratch may have, write
+    characters, and a single byte as <0x0A>.
+    """
     tokenizer = processors.tokenizer
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
@@ -130,45 +137,40 @@ def vocabulary(processors: Processors) -> Vocabulary:
     )
 
 
-def keys_of(micro: list[tuple[int, int]] | Share, dataset: QADataset) -> list[tuple[int, int]]:
-    """The (epoch, record) pairs of a micro-batch, in its order."""
-    if not isinstance(micro, Share):
+def keys_of(micro: list[tuple[int, int]] | PackedRow, dataset: QADataset) -> list[tuple[int, int]]:
+    """Return the (epoch, record) pairs of a micro-batch, in its order."""
+    if not isinstance(micro, PackedRow):
         return micro
     lengths = [len(dataset.encode(key)[1].input_ids) for key in micro.keys]
     return [micro.keys[place] for place in pack(lengths, micro.rows)[micro.row]]
 
 
-def describe(batch: dict) -> str:
-    samples, tokens = len(batch["ids"]), batch["input_ids"].shape[1]
-    pictures = 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
-    size = (
-        f"{samples} samples × {tokens} tokens" if batch["lengths"] is None else f"{samples} samples in {tokens} tokens"
-    )
-    return f"{size}, {pictures} pictures"
+def describe(batch: Batch) -> str:
+    samples, tokens, images = batch.num_samples, batch.input_ids.shape[1], len(batch.is_cached)
+    size = f"{samples} samples in {tokens} tokens" if batch.is_packed else f"{samples} samples × {tokens} tokens"
+    return f"{size}, {images} images"
 
 
 def rows_of(
-    batch: dict, keys: list[tuple[int, int]], dataset: QADataset, processors: Processors, words: Vocabulary
+    batch: Batch, keys: list[tuple[int, int]], dataset: QADataset, processors: Processors, words: Vocabulary
 ) -> list[Row]:
-    """The rows of a batch that `make_loader` made of `keys`, each with the pictures that its image tokens stand for."""
-    input_ids, labels, lengths = batch["input_ids"], batch["labels"], batch["lengths"]
-    pixels = batch["pixel_values"]
-    pictures = torch.empty(0) if pixels is None else processors.image_processor.denormalise(pixels)
+    """Return the rows of a batch that `make_loader` made of `keys`, each with the images of its image tokens."""
+    input_ids, labels, lengths, pixels = batch.input_ids, batch.labels, batch.lengths, batch.pixel_values
+    images = torch.empty(0) if pixels is None else processors.image_processor.denormalise(pixels)
     names = []
-    for name, (epoch, index) in zip(batch["ids"], keys, strict=True):
+    for name, (epoch, index) in zip(batch.ids, keys, strict=True):
         record = dataset.qa[index]
         about = (("source", record.source), ("type", record.type), ("epoch", epoch + 1))
         names.append((name, " · ".join(f"{key} {value}" for key, value in about if value)))
-    if lengths is not None:  # the model counts from 0 in every document; those after the samples are padding
+    if lengths is not None:  # positions restart in every document; documents after the samples are filler
         positions = torch.cat([torch.arange(length) for length in lengths])
         is_read = torch.arange(len(positions)) < sum(lengths[: len(names)])
-        return [Row(input_ids[0], labels[0], is_read.long(), positions, pictures.numpy(), names)]
-    positions = torch.arange(input_ids.shape[1])  # padding stands on the right: it counts from 0 in every row
-    images = ((input_ids == words.image_token_id).sum(1) // words.num_image_tokens).tolist()
-    tensors = zip(input_ids, labels, batch["attention_mask"], strict=True)
+        return [Row(input_ids[0], labels[0], is_read.long(), positions, images.numpy(), names)]
+    positions = torch.arange(input_ids.shape[1])  # padding is on the right: positions start at 0 in every row
+    tensors = zip(input_ids, labels, batch.attention_mask, strict=True)
     return [
         Row(*row, positions, shown.numpy(), [name])
-        for row, shown, name in zip(tensors, pictures.split(images), names, strict=True)
+        for row, shown, name in zip(tensors, images.split(batch.images_in_sample), names, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
-"""Rows of a batch -> one HTML page that shows what the model gets: its pictures, and every token by what it is for.
+"""Write the rows of a batch as one HTML page that shows the model's input: its images, and each token with its purpose.
 
-All of it is told from the batch's own tensors; nothing here knows the prompt format, so a fault in that would show. No
-scripts, no other files.
+Uses only the tensors of the batch and does not know the prompt format, so a fault in the format becomes visible. The
+page has no scripts and needs no other files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -21,14 +22,14 @@ from torch import Tensor
 
 from config import IGNORE_INDEX
 
-KINDS = {  # what a token can be -> what that means
-    "image": "the place of one feature of a picture",
+KINDS = {  # kind of a token -> its meaning
+    "image": "the position of one image feature",
     "prompt": "read, not learned",
     "supervised": "learned",
-    "mislabelled": "the label is another token than the one that stands here",
-    "padding": "fills the row; no sample sees it",
+    "mislabelled": "the label is a different token",
+    "padding": "fills the row; no sample attends to it",
 }
-WIDTH = 240  # of a picture on the page; a smaller one is enlarged by a whole number, its pixels kept visible
+WIDTH = 240  # width of an image on the page; a smaller one is enlarged by an integer factor, with visible pixels
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c2024; --dim: #60646c; --page: #f4f5f7; --card: #fff; --line: #d9dce1;
@@ -68,18 +69,17 @@ u { text-decoration: none; font-size: .75em; border: 1px solid var(--dim); borde
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch. input_ids, labels, attention_mask, position_ids [L]; pictures [m, S, S, 3] uint8, as the encoder
-    is shown them, in reading order. names: (id, remark) of each sample in it: position 0 begins a new one."""
+    """One row of a batch, of one or more samples."""
 
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    pictures: np.ndarray
-    names: Sequence[tuple[str, str]]
+    input_ids: Tensor  # [L]
+    labels: Tensor  # [L]
+    attention_mask: Tensor  # [L]
+    position_ids: Tensor  # [L]; a new sample begins at each 0
+    images: np.ndarray  # [m, S, S, 3] uint8, as the encoder receives them, in reading order
+    names: Sequence[tuple[str, str]]  # (id, remark) of each sample
 
     def kinds(self, image_token_id: int) -> list[str]:
-        """What each of the L tokens is: a key of KINDS."""
+        """Return the kind of each of the L tokens: a key of KINDS."""
 
         def kind(token: int, label: int, is_read: int) -> str:
             if not is_read:
@@ -94,32 +94,36 @@ class Row:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How ids are written. token_bytes: id -> the bytes of text that it stands for; special: id -> name of the tokens that
-    no text is made of; num_image_tokens: how many times `image_token_id` stands for one picture."""
+    """How token ids are displayed."""
 
-    token_bytes: Callable[[int], bytes]
-    special: dict[int, str]
+    token_bytes: Callable[[int], bytes]  # id -> the bytes of its text
+    special: dict[int, str]  # id -> name of a special token, which never represents text
     image_token_id: int
-    num_image_tokens: int
+    num_image_tokens: int  # how many times image_token_id is repeated for one image
 
 
 def write_row(row: Row, vocabulary: Vocabulary) -> str:
-    """The HTML of one row: its pictures, lengths and tokens, with a line between samples that share it."""
+    """Return the HTML of one row: its images, lengths and tokens, with a line between its samples."""
     kinds = row.kinds(vocabulary.image_token_id)
     parts, names = [], iter(row.names)
     for number, (begin, end) in enumerate(_samples(row)):
         name, remark = next(names)
         heading = f"<h3>{html.escape(name)}<span>{html.escape(remark)}</span></h3>"
         parts.append(("<hr>" if number else "") + heading + _lengths(Counter(kinds[begin:end])))
-        parts.append(f'<div class="tokens">{"".join(_tokens(row, kinds, begin, end, vocabulary))}</div>')
-    pictures = "".join(map(_picture, row.pictures)) or '<p class="dim">no picture</p>'
-    return f"<article><figure>{pictures}</figure><div>{''.join(parts)}</div></article>"
+        tokens = _tokens(row, kinds=kinds, begin=begin, end=end, vocabulary=vocabulary)
+        parts.append(f'<div class="tokens">{"".join(tokens)}</div>')
+    images = "".join(map(_image, row.images)) or '<p class="dim">no image</p>'
+    return f"<article><figure>{images}</figure><div>{''.join(parts)}</div></article>"
 
 
 def write_page(
     title: str, about: dict[str, str], counts: Counter, batches: Sequence[tuple[str, str, Sequence[str]]]
 ) -> str:
-    """about: what the page was made of. counts: tokens by kind. batches: (name, remark, the rows' HTML) of each."""
+    """Return the HTML of the page.
+
+    about: name -> value of the settings that made the page. counts: number of tokens by kind. batches: (name, remark,
+    HTML of the rows) of each batch.
+    """
     facts = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in about.items())
     legend = "".join(
         f'<tr><td><i class="chip {kind}">{kind}</i><td>{counts[kind]:,}<td>{counts[kind] / counts.total():.1%}'
@@ -127,7 +131,9 @@ def write_page(
         for kind, meaning in KINDS.items()
         if counts[kind] or kind != "mislabelled"
     )
-    legend += '<tr><td><i class="special">&lt;|…|&gt;</i><td><td><td class="dim">a special token: no text becomes one'
+    legend += (
+        '<tr><td><i class="special">&lt;|…|&gt;</i><td><td><td class="dim">a special token; text never becomes one'
+    )
     body = "".join(
         f"<section><h2>{html.escape(name)} <span>{html.escape(remark)}</span></h2>{''.join(rows)}</section>"
         for name, remark, rows in batches
@@ -140,7 +146,7 @@ def write_page(
 
 
 def _lengths(counts: Counter) -> str:
-    """How many tokens there are of each kind, in words and as a bar."""
+    """Return the number of tokens of each kind, in words and as a bar."""
     read = counts.total() - counts["padding"]
     words = [f"{counts[kind]:,} {kind}" for kind in KINDS if counts[kind] and kind != "padding"]
     padding = f" + {counts['padding']:,} padding" if counts["padding"] else ""
@@ -150,7 +156,7 @@ def _lengths(counts: Counter) -> str:
 
 
 def _samples(row: Row) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each sample in the row; what pads the row belongs to the last."""
+    """Return (begin, end) of each sample in the row. The padding belongs to the last sample."""
     starts = ((row.position_ids == 0) & (row.attention_mask != 0)).nonzero().flatten().tolist()
     if len(starts) != len(row.names):
         raise ValueError(f"{len(row.names)} names for a row in which {len(starts)} samples begin")
@@ -158,32 +164,32 @@ def _samples(row: Row) -> Iterator[tuple[int, int]]:
 
 
 def _tokens(row: Row, kinds: list[str], begin: int, end: int, vocabulary: Vocabulary) -> Iterator[str]:
-    """The HTML of the tokens from `begin` to `end`: runs of one kind, each cut into what can be read by itself."""
+    """Yield the HTML of the tokens from `begin` to `end`, split into images, special tokens and whole characters."""
     ids = row.input_ids.tolist()
+    span = partial(_span, row=row, vocabulary=vocabulary)
     for kind, run in groupby(range(begin, end), kinds.__getitem__):
         places = list(run)
         if kind == "image":
             for first in range(0, len(places), vocabulary.num_image_tokens):
-                some = places[first : first + vocabulary.num_image_tokens]
-                yield _span("chip image", f"&lt;image&gt; × {len(some)}", some, row, vocabulary)
+                one_image = places[first : first + vocabulary.num_image_tokens]
+                yield span("chip image", f"&lt;image&gt; × {len(one_image)}", one_image)
         elif kind == "padding":
-            yield _span("chip padding", f"padding × {len(places)}", places, row, vocabulary)
+            yield span("chip padding", f"padding × {len(places)}", places)
         else:
             for is_special, some in groupby(places, lambda place: ids[place] in vocabulary.special):
                 if is_special:
                     for place in some:
-                        name = html.escape(vocabulary.special[ids[place]])
-                        yield _span(f"{kind} special", name, [place], row, vocabulary)
+                        yield span(f"{kind} special", html.escape(vocabulary.special[ids[place]]), [place])
                 else:
                     for group, text in _characters(list(some), ids, vocabulary.token_bytes):
-                        yield _span(kind, _visible(text), group, row, vocabulary)
+                        yield span(kind, _visible(text), group)
 
 
 def _characters(
     places: list[int], ids: list[int], token_bytes: Callable[[int], bytes]
 ) -> Iterator[tuple[list[int], str]]:
-    """(places, their text): one token each, but for characters whose bytes lie in several tokens, which stay together."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # text may be cut in the middle of a character
+    """Yield (places, text) of each token; tokens that share the bytes of one character form a group."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # the text may be cut inside a character
     group, text = [], ""
     for place in places:
         group.append(place)
@@ -194,7 +200,7 @@ def _characters(
 
 
 def _span(style: str, content: str, places: list[int], row: Row, vocabulary: Vocabulary) -> str:
-    """`content` with the places' positions, ids and labels in its tooltip."""
+    """Return `content` as an element whose tooltip lists the positions, ids and labels of the tokens at `places`."""
 
     def listed(values: list[int]) -> str:
         same = len(set(values)) == 1
@@ -211,7 +217,7 @@ def _span(style: str, content: str, places: list[int], row: Row, vocabulary: Voc
 
 
 def _visible(text: str) -> str:
-    """Text as HTML in which spaces and line ends show, and what has no shape is written as its number."""
+    """Return text as HTML with visible spaces and line ends; unprintable characters are shown as their code points."""
 
     def visible(character: str) -> str:
         if character == "\n":
@@ -225,8 +231,8 @@ def _visible(text: str) -> str:
     return "".join(map(visible, text))
 
 
-def _picture(pixels: np.ndarray) -> str:
-    """[S, S, 3] uint8 as an image element; PNG, so that the pixels stay what they are."""
+def _image(pixels: np.ndarray) -> str:
+    """Return the image [S, S, 3] uint8 as an HTML element. PNG keeps the pixels exact."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     side = len(pixels)

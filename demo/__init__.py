@@ -1,1 +1,1 @@
-"""The demo's own tiny backbones and how they were made."""
+"""The demo: its world, its raw data, and its two tiny backbones with the code that trained them."""

@@ -1,9 +1,9 @@
-"""Pretrain the demo's two backbones, which are shipped in this folder; nobody needs to run this to use them.
+"""Pretrain the demo's two backbones. They are shipped in this folder, so using the demo does not require this script.
 
     python -m demo.pretrain_backbones [--only vision|language] [--out demo]
 
-Seeded, one thread; but the tokenizer's trainer numbers tokens of equal frequency in no fixed order, so the language model's
-weights differ from run to run. The last numbers are of held-out pictures and scenes.
+Seeded, one thread. The tokenizer's trainer numbers tokens of equal frequency in no fixed order, so the language model's
+weights still differ from run to run. The printed scores are on held-out images and scenes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def main() -> int:
         print(f"[{time.process_time() - start:5.0f} CPU s] {line}", flush=True)
 
     if arguments.only != "language":
-        _table("a random encoder, probed", vision.probe(vision.new_encoder(SEED).eval()))
+        _table("probes of a random encoder", vision.probe(vision.new_encoder(SEED).eval()))
         encoder = vision.pretrain(VISION_STEPS, SEED, log)
         vision.save(encoder, arguments.out / "vision_tower")
-        _table("the encoder, probed", vision.probe(encoder.float()))
+        _table("probes of the encoder", vision.probe(encoder.float()))
     if arguments.only != "vision":
         tokenizer = language.new_tokenizer()
         model = language.pretrain(tokenizer, LANGUAGE_STEPS, SEED, log)
         language.save(model, tokenizer, arguments.out / "language_model")
-        _table("the language model, right answers", language.probe(model.float(), tokenizer, batches=20))
+        _table("correct answers of the language model", language.probe(model.float(), tokenizer, batches=20))
     return 0
 
 

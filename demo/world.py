@@ -1,8 +1,9 @@
-"""The demo's little world: pictures that are drawn, and every question whose answer the drawing decides.
+"""The demo's small world: drawn images, and questions whose only answer is known from the drawing.
 
-A scene has four corners; each is empty or holds one object, a (colour, shape) pair. A digit picture is one handwritten
-digit of scikit-learn's `load_digits`, enlarged. This module draws, asks in English ("en") and Chinese ("zh"), and says
-what is held out. It must not know of files, tokenizers or models. Everything random takes a `numpy` generator.
+A scene has four corners; each is empty or has one object, a (colour, shape) pair. A digit image is an enlarged
+handwritten digit of scikit-learn's `load_digits`. This module draws images, asks questions in English ("en") and
+Chinese ("zh"), and decides what is held out. It must not know about files, tokenizers or models. All random functions
+take a `numpy` generator.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-VERSION = 3  # raise it whenever a picture or a sentence changes: demo data drawn by another version is drawn again
-SIDE = 60  # pixels
+VERSION = 3  # increase when an image or a sentence changes; demo data from another version is drawn again
+SIDE = 60  # width and height of an image in pixels
 LANGUAGES = ("en", "zh")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-# In no training picture and no training text:
+# Pairs that no training image shows and no training text mentions.
 UNSEEN_PAIRS = (("red", "star"), ("blue", "cross"), ("yellow", "triangle"))
 SEEN_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in UNSEEN_PAIRS)
 
@@ -33,9 +34,10 @@ NUMBERS = {
     "en": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     "zh": ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九"),
 }
-HOW_MANY = {"zh": ("", "一", "两", "三", "四")}  # Chinese counts with another "two" than it reads digits with
+# Chinese uses another word for "two" when counting than when reading digits.
+HOW_MANY = {"zh": ("", "一", "两", "三", "四")}
 
-# Kind of answer -> language -> (question, answer). An answer names what was asked about before what is said of it.
+# Kind of answer -> language -> (question, answer). An answer names the subject first, then what is true of it.
 SENTENCES = {
     "colour": {
         "en": ("What colour is the {shape}?", "The {shape} is {colour}."),
@@ -82,20 +84,20 @@ RGB = {
 }  # fmt: skip
 
 Pair = tuple[str, str]
-Scene = tuple[Pair | None, Pair | None, Pair | None, Pair | None]  # one entry a place, in the order of PLACES
+Scene = tuple[Pair | None, ...]  # one entry per place, in the order of PLACES
 
 
 class Question(NamedTuple):
-    """One question with its only right answer. `about`: index in PLACES of the object it is about, or None."""
+    """One question with its only correct answer."""
 
     type: str
     question: str
     answer: str
-    about: int | None = None
+    about: int | None = None  # index in PLACES of the object that the question is about
 
 
 def sample_scene(rng: np.random.Generator, unseen: bool = False) -> Scene:
-    """One to four objects at random places. With `unseen`, exactly one of them is one of UNSEEN_PAIRS; else none is."""
+    """One to four objects at random places. With `unseen`, exactly one object is in UNSEEN_PAIRS; otherwise none is."""
     places = rng.permutation(len(PLACES))[: rng.integers(1, len(PLACES) + 1)]
     scene: list[Pair | None] = [None] * len(PLACES)
     for i in places:
@@ -106,7 +108,7 @@ def sample_scene(rng: np.random.Generator, unseen: bool = False) -> Scene:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """True for one scene in ten, chosen by a hash of what stands where: no training may draw or describe it."""
+    """True for one scene in ten, chosen by a hash of the scene. Training must not draw or describe these scenes."""
     content = "|".join("-" if pair is None else " ".join(pair) for pair in scene)
     return hashlib.sha256(content.encode()).digest()[0] % 10 == 0
 
@@ -117,31 +119,31 @@ def has_unseen_pair(scene: Scene) -> bool:
 
 
 def training_scene(rng: np.random.Generator) -> Scene:
-    """A scene that training may see: not held out, without unseen pairs."""
+    """A random scene for training: not held out, without unseen pairs."""
     while is_held_out(scene := sample_scene(rng)):
         pass
     return scene
 
 
 def held_out_scene(rng: np.random.Generator, unseen: bool = False) -> Scene:
-    """A scene that no training saw: held out by its hash, or (`unseen`) with an object that no training saw."""
+    """A random scene that training never shows: held out by its hash, or (`unseen`) with an object of UNSEEN_PAIRS."""
     while not is_held_out(scene := sample_scene(rng, unseen)) and not unseen:
         pass
     return scene
 
 
-# Pictures
+# Images
 
 
 def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """The corners of a shape around (x, y), without the circle, which has none."""
+    """The corners of a shape around (x, y), for all shapes except the circle."""
     if shape == "square":
         points = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
     elif shape == "triangle":
         points = [(0.0, -1.0), (1.0, 0.85), (-1.0, 0.85)]
     elif shape == "cross":
         a = 0.32
-        quarter = [(-a, -1.0), (a, -1.0), (a, -a)]  # and three more, each turned by 90 degrees
+        quarter = [(-a, -1.0), (a, -1.0), (a, -a)]  # the other three are this one rotated by 90 degrees
         points = [*quarter, *((-y, x) for x, y in quarter)]
         points += [(-x, -y) for x, y in points]
     else:  # star
@@ -151,14 +153,14 @@ def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
     return [(x + radius * px, y + radius * py) for px, py in points]
 
 
-def _with_noise(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    pixels = np.asarray(picture, dtype=np.int16) + rng.integers(-3, 4, (SIDE, SIDE, 3), dtype=np.int16)
+def _with_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.int16) + rng.integers(-3, 4, (SIDE, SIDE, 3), dtype=np.int16)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The scene as an RGB picture of SIDE x SIDE. The generator decides size, exact place, tint and noise."""
-    scale = 4  # drawn larger, then reduced: smooth edges
+    """Draw the scene as an RGB image of SIDE x SIDE. The generator decides size, exact place, tint and noise."""
+    scale = 4  # draw a larger image and reduce it, for smooth edges
     shade = int(rng.integers(35, 76))
     canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), (shade, shade, shade))
     pen = ImageDraw.Draw(canvas)
@@ -178,8 +180,10 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """scikit-learn's handwritten digits: images uint8 [1797,8,8] in 0..255, labels int [1797], held_out bool [1797],
-    which is true of 400."""
+    """scikit-learn's handwritten digits: images uint8 [1797, 8, 8] in 0..255, labels int [1797], held_out bool [1797].
+
+    400 digits are held out.
+    """
     from sklearn.datasets import load_digits as load
 
     data = load()
@@ -189,8 +193,10 @@ def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw_digit(digit: np.ndarray, rng: np.random.Generator, turn: float = 0.0) -> Image.Image:
-    """An 8x8 digit, uint8, enlarged and turned by `turn` degrees, as an RGB picture of SIDE x SIDE. The generator decides
-    shade, place and noise."""
+    """Draw a digit, uint8 [8, 8], enlarged and rotated by `turn` degrees, as an RGB image of SIDE x SIDE.
+
+    The generator decides shade, place and noise.
+    """
     shade = int(rng.integers(35, 76))
     canvas = Image.new("RGB", (SIDE, SIDE), (shade, shade, shade))
     ink = Image.fromarray(digit).resize((54, 54), Image.Resampling.BICUBIC).rotate(turn, Image.Resampling.BILINEAR)
@@ -205,15 +211,18 @@ def _word(english: str, language: str) -> str:
     return english if language == "en" else CHINESE[english]
 
 
-def _ask(type_: str, kind: str, language: str, about: int | None = None, number: str = "", **words: str) -> Question:
+def _ask(type_: str, kind: str, language: str, *, about: int | None = None, number: str = "", **words: str) -> Question:
     words = {key: _word(value, language) for key, value in words.items()}
     question, answer = (text.format(number=number, **words) for text in SENTENCES[kind][language])
     return Question(type_, question, answer, about)
 
 
 def scene_questions(scene: Scene, language: str, rng: np.random.Generator) -> list[Question]:
-    """Every question that the scene answers in one way: about a shape or a colour that is there once, the count,
-    one with yes and one with no, about shapes that the generator chooses."""
+    """All questions that have exactly one answer in the scene.
+
+    They ask about shapes and colours that occur once, about the count, and whether a shape is there: one question with
+    the answer yes and one with no, whose shapes the generator chooses.
+    """
     objects = [(i, *pair) for i, pair in enumerate(scene) if pair is not None]
     colours = Counter(colour for _, colour, _ in objects)
     shapes = Counter(shape for _, _, shape in objects)
@@ -222,10 +231,10 @@ def scene_questions(scene: Scene, language: str, rng: np.random.Generator) -> li
     for i, colour, shape in objects:
         words = {"colour": colour, "shape": shape}
         if colours[colour] == 1:
-            found.append(_ask("shape", "shape", language, i, **words))
+            found.append(_ask("shape", "shape", language, about=i, **words))
         if shapes[shape] == 1:
-            found.append(_ask("colour", "colour", language, i, **words))
-            found.append(_ask("place", "place", language, i, place=PLACES[i], **words))
+            found.append(_ask("colour", "colour", language, about=i, **words))
+            found.append(_ask("place", "place", language, about=i, place=PLACES[i], **words))
     absent = [shape for shape in SHAPES if shape not in shapes]
     for kind, choice in (("yes", sorted(shapes)), ("no", absent)):
         found.append(_ask("yes_no", kind, language, shape=choice[rng.integers(len(choice))]))
@@ -233,28 +242,32 @@ def scene_questions(scene: Scene, language: str, rng: np.random.Generator) -> li
 
 
 def facts(scene: Scene, language: str) -> list[str]:
-    """All that the scene's questions could be answered with, in a fixed order: shape by shape whether it is there and, where
-    it is there once, its colour and place; then the shape of each colour that is there once; then the count."""
+    """All answers to questions about the scene, in a fixed order.
+
+    For each shape: whether it is there and, if it occurs once, its colour and place. Then the shape of each colour that
+    occurs once. Then the count.
+    """
     objects = [(i, *pair) for i, pair in enumerate(scene) if pair is not None]
     found: list[Question] = []
     for shape in SHAPES:
-        alike = [(i, colour) for i, colour, other in objects if other == shape]
-        found.append(_ask("yes_no", "yes" if alike else "no", language, shape=shape))
-        if len(alike) == 1:
-            ((i, colour),) = alike
-            found.append(_ask("colour", "colour", language, i, colour=colour, shape=shape))
-            found.append(_ask("place", "place", language, i, place=PLACES[i], shape=shape))
+        with_shape = [(i, colour) for i, colour, other in objects if other == shape]
+        found.append(_ask("yes_no", "yes" if with_shape else "no", language, shape=shape))
+        if len(with_shape) == 1:
+            ((i, colour),) = with_shape
+            found.append(_ask("colour", "colour", language, about=i, colour=colour, shape=shape))
+            found.append(_ask("place", "place", language, about=i, place=PLACES[i], shape=shape))
     for colour in COLOURS:
-        alike = [(i, shape) for i, other, shape in objects if other == colour]
-        if len(alike) == 1:
-            found.append(_ask("shape", "shape", language, alike[0][0], colour=colour, shape=alike[0][1]))
+        with_colour = [(i, shape) for i, other, shape in objects if other == colour]
+        if len(with_colour) == 1:
+            ((i, shape),) = with_colour
+            found.append(_ask("shape", "shape", language, about=i, colour=colour, shape=shape))
     number = (HOW_MANY if language == "zh" else NUMBERS)[language][len(objects)]
     found.append(_ask("count", "one" if len(objects) == 1 else "count", language, number=number))
     return [question.answer for question in found]
 
 
 def choose_questions(found: list[Question], count: int, rng: np.random.Generator) -> list[Question]:
-    """Up to `count` different questions in random order, drawn so that every type comes about equally often."""
+    """Up to `count` different questions in random order, chosen so that all types are about equally frequent."""
     left: dict[str, list[Question]] = {}
     for i in rng.permutation(len(found)):
         left.setdefault(found[i].type, []).append(found[i])
@@ -268,20 +281,20 @@ def choose_questions(found: list[Question], count: int, rng: np.random.Generator
 
 
 def digit_question(digit: int, language: str) -> Question:
-    """The one question about a digit picture."""
+    """The only question about a digit image."""
     return _ask("digit", "digit", language, number=NUMBERS[language][digit])
 
 
 def captions(scene: Scene, language: str) -> list[str]:
-    """Five captions of a scene: other openings, and the objects told in another order."""
+    """Five captions of a scene, with different openings and different orders of the objects."""
     objects = [(PLACES[i], *pair) for i, pair in enumerate(scene) if pair is not None]
-    told = []
+    found = []
     for k, opening in enumerate(CAPTION_OPENINGS[language]):
         order = objects[k % len(objects) :] + objects[: k % len(objects)]
         if language == "en":
             parts = [f" a {colour} {shape} at the {place}" for place, colour, shape in order]
-            told.append(opening + ",".join(parts) + ".")
+            found.append(opening + ",".join(parts) + ".")
         else:
             parts = [f"{CHINESE[place]}有{CHINESE[colour]}的{CHINESE[shape]}" for place, colour, shape in order]
-            told.append(opening + "，".join(parts) + "。")
-    return told
+            found.append(opening + "，".join(parts) + "。")
+    return found

@@ -1,11 +1,12 @@
-"""Builds the whole model from plain values, for training and for answering alike; and what precision means on a device."""
+"""Build the whole model from the config's sections, for training and answering alike; say what a precision means on a
+device."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 import qwen
-from config import InputError, frozen_error
+from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error
 from model.checkpoint import has_adapter, load_adapter, load_trained, refuse_other_sizes
+from model.checkpoint_folder import verify_folder
 from model.model import VisionLanguageModel
-from model.projector import build_projector, count_tokens
-from model.trainable import add_lora, set_trainable
+from model.projector import build_projector, num_image_tokens
+from model.trainable import WeightOrigins, add_lora, set_trainable
 from qwen.attention import PACKED_SDPA
-from visual.encoders import count_image_tokens, load_vision_tower
+from visual.encoders import load_vision_tower
+from visual.encoders import num_image_tokens as num_patches
 from visual.images import read_image
 from visual.processor import ImageProcessor, load_image_processor
 
@@ -29,142 +32,133 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Processors:
-    """What reads pictures and text for a model; no weights among it."""
+    """What reads images and text for a model. Holds no weights."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: ImageProcessor
     num_image_tokens: int  # that one image takes
 
-    def chat_values(self) -> dict:
-        """The values that `dataset.conversation.ChatFormat` takes, but for the system prompt."""
-        return {
-            "encode_text": functools.partial(qwen.encode_text, self.tokenizer),
-            "im_start_id": self.tokenizer.convert_tokens_to_ids("<|im_start|>"),
-            "im_end_id": self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
-            "end_of_text_id": self.tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-            "image_token_id": qwen.image_token_id(self.tokenizer),
-            "num_image_tokens": self.num_image_tokens,
-        }
+    def token_id(self, token: str) -> int:
+        """Return the id of a special token."""
+        return self.tokenizer.convert_tokens_to_ids(token)
 
 
 @dataclass(frozen=True)
 class Built(Processors):
-    """A model with what reads its pictures and its text."""
+    """A model, the origins of its weights, and what reads its images and text."""
 
     model: VisionLanguageModel
+    origins: WeightOrigins
 
 
-def load_processors(
-    vision_tower: str,
-    image_size: int | None,
-    language_model: str,
-    checkpoint: Path | None = None,
-    projector: str = "mlp",
-    num_queries: int | None = None,
-    any_tokenizer: bool = False,
-) -> Processors:
-    """Tokenizer and image processor of the encoder and the language model (folders or hub names), in seconds, whatever
-    the size of the two, and how many tokens the projector makes of an image. checkpoint: its own are used instead of those
-    beside the weights. any_tokenizer: the language model is a new one, `language_model` is where its tokenizer lies (see
-    `qwen.load_tokenizer`). Raises InputError."""
-    tokenizer = qwen.load_tokenizer(str(checkpoint / "tokenizer") if checkpoint else language_model, any_tokenizer)
-    image_processor = load_image_processor(vision_tower, image_size=image_size)
-    if checkpoint:
-        own, size = load_image_processor(checkpoint / "image_processor"), image_processor.image_size
-        if own.image_size != size:
+def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Processors:
+    """Load the tokenizer and the image processor, and count the tokens of an image. Takes seconds: no weight is read.
+
+    checkpoint: a verified folder whose own tokenizer and image processor are used instead of those beside the weights. A
+    language model from scratch keeps the tokenizer of the checkpoint that it starts from. Raises InputError.
+    """
+    new = model.from_scratch
+    if checkpoint is None and new is not None and model.start_from is not None:
+        verify_folder(model.start_from)  # before its tokenizer is opened: name a folder that is no checkpoint
+        own = model.start_from
+    else:
+        own = checkpoint
+    named = new.tokenizer if new is not None else model.language_model
+    assert named is not None  # config.rules refuses a config without a language model
+    tokenizer = qwen.load_tokenizer(str(own / "tokenizer") if own else named, any_kind=new is not None)
+    image_processor = load_image_processor(model.vision_tower, image_size=model.image_size)
+    if own:
+        saved, size = load_image_processor(own / "image_processor"), image_processor.image_size
+        if saved.image_size != size:
             raise InputError(
-                f"{checkpoint / 'image_processor'}: makes images of {own.image_size} pixels, but {vision_tower} takes "
+                f"{own / 'image_processor'}: makes images of {saved.image_size} pixels, but {model.vision_tower} takes "
                 f"{size}; the checkpoint was trained with another encoder, or is damaged."
             )
-        image_processor = own
-    num_patches = count_image_tokens(vision_tower, image_size)
-    return Processors(tokenizer, image_processor, count_tokens(projector, num_patches, num_queries))
+        image_processor = saved
+    patches = num_patches(model.vision_tower, model.image_size)
+    return Processors(tokenizer, image_processor, num_image_tokens(model.projector, patches, model.num_queries))
 
 
 def build_model(
     processors: Processors,
-    vision_tower: str,
-    vision_feature_layer: int,
-    image_size: int | None,
-    projector: str,
-    projector_hidden_size: int | None,
-    language_model: str | None,
-    trainable: dict[str, str],
-    lora: dict,
+    settings: ModelConfig,
+    lora: LoraConfig,
+    train: TrainConfig,
+    *,
     dtype: torch.dtype,
     seed: int,
-    checkpoint: Path | None = None,
     attn_implementation: str = PACKED_SDPA,
-    num_queries: int | None = None,
-    from_scratch: dict | None = None,
-    attention: str = "causal",
-    freeze_random: Collection[str] = (),
 ) -> Built:
-    """Load encoder and language model (folders or hub names) in `dtype`, make the projector, add LoRA, fill in what
-    `checkpoint`, which the caller has verified, trained, and let train what `trainable` (part -> word) says, in float32.
-    A language model from scratch is float32 as a whole: its weights are nowhere but in what this project writes.
+    """Load encoder and language model in `dtype`, make the projector, add LoRA, fill in the weights that
+    `settings.start_from` (a verified checkpoint) has trained, and enable what `train.trainable` says, in float32.
 
-    processors: as `load_processors` returns them. lora: r, alpha, dropout, target_modules. from_scratch: instead of a
-    language_model the sizes of a new one, as `qwen.new_language_model` takes them. attention: causal or mixed.
-    freeze_random: parts that may be frozen though their weights are random. Raises InputError for whatever is missing or
-    does not fit.
+    A language model from scratch is float32 as a whole, because no released weights exist beside the checkpoint's. Raises
+    InputError for whatever is missing or does not fit.
     """
-    transformers.utils.logging.disable_progress_bar()  # one bar a part of the model says nothing
-    tower = load_vision_tower(vision_tower, feature_layer=vision_feature_layer, image_size=image_size, dtype=dtype)
-    if from_scratch is None:
-        lm = qwen.load_language_model(language_model, dtype, attn_implementation)
+    transformers.utils.logging.disable_progress_bar()
+    checkpoint, new = settings.start_from, settings.from_scratch
+    tower = load_vision_tower(
+        settings.vision_tower, feature_layer=settings.vision_feature_layer, image_size=settings.image_size, dtype=dtype
+    )
+    if new is None:
+        assert settings.language_model is not None
+        lm = qwen.load_language_model(settings.language_model, dtype, attn_implementation)
     else:
-        sizes = from_scratch | {"attn_implementation": attn_implementation}
-        vocabulary = 1 + max(processors.tokenizer.get_vocab().values())  # ids may have gaps
+        vocab_size = 1 + max(processors.tokenizer.get_vocab().values())  # ids may have gaps
         if checkpoint is not None:
-            refuse_other_sizes(checkpoint, vocabulary, sizes)
-        lm = qwen.new_language_model(vocabulary, seed, **sizes)
-    qwen.set_image_attention(lm, attention)
+            refuse_other_sizes(checkpoint, new, vocab_size=vocab_size)
+        lm = qwen.new_language_model(new, vocab_size=vocab_size, seed=seed, attn_implementation=attn_implementation)
+    qwen.set_image_attention(lm, settings.attention)
     qwen.attach_tokenizer(lm, processors.tokenizer)
 
     generator_state = torch.get_rng_state()
-    torch.manual_seed(seed)  # the projector's and LoRA's first weights depend on the seed and on nothing before
-    widths = tower.hidden_size, projector_hidden_size, lm.config.hidden_size
-    model = VisionLanguageModel(tower, build_projector(projector, *widths, num_queries), lm)
-    if from_scratch is not None:
-        model.is_from_scratch = True
-        model.untrained |= {"language_model", "embeddings"}
-        model.trained_before["language_model"] = {name for name, _ in lm.named_parameters()}
+    torch.manual_seed(seed)  # the first weights of the projector and LoRA depend on the seed and nothing else
+    projector = build_projector(
+        settings.projector,
+        in_features=tower.hidden_size,
+        hidden_size=settings.projector_hidden_size,
+        out_features=lm.config.hidden_size,
+        num_queries=settings.num_queries,
+    )
+    model = VisionLanguageModel(tower, projector, lm)
+    origins = WeightOrigins.new(model, from_scratch=new is not None)
     if checkpoint is not None:
-        load_trained(model, checkpoint)
-    if trainable["language_model"] == "lora":
-        names = qwen.lora_target_modules(lm, lora["target_modules"])
-        add_lora(model, lora["r"], lora["alpha"], lora["dropout"], names)
+        origins = load_trained(model, origins, checkpoint)
+    if train.trainable.language_model.kind == "lora":
+        add_lora(model, lora, qwen.lora_target_modules(lm, list(lora.target_modules)))
     if checkpoint is not None and has_adapter(checkpoint):
         if not model.has_lora:
             raise InputError(
-                f'{checkpoint}: holds LoRA weights, but "train.trainable.language_model" is {trainable["language_model"]}; '
-                "set it to lora, with the same lora.r and lora.target_modules."
+                f'{checkpoint}: holds LoRA weights, but "train.trainable.language_model" is '
+                f"{train.trainable.language_model}; set it to lora, with the same lora.r and lora.target_modules."
             )
         load_adapter(model, checkpoint)
     torch.set_rng_state(generator_state)
 
-    set_trainable(model, trainable)
-    if left := sorted(model.untrained - set(freeze_random), reverse=True):
-        raise frozen_error(left[0], trainable[left[0]])
-    return Built(**vars(processors), model=model.train())
+    set_trainable(model, train.trainable)
+    origins = origins.after_training(model, train.trainable)
+    if random := sorted(origins.random - set(train.freeze_random), reverse=True):
+        raise frozen_error(random[0], getattr(train.trainable, random[0]))
+    return Built(**vars(processors), model=model.train(), origins=origins)
 
 
 def checkpoint_activations(model: VisionLanguageModel) -> None:
-    """Let each of the language model's layers be computed a second time in the backward, instead of kept."""
-    with warnings.catch_warnings():  # the newer name of this method is not in every version 5
+    """Make the backward pass recompute each layer of the language model instead of keeping its activations."""
+    with warnings.catch_warnings():  # this method's newer name is not in every version 5
         warnings.simplefilter("ignore", FutureWarning)
         model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def read_pixels(image_processor: ImageProcessor, path: Path) -> torch.Tensor:
-    """An image file -> [3, S, S], as the encoder takes it: the one way from a file to the model. Raises ImageError."""
+    """Read an image file as [3, S, S]: the only way from a file to the model. Raises ImageError."""
     return image_processor([read_image(path)])[0]
 
 
 def resolve_precision(word: str, device: torch.device) -> str:
-    """`auto` -> bf16 where the device computes in it, else fp16 on a GPU, else fp32. A word that the device cannot do
-    raises InputError."""
+    """Resolve `auto` to bf16 where the device computes in it natively, else fp16 on a GPU, else fp32.
+
+    Raises InputError for a precision that the device lacks.
+    """
     native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     if word == "auto":
         return "bf16" if native_bf16 else "fp16" if device.type == "cuda" else "fp32"
@@ -178,11 +172,13 @@ def _cpu_has_bf16() -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    """A function that makes the context in which the model runs at `precision`: the same for training and answering."""
-    return lambda: torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+    """Return a function that makes the context in which the model runs, the same for training and answering."""
+    return functools.partial(
+        torch.autocast, device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32"
+    )
 
 
 def save_processors(processors: Processors, folder: Path) -> None:
-    """Put tokenizer and image processor into a checkpoint, so that it answers as it was trained."""
+    """Write tokenizer/ and image_processor/ into `folder`, for `load_processors(..., checkpoint=folder)`."""
     processors.tokenizer.save_pretrained(folder / "tokenizer")
     processors.image_processor.save(folder / "image_processor")

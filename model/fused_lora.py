@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from model.compiled import Elementwise
+from model.elementwise import Elementwise
 
 
 def fuse_lora(language_model: nn.Module) -> int:

@@ -1,10 +1,12 @@
-"""The vision-language model: a tower, a projector, a language model. Photo tensors and token ids in; loss or text out.
-Knows no file, no tokenizer and no training loop."""
+"""The vision-language model: a vision tower, a projector, a language model. Image tensors and token ids in, losses out.
+
+Knows no file, no tokenizer and no training loop.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,11 @@ from model.loss import balance_loss, count_right, summed_cross_entropy
 
 
 class Losses(NamedTuple):
-    """What the model makes of a batch; float32 scalars.
+    """The losses of one batch, float32 scalars.
 
-    answers: the summed cross entropy of the supervised tokens. The caller divides by the number of targets of its whole
-    optimizer step. balance: the load-balancing loss of the experts over the tokens that are read; None without experts.
-    right: how many supervised tokens would have been said as they stand; None while gradients are wanted.
+    answers: the summed cross entropy of the supervised tokens; the caller divides by the targets of its whole step.
+    balance: the experts' load-balancing loss over the tokens that are read; None without experts.
+    right: how many supervised tokens are the most likely ones; None while gradients are enabled.
     """
 
     answers: Tensor
@@ -27,24 +29,23 @@ class Losses(NamedTuple):
 
 
 class VisionLanguageModel(nn.Module):
-    """vision_tower: pixel_values [M,3,H,W] -> [M,N,Dv]; projector: [M,N,Dv] -> [M,K,D]; language_model: a causal language
-    model of `qwen`, bare or wrapped by PEFT."""
+    """A vision tower, [M,3,H,W] -> [M,N,Dv]; a projector, [M,N,Dv] -> [M,K,D]; and a causal language model of `qwen`, bare
+    or wrapped by PEFT."""
+
+    # nn.Module's attributes are Tensor | Module to a type checker
+    vision_tower: Any
+    projector: Any
+    language_model: Any
 
     def __init__(self, vision_tower: nn.Module, projector: nn.Module, language_model: nn.Module):
         super().__init__()
         self.vision_tower = vision_tower
         self.projector = projector
         self.language_model = language_model
-        # part -> the names of weights that an earlier run trained: not the released ones any more, so they are saved too
-        self.trained_before: dict[str, set[str]] = {"language_model": set(), "vision_tower": set()}
-        self.is_from_scratch = False  # the language model: no weights of it are released ones
-        self.untrained = {
-            "projector"
-        }  # the parts of random weights; what trains is taken out by `trainable.set_trainable`
 
     @property
-    def causal_lm(self) -> nn.Module:
-        """The language model itself, without PEFT's wrapper; LoRA lives inside its layers either way."""
+    def causal_lm(self) -> Any:
+        """The language model without PEFT's wrapper. LoRA is inside its layers either way."""
         return self.language_model.get_base_model() if self.has_lora else self.language_model
 
     @property
@@ -60,10 +61,9 @@ class VisionLanguageModel(nn.Module):
         return self.project(self.patch_features(pixel_values))
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
-        """[M,3,H,W] -> what the tower makes of them, [M,N,Dv]: what may be kept while the tower is frozen."""
-        if (
-            self.vision_tower.device.type != pixel_values.device.type
-        ):  # it had left (model.features), and is needed again
+        """[M,3,H,W] -> the tower's features [M,N,Dv], which can be cached while the tower is frozen."""
+        # training.cached_features moves an idle tower to the CPU; bring it back
+        if self.vision_tower.device.type != pixel_values.device.type:
             self.vision_tower.to(pixel_values.device)
         return self.vision_tower(pixel_values.to(self.vision_tower.model.dtype))
 
@@ -81,12 +81,13 @@ class VisionLanguageModel(nn.Module):
         pixel_values: Tensor | None = None,
         patch_features: Tensor | None = None,
     ) -> Losses:
-        """input_ids, labels [B,L]; labels are unshifted.
+        """input_ids, labels [B,L]; labels are unshifted and may stay on the CPU.
 
-        Rows are padded, and attention_mask [B,L] says where; or B is 1 and the row is documents of `lengths`, the first
-        token of each without a label; num_tokens: how many of that row are read, what follows only fills it.
-        Of pictures come the pixels, or what the frozen tower made of them.
-        The vocabulary's logits are made only where there is a label: of [B,L,V] that is what costs the memory.
+        Padded rows come with attention_mask [B,L]. A packed row (B is 1) comes with the `lengths` of its documents, whose
+        first tokens have no label, and with `num_tokens`, how many tokens are read before the filler.
+        Images come as pixels, or as the frozen tower's features of them.
+
+        Logits are computed only at supervised positions: [B,L,V] would be the largest tensor of all.
         """
         if pixel_values is not None:
             patch_features = self.patch_features(pixel_values)
@@ -103,11 +104,11 @@ class VisionLanguageModel(nn.Module):
             **({"output_router_logits": True} if self.has_experts else {}),
         )
         hidden = output.last_hidden_state  # [B, L, D]
-        # labels may stay on the CPU: to look for the supervised places on a GPU would wait for all that it has to do
+        # On a GPU, finding the supervised positions would wait for all queued work; labels on the CPU avoid that.
         rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        places = (rows * labels.shape[1] + columns).to(hidden.device, non_blocking=True)
+        positions = (rows * labels.shape[1] + columns).to(hidden.device, non_blocking=True)
         targets = labels[rows, columns + 1].to(hidden.device, non_blocking=True)
-        supervised = hidden.flatten(0, 1).index_select(0, places)  # [targets, D]
+        supervised = hidden.flatten(0, 1).index_select(0, positions)  # [targets, D]
         lm_head = self.causal_lm.lm_head
         answers = summed_cross_entropy(supervised, lm_head, targets) + anchor
         balance = None
@@ -120,7 +121,7 @@ class VisionLanguageModel(nn.Module):
         return Losses(answers, balance, right)
 
     def _zero_from_image_side(self) -> Tensor | float:
-        """0, computed from what trains in projector and tower: a batch without any image then has zero gradients there
-        instead of none, so that every process of a distributed step has the same gradients to add up."""
+        """Return 0 computed from the trainable weights of projector and tower. A batch without images then has zero gradients
+        there instead of none, and every process of a step has the same gradients to sum."""
         parameters = [*self.projector.parameters(), *self.vision_tower.parameters()]
         return sum(parameter.sum() for parameter in parameters if parameter.requires_grad) * 0.0

@@ -154,7 +154,7 @@ def grid_positions(rows: int, columns: int, side: int, width: int, device: torch
 PROJECTORS = {"mlp": MLPProjector, "low_rank_mlp": LowRankMLP, "pixel_shuffle": PixelShuffle, "resampler": Resampler}
 
 
-def count_tokens(kind: str, num_patches: int, num_queries: int | None = None) -> int:
+def num_image_tokens(kind: str, num_patches: int, num_queries: int | None = None) -> int:
     """How many image tokens the projector `kind` makes of that many patches, without making it. num_queries: of a resampler,
     None for its default. InputError: an unknown kind, queries for another kind, a grid that the kind cannot take."""
     return _kind(kind).num_tokens(num_patches, **_queries(kind, num_queries))

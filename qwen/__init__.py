@@ -1,6 +1,7 @@
-"""The language models of the Qwen family, taking image features. Importing it registers the type `qwen` (version 1).
+"""Language models of the Qwen family that take image features.
 
-After `import qwen`, `AutoModelForCausalLM.from_pretrained(<Qwen v1 folder>)` needs no remote code.
+Importing this package registers the model type `qwen` (Qwen v1) with transformers: afterwards
+`AutoModelForCausalLM.from_pretrained(<Qwen v1 folder>)` needs no remote code.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -20,7 +21,8 @@ from qwen.scratch import new_language_model
 from qwen.tokenizer import encode_text, image_token, image_token_id, load_tokenizer
 
 register_checkpoint_conversion_mapping(QWenConfig.model_type, WEIGHTS, overwrite=True)
-for family in ("qwen2_moe", "qwen3_moe"):  # the library joins experts' weights of classes that it knows, or is told of
+# Without this, the library joins the weights of the routed experts for its own classes only.
+for family in ("qwen2_moe", "qwen3_moe"):
     register_checkpoint_conversion_mapping(family, get_checkpoint_conversion_mapping(family), overwrite=True)
 AutoConfig.register(QWenConfig.model_type, QWenConfig, exist_ok=True)
 AutoModel.register(QWenConfig, QWenModel, exist_ok=True)

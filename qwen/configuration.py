@@ -1,8 +1,8 @@
-"""Qwen v1 (Qwen-7B-Chat, Qwen-1.8B-Chat, ...) described in the words of transformers' Qwen2.
+"""Qwen v1 (Qwen-7B-Chat, Qwen-1.8B-Chat, ...) as a configuration of transformers' Qwen2.
 
-Version 1 is the Qwen2 network under other names. This file holds the two translations, of `config.json` and of the
-weights' names; transformers applies them while it loads and undoes them while it saves. It knows no network code.
-Source of the names: configuration_qwen.py and modeling_qwen.py, which Qwen published beside the v1 weights.
+Version 1 is the Qwen2 network with other names. This module translates the keys of `config.json` and the names of the
+weights; transformers applies both translations on loading and reverses them on saving.
+Source of the names: configuration_qwen.py and modeling_qwen.py, which Qwen published with the v1 weights.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 
 from config import InputError
 
-# What the Qwen2 network does in one way only. v1's own defaults are these values, so an absent key is fine.
+# Settings that the Qwen2 network does not have. These values are also v1's defaults, so a key may be absent.
 REQUIRED = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
 
-# v1 name -> Qwen2 name, same value. v1's `max_position_embeddings` is not the trained length; `seq_length` is.
+# v1 name -> Qwen2 name, same value. The trained length is v1's `seq_length`, not its `max_position_embeddings`.
 RENAMED = {"layer_norm_epsilon": "rms_norm_eps", "seq_length": "max_position_embeddings"}
 
-# Written in v1's own words instead, or not at all: v1 knows one value only.
+# Not written to config.json: v1 has another key for it, or supports only one value.
 QWEN2_ONLY = {"rms_norm_eps", "rope_parameters", "attention_dropout", "num_key_value_heads", "hidden_act"}
 QWEN2_ONLY |= {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}
 
-# v1 computes c_proj(w1(x) * silu(w2(x))): w2 is the gate. Fused q, k, v lie one after the other, heads in order.
-WEIGHTS = [
+# v1 computes c_proj(w1(x) * silu(w2(x))): w2 is the gate. c_attn is the concatenation of q, k and v, heads in order.
+WEIGHTS: list[WeightConverter | WeightRenaming] = [
     WeightRenaming("transformer.wte", "model.embed_tokens"),
     WeightRenaming("transformer.h", "model.layers"),
     WeightRenaming("transformer.ln_f", "model.norm"),
@@ -41,27 +41,28 @@ WEIGHTS = [
 
 
 class QWenConfig(Qwen2Config):
-    """A Qwen v1 `config.json` as a Qwen2 configuration; it is written back to disk under v1's names.
+    """A Qwen v1 `config.json` as a Qwen2 configuration, saved under v1's names.
 
-    `max_position_embeddings` is v1's `seq_length`. Keys that the Qwen2 network has no use for (`use_logn_attn`, ...)
-    stay attributes, so that saving loses nothing.
+    `max_position_embeddings` is v1's `seq_length`. Keys that the Qwen2 network does not use (`use_logn_attn`, ...) are
+    kept as attributes, so that saving loses nothing.
     """
 
     model_type = "qwen"
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Accepts v1's names (a released or saved folder) and Qwen2's (`to_dict()`). InputError: see `translate`."""
+        """Accept v1's names (from a released or saved folder) or Qwen2's (from `to_dict()`). InputError: see `translate`."""
         if "rms_norm_eps" not in config_dict:
             config_dict = translate(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     def to_diff_dict(self) -> dict:
-        """What `config.json` will hold: a v1 configuration, which the original code reads too."""
+        """Return the content of `config.json`: a v1 configuration, which Qwen's original code reads too."""
         written = super().to_diff_dict()
         for name in QWEN2_ONLY:
             written.pop(name, None)
         written |= REQUIRED | {old: getattr(self, new) for old, new in RENAMED.items()}
+        assert self.rope_parameters is not None  # set by `translate`
         return written | {
             "intermediate_size": 2 * self.intermediate_size,
             "kv_channels": self.hidden_size // self.num_attention_heads,
@@ -71,17 +72,17 @@ class QWenConfig(Qwen2Config):
 
 
 def translate(v1: dict) -> dict:
-    """A v1 `config.json` -> keyword arguments of Qwen2Config; other keys are passed on unchanged.
+    """Translate a v1 `config.json` to keyword arguments of Qwen2Config; other keys are passed on unchanged.
 
-    Raises InputError, naming the key, where the checkpoint is not the Qwen2 network: a missing size, biases in every
-    linear layer, partial rotary embeddings, heads that do not add up to the hidden size.
+    InputError names the key if the checkpoint is not the Qwen2 network: a size is missing, every linear layer has a bias,
+    rotary embeddings are partial, or the heads' sizes do not add up to the hidden size.
     """
     needed = (*RENAMED, "hidden_size", "num_attention_heads", "intermediate_size", "kv_channels", "rotary_emb_base")
     missing = [name for name in needed if name not in v1]
     if missing:
         raise InputError(
             f"Qwen v1 config.json: {', '.join(missing)} missing; download the model's config.json again, "
-            "the first releases had other names."
+            "the first releases used other names."
         )
     for name, expected in REQUIRED.items():
         if v1.get(name, expected) != expected:
@@ -96,7 +97,7 @@ def translate(v1: dict) -> dict:
     config = {name: value for name, value in v1.items() if name not in consumed}
     config |= {new: v1[old] for old, new in RENAMED.items()}
     return config | {
-        "intermediate_size": v1["intermediate_size"] // 2,  # v1 counts the gate and the value together
+        "intermediate_size": v1["intermediate_size"] // 2,  # v1 counts gate and up projection together
         "num_key_value_heads": v1["num_attention_heads"],
         "rope_parameters": {"rope_type": "default", "rope_theta": v1["rotary_emb_base"]},
         "attention_dropout": v1.get("attn_dropout_prob", 0.0),

@@ -1,16 +1,17 @@
-"""The language models: transformers' Qwen2 and Qwen3, dense or with a mixture of experts, that take image features, and
-Qwen v1 on top of Qwen2.
+"""The language models: transformers' Qwen2 and Qwen3, dense or mixture of experts, with image features; and Qwen v1, which
+is based on Qwen2.
 
-A family is one row of LANGUAGE_MODELS and two short classes, named as transformers names them, so that a saved folder
-says the usual architecture and other tools load it. Attention, cache, `generate`, quantisation and PEFT stay the
-library's. No image encoder, projector or prompt is known here.
+A family is one entry of LANGUAGE_MODELS and two short classes. They have transformers' class names, so that a saved folder
+names the usual architecture and other tools load it. Attention, cache, `generate`, quantisation and PEFT are the
+library's. Image encoders, projectors and prompts are not known here.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2 import modeling_qwen2
@@ -18,7 +19,7 @@ from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from config import InputError, choose, how_to_convert
+from config import InputError, choose, how_to_convert, is_hub_name
 from qwen.attention import PACKED_SDPA
 from qwen.configuration import QWenConfig
 from qwen.injection import ImageGeneration, ImageInjection
@@ -46,7 +47,7 @@ class Qwen3ForCausalLM(ImageGeneration, modeling_qwen3.Qwen3ForCausalLM):
 
 
 class Qwen2MoeModel(ImageInjection, modeling_qwen2_moe.Qwen2MoeModel):
-    """Qwen1.5-MoE and Qwen2-MoE: routed experts and one that every token passes."""
+    """Qwen1.5-MoE and Qwen2-MoE: routed experts and a shared one."""
 
 
 class Qwen2MoeForCausalLM(ImageGeneration, modeling_qwen2_moe.Qwen2MoeForCausalLM):
@@ -56,7 +57,7 @@ class Qwen2MoeForCausalLM(ImageGeneration, modeling_qwen2_moe.Qwen2MoeForCausalL
 
 
 class Qwen3MoeModel(ImageInjection, modeling_qwen3_moe.Qwen3MoeModel):
-    """Qwen3-MoE: routed experts alone."""
+    """Qwen3-MoE: routed experts only."""
 
 
 class Qwen3MoeForCausalLM(ImageGeneration, modeling_qwen3_moe.Qwen3MoeForCausalLM):
@@ -66,10 +67,10 @@ class Qwen3MoeForCausalLM(ImageGeneration, modeling_qwen3_moe.Qwen3MoeForCausalL
 
 
 class QWenModel(Qwen2Model):
-    """Qwen v1, equal to the original code up to the trained length and refused beyond it.
+    """Qwen v1: equal to the original code up to the trained length, an error beyond it.
 
-    Past `seq_length` the original scales queries (log-n attention) and the rotary base (dynamic NTK); without these
-    the logits would be silently wrong.
+    Beyond `seq_length` the original scales queries (log-n attention) and the rotary base (dynamic NTK). Neither is
+    implemented here, so the logits would be wrong without any notice.
     """
 
     config_class = QWenConfig
@@ -81,15 +82,17 @@ class QWenModel(Qwen2Model):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
+        use_cache=None,
+        image_features=None,
         lengths=None,
         **kwargs,
     ):
-        """As Qwen2Model's. InputError if a position lies past `seq_length`."""
+        """Run Qwen2Model's forward. InputError: a position is beyond `seq_length`."""
         length = max(lengths) if lengths else (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if past_key_values is not None:
             length += past_key_values.get_seq_length()
-        if length > self.config.max_position_embeddings:  # else no position can be too large: nothing to look up
-            # Packed documents restart their positions: only the longest document counts.
+        if length > self.config.max_position_embeddings:  # else no position can be too large, and none need be read
+            # Positions restart in packed documents: only the longest document counts.
             length = length if position_ids is None else int(position_ids.max()) + 1
             refuse_past_seq_length(length, self.config)
         return super().forward(
@@ -98,6 +101,8 @@ class QWenModel(Qwen2Model):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            image_features=image_features,
             lengths=lengths,
             **kwargs,
         )
@@ -108,23 +113,23 @@ class QWenLMHeadModel(Qwen2ForCausalLM):
 
     config_class = QWenConfig
     base_class = QWenModel
-    # Constants that early checkpoints carry; the original code ignores the first and recomputes the second.
+    # Constants in early checkpoints; the original code ignores the first and recomputes the second.
     _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        # Before the first token: a refusal in the middle of an answer would lose the answer.
+        # Checked before the first token: an error in the middle of an answer would lose the answer.
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         refuse_past_seq_length(generation_config.max_length, self.config, prompt=input_ids_length)
 
 
-def refuse_past_seq_length(length: int, config: QWenConfig, prompt: int | None = None) -> None:
-    """InputError if `length` tokens (of which `prompt` are given and the rest generated) exceed v1's `seq_length`."""
+def refuse_past_seq_length(length: int, config: PreTrainedConfig, prompt: int | None = None) -> None:
+    """Raise InputError if `length` tokens exceed v1's `seq_length`; `prompt` of them are given, the rest is generated."""
     limit = config.max_position_embeddings
     if length > limit:
         tokens = f"{length} tokens" if prompt is None else f"{prompt} prompt and {length - prompt} new tokens"
         raise InputError(
-            f"Qwen v1: {tokens}, but seq_length is {limit} and what follows it (log-n attention, dynamic NTK) is not "
-            "implemented. Shorten the text, or lower max_length (training) or max_new_tokens (answering)."
+            f"Qwen v1: {tokens}, but seq_length is {limit}, and the scaling beyond it (log-n attention, dynamic NTK) is "
+            "not implemented. Shorten the text, or lower max_length (training) or max_new_tokens (answering)."
         )
 
 
@@ -138,47 +143,51 @@ LANGUAGE_MODELS = {
 }
 
 
-# How transformers computes a mixture of experts: each expert's tokens as plain products, which autocast takes to half
-# precision. Its grouped products would stay in float32 where the weights train in that.
+# transformers' implementation of a mixture of experts: plain products per expert, which autocast runs in half precision.
+# Its grouped products would run in float32 where the weights are trained in float32.
 EXPERTS = "eager"
 
 
-def load_language_model(path: str, dtype=None, attn_implementation: str = PACKED_SDPA) -> PreTrainedModel:
-    """A local folder or a hub name -> one of LANGUAGE_MODELS, in eval mode.
+def load_language_model(
+    path: str | Path, dtype: torch.dtype | str | None = None, attn_implementation: str = PACKED_SDPA
+) -> PreTrainedModel:
+    """Load one of LANGUAGE_MODELS from a local folder or hub name, in eval mode. Only safetensors are read.
 
-    dtype: a torch dtype or its name; None keeps the checkpoint's. attn_implementation: transformers' names ("sdpa",
-    "eager", "flash_attention_2", ...); by default sdpa that also takes documents packed into a row.
-    Only safetensors are read.
-    Every weight is accounted for: InputError names those that are missing, unexpected or of another shape (a tied
-    lm_head may be absent). InputError also for an unknown path, a model type that is not in LANGUAGE_MODELS, quantised
-    weights, and what transformers refuses, such as an attention whose package is not installed.
-    Call `attach_tokenizer` before images or `generate` are used.
+    dtype: a torch dtype or its name; None keeps the checkpoint's. attn_implementation: a name of transformers ("sdpa",
+    "eager", "flash_attention_2", ...) or PACKED_SDPA, which is sdpa that also takes documents packed into a row.
+    Call `attach_tokenizer` before using images or `generate`.
+
+    InputError: weights are missing, unexpected or have another shape (a tied lm_head may be absent); the path does not
+    exist; the model type is not in LANGUAGE_MODELS; the weights are quantised; or transformers refuses the model, for
+    example because the package of the attention is not installed.
     """
     path = str(path)
-    is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None
-    if not Path(path).is_dir() and not is_hub_name:
-        raise InputError(f"language model {path}: no such folder. Give a folder with config.json, or a hub name.")
+    if not Path(path).is_dir() and not is_hub_name(path):
+        raise InputError(
+            f"language model {path}: folder does not exist. Give a folder with config.json, or a hub name."
+        )
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
         if "model_type" not in config:
             raise InputError(
-                f"language model {path}: no config.json with a model_type in it. Give a model's own folder."
+                f"language model {path}: config.json with a model_type not found. Give a model's own folder."
             )
         if config.get("quantization_config"):
             raise InputError(
                 f"language model {path}: config.json has a quantization_config, but quantised weights (AWQ, GPTQ, FP8, "
-                "...) are not read. Take the unquantised release of the model."
+                "...) are not supported. Use the unquantised release of the model."
             )
         model_class = choose(LANGUAGE_MODELS, config["model_type"], f"language model {path}, model_type")
-        model, report = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             path,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
             experts_implementation=EXPERTS,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
         )
+        model, report = loaded  # a pair with output_loading_info, against its annotation
     except (OSError, SafetensorError) as error:
         raise InputError(f"language model {path}: cannot be read. {_reason(error)} {how_to_convert(path)}") from error
     except (ImportError, ValueError) as error:
@@ -186,12 +195,16 @@ def load_language_model(path: str, dtype=None, attn_implementation: str = PACKED
     mismatched = [
         f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]
     ]
-    wrong = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"], "of another shape": mismatched}
+    wrong = {
+        "missing": report["missing_keys"],
+        "unexpected": report["unexpected_keys"],
+        "of another shape": mismatched,
+    }
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in wrong.items() if names]
     if found:
         raise InputError(
             f"language model {path}: weights do not fit {model_class.__name__}: {'; '.join(found)}. "
-            "Download the folder again, or choose another model."
+            "Download the folder again, or use another model."
         )
     return model.eval()
 
@@ -209,27 +222,30 @@ IMAGE_ATTENTION = ("causal", "mixed")
 
 
 def set_image_attention(model: PreTrainedModel, kind: str) -> None:
-    """`causal`: every token sees what stands before it. `mixed`: the tokens of one image see each other as well. Call it
-    once, before PEFT wraps the model. InputError: another word, or mixed where layers see only the last tokens."""
+    """Set `model.config.image_attention`; call it once, before PEFT wraps the model.
+
+    `causal`: every token attends to the tokens before it. `mixed`: the tokens of one image attend to each other as well.
+    InputError: another word, or `mixed` for a model with a sliding window.
+    """
     choose(dict.fromkeys(IMAGE_ATTENTION), kind, "model.attention")
     if kind == "mixed" and getattr(model.config, "use_sliding_window", False) and model.config.sliding_window:
         raise InputError(
-            f'"model.attention" is mixed, but this language model sees only the last {model.config.sliding_window} tokens '
-            "in some of its layers, which is not combined with it; set it to causal."
+            '"model.attention" is mixed, but this language model attends to only the last '
+            f"{model.config.sliding_window} tokens in some of its layers, which is not supported; set it to causal."
         )
     model.config.image_attention = kind
 
 
 def attach_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Tell `model` the ids that it must know: where images stand, where an answer stops, what pads.
+    """Set the token ids that `model` needs: image, stop and padding. Call it once, before PEFT wraps the model.
 
-    Sets `model.config.image_token_id`, and a new `model.generation_config` with both stop tokens, the padding token and
-    the image token as one that is never generated: the sampling and the repetition penalty that a chat model was
-    released with are not taken over. Call it once, before PEFT wraps the model.
-    InputError if the tokenizer has ids for which the model has no embedding (the image token needs none).
+    Sets `model.config.image_token_id` and a new `model.generation_config` with both stop tokens, the padding token and the
+    image token as one that is never generated. The sampling settings and the repetition penalty that a chat model was
+    released with are dropped.
+    InputError: the tokenizer has ids without an embedding in the model (the image token needs none).
     """
     image_id = image_token_id(tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     highest = max(index for token, index in tokenizer.get_vocab().items() if token != image_token(tokenizer))
     if highest >= rows:
         raise InputError(

@@ -1,6 +1,6 @@
 """Raw annotation records for property tests: strategies for rows of every format, and files that hold them.
 
-A row knows what must become of it: `talks`, if it is good; `reasons`, if it has a known fault; neither, if it was damaged
+A row knows what must become of it: `dialogs`, if it is good; `reasons`, if it has a known fault; neither, if it was damaged
 at random. Written from the published formats, without a look at how they are read.
 """
 
@@ -16,21 +16,21 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 MARK = "<image>"
-PICTURE = None  # among the pieces of a turn
-PROMPT = object()  # a question that the reader makes up: a picture and some text
+IMAGE = None  # among the pieces of a turn
+PROMPT = object()  # a question that the reader makes up: a image and some text
 
-PICTURES = ("a.jpg", "b.png", "sub/c.webp", "图 1.jpg", "000000000009.jpg")
+IMAGES = ("a.jpg", "b.png", "sub/c.webp", "图 1.jpg", "000000000009.jpg")
 OUTSIDE = ("../secret.jpg", "sub/../../secret.jpg", "escape.jpg", "/etc/passwd", "C:\\secret.jpg", "away/secret.jpg")
 ABSENT = ("gone.jpg", "a.jpg/b.jpg", "sub", "loop.jpg", "n\0ul.jpg", "x" * 300 + ".jpg", "A.JPG", "half \ud800.jpg")
 
-Turn = tuple[str, object]  # role, and a list of pieces (text or PICTURE) or PROMPT
+Turn = tuple[str, object]  # role, and a list of pieces (text or IMAGE) or PROMPT
 
 
 @dataclass(frozen=True)
 class Row:
     value: object  # as it stands in its container
-    talks: list[list[Turn]] | None = None
-    pictures: list[str | bytes] = field(default_factory=list)
+    dialogs: list[list[Turn]] | None = None
+    images: list[str | bytes] = field(default_factory=list)
     reasons: frozenset[str] = frozenset()
 
 
@@ -63,7 +63,7 @@ def joined(pieces: list) -> list:
     """Neighbouring texts as one, empty ones left out."""
     found: list = []
     for piece in pieces:
-        if piece is not PICTURE and found and found[-1] is not PICTURE:
+        if piece is not IMAGE and found and found[-1] is not IMAGE:
             found[-1] += piece
         elif piece != "":
             found.append(piece)
@@ -71,32 +71,32 @@ def joined(pieces: list) -> list:
 
 
 def marked(pieces: list) -> str:
-    return "".join(MARK if piece is PICTURE else piece for piece in pieces)
+    return "".join(MARK if piece is IMAGE else piece for piece in pieces)
 
 
 @st.composite
-def talks(draw, pictures: int, texts: st.SearchStrategy[str] = plain) -> list[Turn]:
-    """One to three questions and answers, with the pictures before, after or between the texts of the questions."""
+def dialogs(draw, images: int, texts: st.SearchStrategy[str] = plain) -> list[Turn]:
+    """One to three questions and answers, with the images before, after or between the texts of the questions."""
     pairs = draw(st.integers(1, 3))
-    where = draw(st.lists(st.integers(0, pairs - 1), min_size=pictures, max_size=pictures))
+    where = draw(st.lists(st.integers(0, pairs - 1), min_size=images, max_size=images))
     turns = []
     for pair in range(pairs):
         pieces = [draw(texts)]
         for _ in range(where.count(pair)):
             shown = (
-                [PICTURE, "\n", *pieces],
-                [*pieces, "\n", PICTURE],
-                [*pieces, PICTURE, draw(texts)],
-                [PICTURE, *pieces],
+                [IMAGE, "\n", *pieces],
+                [*pieces, "\n", IMAGE],
+                [*pieces, IMAGE, draw(texts)],
+                [IMAGE, *pieces],
             )
             pieces = draw(st.sampled_from(shown))
         turns += [("user", pieces), ("assistant", [draw(texts)])]
     return turns
 
 
-def pictures_first(count: int, turns: list[Turn]) -> list[Turn]:
+def images_first(count: int, turns: list[Turn]) -> list[Turn]:
     (role, pieces), *others = turns
-    return [(role, [PICTURE, "\n"] * count + pieces), *others]
+    return [(role, [IMAGE, "\n"] * count + pieces), *others]
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
@@ -105,21 +105,21 @@ def pictures_first(count: int, turns: list[Turn]) -> list[Turn]:
 @st.composite
 def _with_turns(draw, names: dict[str, str], role: str, content: str) -> Row:
     """A row of turns whose strings hold the marks; some without any, which is repaired."""
-    pictures = draw(st.lists(st.sampled_from(PICTURES), max_size=2))
+    images = draw(st.lists(st.sampled_from(IMAGES), max_size=2))
     bare = draw(st.booleans())
-    turns = draw(talks(0 if bare else len(pictures)))
-    said = pictures_first(len(pictures), turns) if bare else turns
+    turns = draw(dialogs(0 if bare else len(images)))
+    said = images_first(len(images), turns) if bare else turns
     if names is CHAT_NAMES and draw(st.booleans()):
         turns, said = ([("system", [draw(plain)])] + some for some in (turns, said))
         said[0] = turns[0]
     value = {"conversations": [{role: names[who], content: marked(pieces)} for who, pieces in turns]}
-    if len(pictures) == 2 and role == "role" and draw(st.booleans()):
-        value["image"] = draw(st.sampled_from([", ", ","])).join(pictures)
-    elif pictures:
-        value["image"] = pictures[0] if len(pictures) == 1 and draw(st.booleans()) else pictures
+    if len(images) == 2 and role == "role" and draw(st.booleans()):
+        value["image"] = draw(st.sampled_from([", ", ","])).join(images)
+    elif images:
+        value["image"] = images[0] if len(images) == 1 and draw(st.booleans()) else images
     if draw(st.booleans()):
         value = {"id": draw(ids), **value}
-    return Row(value, [said], pictures)
+    return Row(value, [said], images)
 
 
 LLAVA_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -129,43 +129,43 @@ chat = _with_turns(CHAT_NAMES, "role", "content")
 
 
 def chat_table(data: list[bytes], black: bytes | None) -> st.SearchStrategy[Row]:
-    """minimind-v's parquet: the conversations as JSON text, the pictures as bytes: a list of them, or one, and then
+    """minimind-v's parquet: the conversations as JSON text, the images as bytes: a list of them, or one, and then
     `black` where there is none."""
 
     def as_table(row: Row) -> Row:
-        pictures = [data[PICTURES.index(name) % len(data)] for name in row.pictures]
-        held = pictures if black is None else (pictures or [black])[0]
+        images = [data[IMAGES.index(name) % len(data)] for name in row.images]
+        held = images if black is None else (images or [black])[0]
         value = {"id": str(row.value.get("id", "")), "conversations": json.dumps(row.value["conversations"])}
-        return replace(row, value=value | {"image_bytes": held}, pictures=pictures)
+        return replace(row, value=value | {"image_bytes": held}, images=images)
 
-    return chat.filter(lambda row: black is None or len(row.pictures) < 2).map(as_table)
+    return chat.filter(lambda row: black is None or len(row.images) < 2).map(as_table)
 
 
 @st.composite
 def messages(draw) -> Row:
-    pictures = draw(st.lists(st.sampled_from(PICTURES), max_size=2))
+    images = draw(st.lists(st.sampled_from(IMAGES), max_size=2))
     in_parts = draw(st.booleans())
-    turns = draw(talks(len(pictures), literal if in_parts else plain))
+    turns = draw(dialogs(len(images), literal if in_parts else plain))
     names, role, content = draw(st.sampled_from([(CHAT_NAMES, "role", "content"), (LLAVA_NAMES, "from", "value")]))
     value: dict = {"messages": []}
     own = draw(st.sampled_from([None, "image", "path", "url", "image_url"])) if in_parts else None
-    shown = iter([pictures[i] for i in range(len(pictures))])
+    shown = iter([images[i] for i in range(len(images))])
     for who, pieces in turns:
         said: object = marked(pieces)
         if in_parts:
             said = [
-                {"type": "text", "text": piece} if piece is not PICTURE else _image_part(own, next(shown))
+                {"type": "text", "text": piece} if piece is not IMAGE else _image_part(own, next(shown))
                 for piece in joined(pieces)
             ]
         value["messages"].append({role: names[who], content: said})
-    if own is None and (pictures or draw(st.booleans())):
-        value["images"] = pictures
+    if own is None and (images or draw(st.booleans())):
+        value["images"] = images
     if draw(st.booleans()):
         value["system"] = draw(plain)
         turns = [("system", [value["system"]]), *turns]
     if draw(st.booleans()):
         value["id"] = draw(ids)
-    return Row(value, [turns], pictures)
+    return Row(value, [turns], images)
 
 
 def _image_part(own: str | None, path: str) -> dict:
@@ -176,14 +176,14 @@ def _image_part(own: str | None, path: str) -> dict:
 
 @st.composite
 def cauldron(draw, data: list[bytes]) -> Row:
-    pictures = draw(st.lists(st.sampled_from(data), max_size=2))
-    turns = draw(talks(0, literal))
+    images = draw(st.lists(st.sampled_from(data), max_size=2))
+    turns = draw(dialogs(0, literal))
     texts = [
         {"user": question[1][0], "assistant": answer[1][0], "source": draw(st.sampled_from(["ai2d", "vqav2"]))}
         for question, answer in zip(turns[::2], turns[1::2], strict=True)
     ]
-    value = {"images": [{"bytes": one, "path": None} for one in pictures], "texts": texts}
-    return Row(value, [pictures_first(len(pictures), turns)], pictures)
+    value = {"images": [{"bytes": one, "path": None} for one in images], "texts": texts}
+    return Row(value, [images_first(len(images), turns)], images)
 
 
 def captioned(captions: list[str]) -> list[list[Turn]]:
@@ -192,11 +192,11 @@ def captioned(captions: list[str]) -> list[list[Turn]]:
 
 @st.composite
 def ai_challenger(draw) -> Row:
-    picture, captions = draw(st.sampled_from(PICTURES)), draw(st.lists(literal | blank, min_size=1, max_size=5))
-    value = {"url": "http://pictures.example/1.jpg", "image_id": picture, "caption": captions}
+    image, captions = draw(st.sampled_from(IMAGES)), draw(st.lists(literal | blank, min_size=1, max_size=5))
+    value = {"url": "http://images.example/1.jpg", "image_id": image, "caption": captions}
     if not captioned(captions):
         return damaged(value, "empty_answer")
-    return Row(value, captioned(captions), [picture])
+    return Row(value, captioned(captions), [image])
 
 
 @st.composite
@@ -218,12 +218,12 @@ def coco_image(draw) -> Row:
 @st.composite
 def table_row(draw, columns: list[str]) -> Row:
     """Cells by the table's columns: "image", "id", "question" and "answer", or "caption"."""
-    cells = {"image": draw(st.sampled_from(PICTURES)), "id": str(draw(ids)).strip() or "x", "extra": draw(plain)}
+    cells = {"image": draw(st.sampled_from(IMAGES)), "id": str(draw(ids)).strip() or "x", "extra": draw(plain)}
     cells |= {name: draw(literal) for name in ("question", "answer", "caption")}
-    talk = captioned([cells["caption"]])[0]
+    dialog = captioned([cells["caption"]])[0]
     if "question" in columns:
-        talk = [("user", [PICTURE, "\n", cells["question"]]), ("assistant", [cells["answer"]])]
-    return Row([cells[name] for name in columns], [talk], [cells["image"]])
+        dialog = [("user", [IMAGE, "\n", cells["question"]]), ("assistant", [cells["answer"]])]
+    return Row([cells[name] for name in columns], [dialog], [cells["image"]])
 
 
 # ----------------------------------------------------------------------------------------------------------------- faults
@@ -286,11 +286,11 @@ def _places(value: object) -> list[tuple]:
 def faulty(draw, rows: st.SearchStrategy[Row], fault: Callable[[Row, Callable], Row | None]) -> Row:
     """A row with the fault that `fault` knows to put in; the row as it is where that has no place for it."""
     row = draw(rows)
-    return (fault(row, draw) if row.talks else None) or row
+    return (fault(row, draw) if row.dialogs else None) or row
 
 
-def wrong_picture(row: Row, draw: Callable) -> Row | None:
-    """The first picture's path leads outside, or to nothing."""
+def wrong_image(row: Row, draw: Callable) -> Row | None:
+    """The first image's path leads outside, or to nothing."""
     key = next((key for key in ("image", "images", "image_id") if row.value.get(key)), None)
     path, reason = draw(
         st.sampled_from([(p, "path_outside_folder") for p in OUTSIDE] + [(p, "missing_image") for p in ABSENT])

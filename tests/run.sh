@@ -3,7 +3,7 @@
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 REQUIREMENTS="requirements.txt tests/requirements.txt"
-. "$ROOT/environment.sh"
+. "$ROOT/setup.sh"
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

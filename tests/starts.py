@@ -18,7 +18,7 @@ import torch
 
 import train
 from config import run_script
-from evaluation.runlog import RunLog
+from training.log import RunLog
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.starts"])
@@ -78,7 +78,7 @@ def _run(arguments: list[str], moments: list[At], log: Path) -> None:
     for moment in reversed(moments):  # of two at one place the first comes first
         _arm(moment)
     sys.argv = ["train.py", *arguments]
-    run_script(train.main_within_memory)
+    run_script(train.main_with_messages)
 
 
 def _send_to_group(group: int, number: int) -> None:

@@ -1,6 +1,6 @@
-"""Tiny random language models in the layouts that Qwen released, written to a folder with a small real tokenizer.
+"""Tiny random language models in the layouts of Qwen's releases, each in a folder with a small real tokenizer.
 
-Nothing of `qwen/` is used to write them, so that reading them is a test of it. A few hundred kilobytes each.
+They are written without the code in `qwen/`, so that reading them tests it. A few hundred kilobytes each.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from config import ScratchConfig
+from config.typed_yaml import FolderOrHub
+
 SENTENCES = [
     "What is in the picture? There is a red star in the upper left corner, and a blue circle below it.",
     "How many objects are there? There are three objects: two green squares and one yellow triangle.",
@@ -40,13 +43,13 @@ CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]  # in Qwen2.5 and later
 PLAIN_TOKENS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|repo_name|>", "<think>", "</think>"]  # not special
 VOCABULARY = 420  # 256 bytes and the merges
-ROWS = 640  # embeddings: more than any of the tokenizers has ids, as in the released models
+ROWS = 640  # embeddings: more than the ids of any of the tokenizers, as in the released models
 HIDDEN, HEADS, LAYERS, MLP = 64, 4, 2, 96
 
 
 @cache
 def train_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary (the 256 bytes first) and merges of a byte-level BPE over SENTENCES."""
+    """Train a byte-level BPE on SENTENCES; return its vocabulary (the 256 bytes first) and merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,7 +67,7 @@ def train_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def write_qwen1(folder, seed: int = 0, seq_length: int = 512) -> Path:
-    """Qwen v1: `qwen.tiktoken`, fused `c_attn`, v1's `config.json` with its remote-code entries. Untied, fp32."""
+    """Qwen v1: `qwen.tiktoken`, fused `c_attn`, v1's `config.json` with remote-code entries. Untied embeddings, fp32."""
     folder = _new(folder)
     vocabulary, _ = train_bpe()
     byte = {letter: value for value, letter in bytes_to_unicode().items()}
@@ -130,13 +133,13 @@ def write_qwen1(folder, seed: int = 0, seq_length: int = 512) -> Path:
 
 
 def write_qwen2(folder, seed: int = 0) -> Path:
-    """Qwen1.5 or Qwen2: no image token in the vocabulary, tied embeddings, fewer key heads than query heads."""
+    """Qwen1.5 or Qwen2: vocabulary without image token, tied embeddings, fewer key heads than query heads."""
     config = Qwen2Config(tie_word_embeddings=True, bos_token_id=None, **_sizes())
     return _write_modern(folder, Qwen2ForCausalLM, config, CHAT_TOKENS, seed)
 
 
 def write_qwen3(folder, seed: int = 0) -> Path:
-    """Qwen3: `<|image_pad|>` in the vocabulary, added tokens that are not special (`<think>`), untied embeddings."""
+    """Qwen3: vocabulary with `<|image_pad|>`, added tokens that are not special (`<think>`), untied embeddings."""
     config = Qwen3Config(tie_word_embeddings=False, bos_token_id=None, head_dim=HIDDEN // HEADS, **_sizes())
     return _write_modern(folder, Qwen3ForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
 
@@ -145,14 +148,14 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 
 def write_qwen2_moe(folder, seed: int = 0) -> Path:
-    """Qwen1.5-MoE: four routed experts, of which a token passes two, and a shared one; untied embeddings."""
+    """Qwen1.5-MoE: four routed experts, two per token, and a shared one; untied embeddings."""
     sizes = _sizes() | EXPERTS | {"shared_expert_intermediate_size": 64, "norm_topk_prob": False}
     config = Qwen2MoeConfig(tie_word_embeddings=False, bos_token_id=None, **sizes)
     return _write_modern(folder, Qwen2MoeForCausalLM, config, CHAT_TOKENS, seed)
 
 
 def write_qwen3_moe(folder, seed: int = 0) -> Path:
-    """Qwen3-MoE: four routed experts, of which a token passes two; untied embeddings."""
+    """Qwen3-MoE: four routed experts, two per token; untied embeddings."""
     sizes = _sizes() | EXPERTS | {"norm_topk_prob": True, "head_dim": HIDDEN // HEADS}
     config = Qwen3MoeConfig(tie_word_embeddings=False, bos_token_id=None, **sizes)
     return _write_modern(folder, Qwen3MoeForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
@@ -165,6 +168,11 @@ WRITERS = {
     "qwen2_moe": write_qwen2_moe,
     "qwen3_moe": write_qwen3_moe,
 }
+
+
+def scratch_sizes(**sizes) -> ScratchConfig:
+    """Sizes of a new language model, as in a config. `new_language_model` does not read the tokenizer."""
+    return ScratchConfig(tokenizer=FolderOrHub("not read"), **sizes)
 
 
 def _sizes() -> dict:
@@ -190,7 +198,7 @@ def _write_modern(folder, model_class, config, special: list[str], seed: int, pl
         torch.manual_seed(seed)
         model = model_class(config)
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # zero at birth, not in a trained model
+            if name.endswith("bias"):  # initialised to zero, which a trained model's biases are not
                 torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
-"""Tiny random image encoders, laid out on disk as the released ones are: weights, config.json, preprocessor_config.json.
+"""Tiny random image encoders in the layout of the released ones: weights, config.json, preprocessor_config.json.
 
-Every parameter is random, also those that initialise to zero or one (biases, norms, layer scales, class tokens), so
-that a weight that is left out, swapped or misread shows in the features.
+Every parameter is random, also those that are usually initialised to zero or one (biases, norms, layer scales, class
+tokens), so that a weight that is missing, swapped or misread changes the features.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _BICUBIC, _BILINEAR = 3, 2
 
 
 def write_clip(folder: Path, whole: bool = True, image_size: int = 28, seed: int = 0) -> Path:
-    """As openai/clip-vit-large-patch14-336: patch 7, so 16 patches at 28 pixels; `whole`: with its text half."""
+    """Like openai/clip-vit-large-patch14-336: patch size 7, 16 patches at 28 pixels. `whole`: with the text half."""
     vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 7}
     if whole:
         model = CLIPModel(CLIPConfig(text_config=_TEXT, vision_config=vision, projection_dim=16))
     else:
         model = CLIPVisionModel(CLIPVisionConfig(**vision))
     _save(model, folder, seed)
-    if whole:  # released before version 4.31, when the positions' indices were saved too
+    if whole:  # released before version 4.31, which saved the position indices too
         path = folder / "model.safetensors"
         indices = {
             "text_model.embeddings.position_ids": torch.arange(_TEXT["max_position_embeddings"])[None],
             "vision_model.embeddings.position_ids": torch.arange((image_size // 7) ** 2 + 1)[None],
         }
         save_file(load_file(path) | indices, path, metadata={"format": "pt"})
-    return _write_json(  # as published: from before rescaling was a step of its own
+    return _write_json(  # as published, from the time when rescaling was not a separate step
         folder,
         do_resize=True,
         do_normalize=True,
@@ -72,7 +72,7 @@ def write_clip(folder: Path, whole: bool = True, image_size: int = 28, seed: int
 
 
 def write_siglip(folder: Path, whole: bool = True, image_size: int = 30, seed: int = 0) -> Path:
-    """As google/siglip-so400m-patch14-384, whose patches do not fill the image: 30 pixels, patch 7, 16 patches."""
+    """Like google/siglip-so400m-patch14-384, whose patches do not cover the image: 30 pixels, patch size 7, 16 patches."""
     vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 7}
     if whole:
         model = SiglipModel(SiglipConfig(text_config=_TEXT, vision_config=vision))
@@ -82,7 +82,7 @@ def write_siglip(folder: Path, whole: bool = True, image_size: int = 30, seed: i
 
 
 def write_siglip2(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
-    """As google/siglip2-base-patch16-224: SigLIP's layout with another vocabulary; patch 8, 16 patches."""
+    """Like google/siglip2-base-patch16-224: SigLIP's layout with another vocabulary; patch size 8, 16 patches."""
     vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 8}
     text = {**_TEXT, "vocab_size": 96, "projection_size": HIDDEN_SIZE}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
@@ -91,19 +91,19 @@ def write_siglip2(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
 
 
 def write_dinov2(folder: Path, seed: int = 0) -> Path:
-    """As facebook/dinov2-base: positions for 42 pixels (6 x 6 patches of 7), but its processor crops 28 (4 x 4)."""
+    """Like facebook/dinov2-base: positions for 42 pixels (6 x 6 patches of 7), but the processor crops to 28 (4 x 4)."""
     config = Dinov2Config(**_WIDTHS, mlp_ratio=2, image_size=42, patch_size=7)
     return _write_dinov2_processor(_save(Dinov2Model(config), folder, seed))
 
 
 def write_dinov2_registers(folder: Path, seed: int = 0) -> Path:
-    """As facebook/dinov2-with-registers-base: the same with 4 registers."""
+    """Like facebook/dinov2-with-registers-base: DINOv2 with 4 registers."""
     config = Dinov2WithRegistersConfig(**_WIDTHS, mlp_ratio=2, image_size=42, patch_size=7, num_register_tokens=4)
     return _write_dinov2_processor(_save(Dinov2WithRegistersModel(config), folder, seed))
 
 
 def write_dinov3(folder: Path, seed: int = 0) -> Path:
-    """As facebook/dinov3-vits16-pretrain-lvd1689m: rotary positions, 4 registers, 16 patches of 8 at 32 pixels."""
+    """Like facebook/dinov3-vits16-pretrain-lvd1689m: rotary positions, 4 registers, 16 patches of 8 at 32 pixels."""
     config = DINOv3ViTConfig(**_WIDTHS, intermediate_size=48, image_size=32, patch_size=8, num_register_tokens=4)
     return _write_processor(
         _save(DINOv3ViTModel(config), folder, seed),
@@ -122,8 +122,8 @@ def _save(model: PreTrainedModel, folder: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=generator))
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
 

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM. While a run trains, the step is finished and saved first; before and after, they end it at once.
-Knows nothing of models or data."""
+"""Ctrl-C and SIGTERM. While a run trains, it first finishes and saves the current step; before and after, they end it at
+once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM ends the process as Ctrl-C does: what is open is closed, what is half written is removed."""
+    """Let SIGTERM end the process as Ctrl-C does: files are closed, half-written ones removed."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
@@ -22,18 +22,18 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    _say("terminated; the same command goes on")
-    sys.exit(128 + number)  # what a shell says of a command that a signal ended
+    _write_stderr("terminated; the same command resumes")
+    sys.exit(128 + number)  # a shell's exit code for a command that a signal ended
 
 
-def _say(text: str) -> None:
-    os.write(2, f"\n{text}\n".encode())  # print would fail where the signal came in the middle of another print
+def _write_stderr(text: str) -> None:
+    os.write(2, f"\n{text}\n".encode())  # print would fail if the signal interrupted another print
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM is only noted (from then on this is true, and `signal` its number) and
-    a second Ctrl-C stops at once, with KeyboardInterrupt. torchrun passes a Ctrl-C on as SIGTERM, so a SIGTERM never counts
-    as the second."""
+    """A context in which the first SIGINT or SIGTERM is only recorded: the request becomes true, and `signal` its number. A
+    second Ctrl-C raises KeyboardInterrupt. torchrun passes a Ctrl-C on as SIGTERM, so a SIGTERM never counts as the second.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -42,16 +42,16 @@ class StopRequest:
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *raised: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal = number
-            _say("stopping: this step is finished and saved first (Ctrl-C once more stops at once)")
+            _write_stderr("stopping after this step, which is finished and saved first (Ctrl-C again stops at once)")

@@ -1,158 +1,75 @@
-"""From the config to the parts: what training and answering both need, built in one place, so that they cannot differ."""
+"""A training run: everything that its loop needs, in one object; and the parts that answering needs as well, opened in one
+place so that the two cannot differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
-from config import RATE_KEYS, Config, InputError
+import qwen
+from config import Config, InputError
+from dataset.batch import Batch
 from dataset.conversation import ChatFormat
 from dataset.loader import QADataset, make_loader
-from dataset.order import SampleOrder, micro_batches, share_out, shares
-from dataset.qa_file import QAFile
+from dataset.open import open_dataset
+from dataset.order import PackedRow, SampleOrder, micro_batches, packed_rows, split_step
 from model.answer import Answerer
 from model.build import PRECISIONS, Built, Processors, autocast, build_model, load_processors, read_pixels
-from model.features import CachedEncoder
-from model.folder import verify_folder
+from model.checkpoint_folder import verify_folder
 from model.model import VisionLanguageModel
 from qwen.attention import PACKED_SDPA
+from training.cached_features import CachedEncoder
+from training.log import RunLog
+from training.state import Position
+from training.step import Stepper
 
 
-def trainable_words(config: Config) -> dict[str, str]:
-    """Part -> frozen | lora | full | top:N."""
-    return dataclasses.asdict(config.train.trainable)
-
-
-def open_processors(config: Config, checkpoint: Path | None = None) -> Processors:
-    """What reads pictures and text for the config's model. With a `checkpoint` of this config: its own; a language model
-    from scratch keeps to the tokenizer of the folder that it starts from."""
-    model, new = config.model, config.model.from_scratch
-    if checkpoint is None and new is not None and model.start_from is not None:
-        verify_folder(model.start_from)  # before its tokenizer is opened: a folder that is none is named as one
-    return load_processors(
-        model.vision_tower,
-        model.image_size,
-        model.language_model if new is None else new.tokenizer,
-        checkpoint or (model.start_from if new else None),
-        projector=model.projector,
-        num_queries=model.num_queries,
-        any_tokenizer=new is not None,
-    )
-
-
-def build(
-    config: Config,
-    precision: str,
-    processors: Processors,
-    checkpoint: Path | None = None,
-    attn_implementation: str = PACKED_SDPA,
-) -> Built:
-    """The model as the config says. With a `checkpoint` of this config, which the caller has verified: its weights."""
-    if checkpoint is None and config.model.start_from is not None:
-        verify_folder(config.model.start_from)
-    values = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
-    values.pop("start_from")
-    new = values.pop("from_scratch")
-    if new is not None:  # what its tokenizer is, the processors know
-        new = {key: value for key, value in dataclasses.asdict(new).items() if key not in ("tokenizer", "vocab_size")}
-    return build_model(
-        processors,
-        **values,
-        from_scratch=new,
-        trainable=trainable_words(config),
-        freeze_random=config.train.freeze_random,
-        lora=dataclasses.asdict(config.lora),
-        dtype=PRECISIONS[precision],
-        seed=config.seed,
-        checkpoint=checkpoint or config.model.start_from,
-        attn_implementation=attn_implementation,
-    )
-
-
-def chat_format(config: Config, processors: Processors) -> ChatFormat:
-    """The prompt format for the tokenizer, the encoder and the projector."""
-    chat = ChatFormat(**processors.chat_values(), system_prompt=config.data.system_prompt)
-    if processors.num_image_tokens >= config.data.max_length:
-        raise InputError(
-            f'"data.max_length" is {config.data.max_length}, but one image alone takes '
-            f"{processors.num_image_tokens} tokens with this encoder and projector; allow more."
-        )
-    return chat
-
-
-def answerer(config: Config, built: Built, precision: str, device: torch.device) -> Answerer:
-    """Asks the built model, with the generation options of the config."""
-    return Answerer(
-        built.model,
-        built.tokenizer,
-        chat_format(config, built),
-        functools.partial(read_pixels, built.image_processor),
-        autocast(precision, device),
-        max_new_tokens=config.test.max_new_tokens,
-        num_beams=config.test.num_beams,
-    )
-
-
-def open_qa_file(config: Config, processors: Processors, path: Path, left_out: Sequence[int] = ()) -> QADataset:
-    """The samples of a QA file, as the model will get them. left_out: the records that cannot be used."""
-    qa = QAFile(path)
-    return QADataset(
-        qa,
-        chat_format(config, processors),
-        functools.partial(read_pixels, processors.image_processor),
-        config.data.max_length,
-        config.seed,
-        kept=np.setdiff1d(np.arange(len(qa)), left_out),
-        skip_bad_images=config.data.on_bad_image == "skip",
-    )
-
-
-def qa_sha256(config: Config) -> str:
-    """Of the training file: a run keeps to its data."""
-    with open(config.data.qa_file, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A training run
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass
 class Run:
-    """What the functions below share."""
+    """Everything that one training run needs. `training.open` fills it."""
 
     config: Config
     accelerator: Accelerator
+    precision: str  # fp32, bf16 or fp16
     built: Built
     train_set: QADataset
     order: SampleOrder
     validation_set: QADataset | None
-    validation_kept: np.ndarray  # the records of the validation set that can be used, in a seeded order
+    validation_records: np.ndarray  # the usable records of the validation set, in a seeded order
     answerer: Answerer
-    precision: str
-    identity: dict  # what the config does not say and a run must not change on the way
-    say: Callable[[str], None]
-    packed: bool = False  # samples stand in rows without padding
-    encoder: CachedEncoder | None = None  # where the pictures' features are kept
+    fingerprint: dict  # what a resumed run must share and the config does not say: data and precision
+    is_packed: bool = False
+    encoder: CachedEncoder | None = None  # where features are cached
+
+    # set once training starts
+    optimizer: AcceleratedOptimizer = field(init=False)
+    stepper: Stepper = field(init=False)
+    position: Position = field(init=False)
+    log: RunLog = field(init=False)
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        return self.built.model
 
     @property
     def samples_per_step(self) -> int:
         return self.config.train.per_device_train_batch_size * self.config.train.gradient_accumulation_steps
 
     @property
-    def cut(self) -> tuple[int, int]:
-        """(samples a micro-batch, micro-batches a step), for the processes that share the step."""
+    def micro_batch_shape(self) -> tuple[int, int]:
+        """(samples a micro-batch, micro-batches a step), such that the processes share a step evenly."""
         train = self.config.train
         sizes = train.per_device_train_batch_size, train.gradient_accumulation_steps
-        return share_out(*sizes, self.accelerator.num_processes)
+        return split_step(*sizes, self.accelerator.num_processes)
 
     @property
     def total_steps(self) -> int:
@@ -169,68 +86,104 @@ class Run:
         return step * self.samples_per_step / self.order.epoch_length
 
 
-def rates(config: Config) -> dict[str, float | None]:
-    return {key: getattr(config.train, key) for key in set(RATE_KEYS.values())}
+def read_steps(run: Run) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield (step, this process's micro-batches) from the run's position to its end. Seeks: no earlier sample is read."""
+    accelerator = run.accelerator
+    steps = range(run.position.step, run.total_steps)
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    size, rows = run.micro_batch_shape
+    batches: Iterator[list[tuple[int, int]]] | Iterator[PackedRow]
+    if run.is_packed:
+        batches = packed_rows(run.order, steps, samples_per_step=run.samples_per_step, rows=rows, **share)
+    else:
+        batches = micro_batches(run.order, steps, batch_size=size, accumulation=rows, **share)
+    loader = make_loader(
+        run.train_set,
+        batches,
+        run.built.tokenizer.pad_token_id,
+        num_workers=run.config.train.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        packed=run.is_packed,
+    )
+    for step in steps:
+        yield step, [next(loader) for _ in range(rows // accelerator.num_processes)]
 
 
-def open_run(
+# ---------------------------------------------------------------------------------------------------------------------
+# What training and answering share
+
+
+def open_model(
     config: Config,
-    accelerator: Accelerator,
     precision: str,
-    built: Built,
-    left_out: dict[Path, np.ndarray],
-    say: Callable[[str], None],
-) -> Run:
-    """The model and its data. left_out: file -> its records that cannot be used. Raises InputError."""
-    train_set = open_qa_file(config, built, config.data.qa_file, left_out[config.data.qa_file])
-    order = sample_order(config, train_set)
-    validation_set, validation_kept = None, np.empty(0, dtype=np.int64)
-    if config.data.validation_file is not None:
-        path = config.data.validation_file
-        validation_set = open_qa_file(config, built, path, left_out[path])
-        validation_kept = np.random.default_rng(config.seed).permutation(validation_set.kept)
-    ask = answerer(config, built, precision, accelerator.device)
-    identity = {"qa_sha256": qa_sha256(config), "records": len(train_set.kept), "precision": precision}
-    return Run(
-        config, accelerator, built, train_set, order, validation_set, validation_kept, ask, precision, identity, say
+    processors: Processors,
+    checkpoint: Path | None = None,
+    attn_implementation: str = PACKED_SDPA,
+) -> Built:
+    """Build the model that the config describes. checkpoint: a verified folder of this config whose weights it gets; None:
+    those of model.start_from, if set."""
+    settings = config.model
+    if checkpoint is not None:
+        settings = dataclasses.replace(settings, start_from=checkpoint)
+    elif settings.start_from is not None:
+        verify_folder(settings.start_from)
+    return build_model(
+        processors,
+        settings,
+        config.lora,
+        config.train,
+        dtype=PRECISIONS[precision],
+        seed=config.seed,
+        attn_implementation=attn_implementation,
     )
 
 
-def sample_order(config: Config, dataset: QADataset) -> SampleOrder:
-    """The order in which the config trains on a dataset."""
-    train = config.train
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    limit = None if train.steps_per_epoch is None else train.steps_per_epoch * step
-    return SampleOrder(dataset.kept, config.seed, source_weights(config, dataset)[dataset.kept], limit)
+def open_processors(config: Config, checkpoint: Path | None = None) -> Processors:
+    """Load what reads images and text. checkpoint: a verified folder of this config whose own are used."""
+    return load_processors(config.model, checkpoint)
 
 
-def source_weights(config: Config, dataset: QADataset) -> np.ndarray:
-    """The weight of every record: that of its source in the config, 1 for a source that is not listed there."""
-    weights = {source.name: source.weight for source in config.data.sources}
-    return np.array([weights.get(name, 1.0) for name in dataset.qa.sources] or [1.0])[dataset.qa.source_of]
+def chat_format(config: Config, processors: Processors) -> ChatFormat:
+    """Return the prompt format for the tokenizer, the encoder and the projector.
 
-
-def balance_factor(config: Config, model: VisionLanguageModel) -> float:
-    """What the experts' balance loss is multiplied by: as the config says, or as the model came with. InputError where the
-    config says it of a model without experts."""
-    factor = config.train.router_aux_loss_coef
-    if model.has_experts:
-        return model.causal_lm.config.router_aux_loss_coef if factor is None else factor
-    if factor is not None:
+    Raises InputError if data.max_length does not even hold one image.
+    """
+    if processors.num_image_tokens >= config.data.max_length:
         raise InputError(
-            f'"train.router_aux_loss_coef" is {factor}, but the language model has no experts to balance; set it to null.'
+            f'"data.max_length" is {config.data.max_length}, but one image alone takes '
+            f"{processors.num_image_tokens} tokens with this encoder and projector; allow more."
         )
-    return 0.0
+    return ChatFormat(
+        encode_text=functools.partial(qwen.encode_text, processors.tokenizer),
+        im_start_id=processors.token_id("<|im_start|>"),
+        im_end_id=processors.token_id("<|im_end|>"),
+        end_of_text_id=processors.token_id("<|endoftext|>"),
+        image_token_id=qwen.image_token_id(processors.tokenizer),
+        num_image_tokens=processors.num_image_tokens,
+        system_prompt=config.data.system_prompt,
+    )
 
 
-def open_loader(run: Run, start_step: int) -> Iterable[dict]:
-    """This process's micro-batches from `start_step` to the end. It seeks: nothing before `start_step` is read."""
-    accelerator, workers = run.accelerator, run.config.train.num_workers
-    steps = range(start_step, run.total_steps)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    if run.packed:
-        batches = shares(run.order, steps, run.samples_per_step, run.cut[1], rank, world_size)
-    else:
-        batches = micro_batches(run.order, steps, *run.cut, rank, world_size)
-    pin = accelerator.device.type == "cuda"
-    return make_loader(run.train_set, batches, run.built.tokenizer.pad_token_id, workers, pin, run.packed)
+def open_answerer(config: Config, built: Built, precision: str, device: torch.device) -> Answerer:
+    """Return what asks the built model, with the config's generation options."""
+    return Answerer(
+        built.model,
+        built.tokenizer,
+        chat_format(config, built),
+        functools.partial(read_pixels, built.image_processor),
+        autocast(precision, device),
+        max_new_tokens=config.test.max_new_tokens,
+        num_beams=config.test.num_beams,
+    )
+
+
+def open_qa_file(config: Config, processors: Processors, path: Path, left_out=()) -> QADataset:
+    """Open a QA file's samples as the model gets them. left_out: the records that cannot be used."""
+    return open_dataset(
+        path,
+        config.data,
+        chat_format(config, processors),
+        functools.partial(read_pixels, processors.image_processor),
+        seed=config.seed,
+        left_out=left_out,
+    )

@@ -1,5 +1,5 @@
-"""A run in stages: each is a run of its own, in <run>/stages/<name>/, that starts from the final/ of the one before. What
-the last one ended with is put into <run>/ itself, beside the log and the curves of all. For train.py."""
+"""A run in stages: each stage is a run in <run>/stages/<name>/ that starts from the final/ of the one before. What the last
+stage ended with is copied into <run>/, beside the log and the curves of all stages."""
 
 from __future__ import annotations
 
@@ -9,89 +9,107 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-from accelerate import PartialState
 
 from config import Config, InputError, StageConfig, changed_keys, load_config, nearest
 from dataprocess.train_tokenizer import learn_if_missing
-from evaluation.runlog import draw_curves, not_written, read_rows
-from model.folder import MANIFEST, read_json, replace_text, verify_folder, weights_digest, write_folder
-from resume import NO_HISTORY, RunLock, move_aside, on_main, say_finished
+from model.checkpoint_folder import MANIFEST, read_json, replace_text, verify_folder, weights_digest, write_folder
+from training.curves import draw_curves
+from training.log import not_written, read_rows
+from training.open import check_run
+from training.prepare import look_ahead
+from training.processes import on_main, print_main
+from training.resume import NO_HISTORY, RunLock, move_aside, print_finished
 
-
-def run_stages(
-    config: Config,
-    arguments: argparse.Namespace,
-    run: Callable[[Config, argparse.Namespace], int],
-    look_ahead: Callable[[Config, Callable[[str], None]], None],
-) -> int:
-    """Train the stages of `config` in their order, or `arguments.stage` alone, each by `run(its config, arguments)`; a
-    finished one is passed over. Returns what the first of them that was stopped ended with, or 0.
-
-    look_ahead: refuses a stage's data, by an InputError, before an earlier one trains. InputError also where a stage has
-    nothing to start from, or was trained on top of something else than is there now.
-    """
-    stages = config.train.stages
-    chosen = _chosen(stages, arguments)
-    with contextlib.nullcontext() if arguments.check else RunLock(config.output_dir, _say):
-        if arguments.resume == "none" and arguments.stage is None and not arguments.check:
-            # all of it now: a run that is stopped in its first stage must not find the old run's later ones
-            for folder in (config.output_dir, *(stage.config.output_dir for stage in stages)):
-                move_aside(folder, _say)
-        # from the data of all stages, whichever of them trains now
-        if size := on_main(lambda: learn_if_missing([stage.config for stage in stages])):
-            _say(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
-        if arguments.check:
-            return _check(stages, chosen, arguments, run)
-        ended, is_first = 0, True
-        for number in chosen:
-            _say(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
-            stage = _with_start(stages, number, arguments)
-            if arguments.resume == "auto" and on_main(lambda stage=stage: _is_over(stage)):
-                say_finished(stage.output_dir / "final", _say)
-                continue
-            if is_first:
-                for later in chosen[chosen.index(number) + 1 :]:
-                    with _named(stages[later]):
-                        look_ahead(stages[later].config, _say)
-            is_first = False
-            ended = run(stage, arguments)
-            if ended:
-                break
-        on_main(lambda: _publish(config))
-    if not ended and chosen[-1] == len(stages) - 1:
-        _say(f"\nthe model that all stages together made: {config.output_dir / 'final'}")
-    return ended
-
-
-def _check(stages: tuple[StageConfig, ...], chosen: list[int], arguments: argparse.Namespace, run: Callable) -> int:
-    """Look at all chosen stages, then say what is wrong with any of them."""
-    wrong = []
-    for number in chosen:
-        _say(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
-        try:
-            with _named(stages[number]):
-                run(_with_start(stages, number, arguments), arguments)
-        except InputError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise InputError("\n\n".join(wrong))
-    return 0
+Stages = tuple[StageConfig, ...]
 
 
 @contextlib.contextmanager
-def _named(stage: StageConfig) -> Iterator[None]:
-    """Inside, an InputError says which stage it is of."""
+def open_stages(config: Config, arguments: argparse.Namespace) -> Iterator[Iterator[Config]]:
+    """Yield the configs to train, one after the other: those of the stages that are not finished, or `config` itself if it has
+    no stages. arguments: train.py's command line; --stage chooses one stage.
+
+    The whole run's folder is locked until the context ends. Raises InputError if a stage has nothing to start from, or was
+    trained on top of something else than exists now, and if a later stage's data is wrong.
+    """
+    stages = config.train.stages
+    if not stages:
+        yield iter([config])
+        return
+    chosen = _chosen(stages, arguments)
+    with RunLock(config.output_dir):
+        if arguments.resume == "none" and arguments.stage is None:
+            # all stages now: a run that is stopped in its first stage must not find the old run's later ones
+            for folder in (config.output_dir, *(stage.config.output_dir for stage in stages)):
+                move_aside(folder)
+        _learn_tokenizer(stages)
+        ended: list[int] = []
+        yield _unfinished(stages, chosen, arguments, ended)
+        on_main(lambda: _publish(config))
+    if ended == chosen and chosen[-1] == len(stages) - 1:
+        print_main(f"\nthe model that all stages together made: {config.output_dir / 'final'}")
+
+
+def check_stages(config: Config, arguments: argparse.Namespace) -> None:
+    """Check `config`, or each chosen stage of it, and print what would train. Raises InputError with every stage's faults."""
+    stages = config.train.stages
+    if not stages:
+        check_run(config, arguments)
+        return
+    chosen = _chosen(stages, arguments)
+    _learn_tokenizer(stages)
+    faults = []
+    for number in chosen:
+        print_main(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
+        try:
+            with _name_stage(stages[number]):
+                check_run(_with_start(stages, number, arguments), arguments)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n\n".join(faults))
+
+
+def _unfinished(
+    stages: Stages, chosen: list[int], arguments: argparse.Namespace, ended: list[int]
+) -> Iterator[Config]:
+    """Yield the config of each chosen stage that is not finished. A stage counts as ended when the next one is asked for."""
+    is_first = True
+    for number in chosen:
+        print_main(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
+        stage = _with_start(stages, number, arguments)
+        if arguments.resume == "auto" and on_main(lambda stage=stage: _is_finished(stage)):
+            print_finished(stage.output_dir / "final")
+        else:
+            if is_first:
+                for later in chosen[chosen.index(number) + 1 :]:
+                    with _name_stage(stages[later]):
+                        look_ahead(stages[later].config)
+            is_first = False
+            yield stage
+        ended.append(number)
+
+
+def _learn_tokenizer(stages: Stages) -> None:
+    """Learn a missing tokenizer from the data of all stages, whichever of them trains now."""
+    if size := on_main(lambda: learn_if_missing([stage.config for stage in stages])):
+        new = stages[0].config.model.from_scratch
+        assert new is not None
+        print_main(f"learned a tokenizer of {size:,} tokens: {new.tokenizer}")
+
+
+@contextlib.contextmanager
+def _name_stage(stage: StageConfig) -> Iterator[None]:
+    """Put the stage's name in front of an InputError."""
     try:
         yield
     except InputError as error:
         raise InputError(f'stage "{stage.name}": {error}') from None
 
 
-def _is_over(config: Config) -> bool:
-    """Whether a stage of this very config has ended. Its data and its checkpoints may be gone since."""
+def _is_finished(config: Config) -> bool:
+    """Whether a stage with this very config has ended. Its data and its checkpoints may have been deleted since."""
     final = config.output_dir / "final"
     if not final.exists() or (config.data.validation_file is not None and not (final / "scores.json").exists()):
         return False
@@ -99,8 +117,8 @@ def _is_over(config: Config) -> bool:
     return not changed_keys(load_config(final / "config.yaml"), config)
 
 
-def place_of(stages: tuple[StageConfig, ...], name: str) -> int:
-    """Where the stage of that name stands among `stages`. InputError where there is none."""
+def stage_index(stages: Stages, name: str) -> int:
+    """Return the position of the stage with that name. Raises InputError if there is none."""
     names = [stage.name for stage in stages]
     if not names:
         raise InputError(f'--stage {name}: the config has no stages; list them under "train.stages".')
@@ -109,39 +127,34 @@ def place_of(stages: tuple[StageConfig, ...], name: str) -> int:
     return names.index(name)
 
 
-def _chosen(stages: tuple[StageConfig, ...], arguments: argparse.Namespace) -> list[int]:
-    """Which stages to run, by their places."""
+def _chosen(stages: Stages, arguments: argparse.Namespace) -> list[int]:
+    """Return the positions of the stages to run."""
     if arguments.stage is not None:
-        return [place_of(stages, arguments.stage)]
+        return [stage_index(stages, arguments.stage)]
     if arguments.resume not in ("auto", "none"):
-        raise InputError(f"--resume {arguments.resume}: say which stage goes on from it, with --stage NAME.")
+        raise InputError(f"--resume {arguments.resume}: say which stage resumes from it, with --stage NAME.")
     return list(range(len(stages)))
-
-
-def _say(text: str) -> None:
-    if PartialState().is_main_process:
-        print(text, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a stage starts from
 
 
-def _with_start(stages: tuple[StageConfig, ...], number: int, arguments: argparse.Namespace) -> Config:
-    """The stage's config, starting from the final/ of the stage before."""
+def _with_start(stages: Stages, number: int, arguments: argparse.Namespace) -> Config:
+    """Return a stage's config, starting from the final/ of the stage before."""
     stage = stages[number]
     if number == 0:
         return stage.config
     before = stages[number - 1]
     final = before.config.output_dir / "final"
     if not final.exists():
-        if arguments.check:  # nothing has trained yet; all the same everything can be looked at
+        if arguments.check:  # nothing has trained yet, but everything else can be checked
             free = tuple(dataclasses.asdict(stage.config.train.trainable).keys() - {"vision_tower"})
             train = dataclasses.replace(stage.config.train, freeze_random=free)
             return dataclasses.replace(stage.config, train=train)
         raise InputError(
-            f'stage "{stage.name}" starts from stage "{before.name}", which has not ended: there is no {final}. Train it '
-            f"first (--stage {before.name}, or without --stage all of them)."
+            f'stage "{stage.name}" starts from stage "{before.name}", which has not ended: {final} does not exist. Train it '
+            f"first (--stage {before.name}, or all stages without --stage)."
         )
     if arguments.resume != "none":
         on_main(lambda: _refuse_stale(stage, before, final))
@@ -149,7 +162,7 @@ def _with_start(stages: tuple[StageConfig, ...], number: int, arguments: argpars
 
 
 def _refuse_stale(stage: StageConfig, before: StageConfig, final: Path) -> None:
-    """InputError where the stage has begun, on top of another `final` than is there now."""
+    """Raise InputError if the stage has begun on top of another `final` than exists now."""
     history = stage.config.output_dir / "run.json"
     if not history.exists():
         return
@@ -159,27 +172,26 @@ def _refuse_stale(stage: StageConfig, before: StageConfig, final: Path) -> None:
     if began_with is not None and began_with != weights_digest(final):
         raise InputError(
             f'{stage.config.output_dir}: stage "{stage.name}" was trained on top of another "{before.name}" than is in '
-            f"{final} now, which was trained anew since. Train it anew as well: --stage {stage.name} --resume none."
+            f"{final} now, which was trained again since. Train it again too: --stage {stage.name} --resume none."
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the whole run leaves
+# Results of the whole run
 
 
 def _publish(config: Config) -> None:
-    """<run>/metrics.jsonl and curves.png, of all stages, and <run>/final, what the last one ended with; made anew where they
-    are not up to date."""
-    logs = [(stage.name, stage.config.output_dir / "metrics.jsonl") for stage in config.train.stages]
-    rows = [{"stage": name, **row} for name, path in logs for row in read_rows(path)]
+    """Write <run>/metrics.jsonl and curves.png of all stages, and <run>/final of the last stage, unless they are up to date."""
+    logs = [(stage.name, read_rows(stage.config.output_dir / "metrics.jsonl")) for stage in config.train.stages]
+    rows = [{"stage": name, **row} for name, found in logs for row in found]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    metrics, picture = config.output_dir / "metrics.jsonl", config.output_dir / "curves.png"
+    metrics, image = config.output_dir / "metrics.jsonl", config.output_dir / "curves.png"
     if not metrics.exists() or metrics.read_text(encoding="utf-8") != text:
         try:
-            draw_curves(logs, picture)
+            draw_curves(logs, image)
         except OSError as error:
-            raise not_written(picture, error) from None
-        replace_text(metrics, text)  # last: it says that both are up to date
+            raise not_written(image, error) from None
+        replace_text(metrics, text)  # last: it marks both as up to date
     last, final = config.train.stages[-1].config.output_dir / "final", config.output_dir / "final"
     is_there = (final / MANIFEST).exists()
     if last.exists() and not (is_there and read_json(final / MANIFEST) == read_json(last / MANIFEST)):
@@ -188,8 +200,7 @@ def _publish(config: Config) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The files of a model's folder, all but its manifest. As further names of the same files where the disk has that:
-    they are never written to again."""
+    """Copy a model's folder without its manifest. Files are hard links where the disk has them: nothing writes to them again."""
     for path in source.rglob("*"):
         to = target / path.relative_to(source)
         if path.is_dir():

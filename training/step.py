@@ -1,5 +1,5 @@
-"""One optimizer step: the loss and the gradients of its micro-batches, on this process and summed over all, and what
-happens where that goes wrong: a loss that is no number, a memory that is full. Knows no file and no config.
+"""One optimizer step: gradients of its micro-batches, then clipping and the update, unless the loss or gradient is not
+finite. A micro-batch that does not fit into memory is split and retried. Knows no file and no config.
 """
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,212 +17,161 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from config import IGNORE_INDEX, InputError
-from dataset.loader import count_tokens, split_batch
-from model.parallel import clip_grad_norm, sum_gradients
+from config import InputError
+from dataset.batch import Batch
+from model.model import VisionLanguageModel
+from training.memory import is_out_of_memory, memory_advice
+from training.parallel import clip_grad_norm
+from training.processes import total
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """What `forward_and_backward` computed. answers and balance are this process's share, the counts those of all processes."""
+
+    answers: float  # this process's part of the loss per target
+    balance: float  # this process's part of the experts' balance loss
+    targets: int  # supervised tokens
+    replaced: int  # records that were replaced because their images could not be read
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step. The same on every process."""
+    """The result of a step, equal on every process."""
 
-    loss: float  # per answer token
-    balance_loss: float | None  # of the experts, if there are any; times its factor it was learned from as well
+    loss: float  # per target
+    balance_loss: float | None  # of the experts, before its coefficient; None without experts
     grad_norm: float  # before clipping
-    targets: int  # answer tokens
-    is_bad: bool  # the loss or the gradient was no number: the weights are as they were
-    replaced: int  # records in whose place others were taken, for their pictures
+    targets: int
+    is_bad: bool  # the loss or gradient was not finite, so the weights were not changed
+    replaced: int
+    stop_requested: bool  # on any process
 
 
+@dataclass
 class Stepper:
-    """Takes optimizer steps: `stepper(step, micros, rates, stop)`.
+    """Takes optimizer steps: `forward_and_backward`, then `sum_gradients(stepper.parameters)`, then `clip_and_step`.
 
-    autocast: makes the context in which the model runs; seed: of dropout; max_grad_norm: None for no clipping;
-    pad_token_id: for the smaller batches that a full memory asks for; encoder: batch -> patch features, where they are
-    cached, else None: then the model makes them; balance_factor: of the experts' load-balancing loss.
-
-    That loss is taken over a micro-batch, for which the router's choices are there, and a step's is the mean of those by
-    their tokens; so it alone depends on how a step is cut into micro-batches.
+    autocast: makes the context in which the model runs. seed: of dropout. max_grad_norm: None for no clipping. encoder:
+    see `Batch.model_inputs`. balance_factor: coefficient of the experts' balance loss. That loss needs the router's choices,
+    so it is computed for each micro-batch, and a step's is their mean weighted by tokens. It is the only number that depends
+    on how a step is cut into micro-batches.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: AcceleratedOptimizer,
-        accelerator: Accelerator,
-        autocast: Callable[[], contextlib.AbstractContextManager],
-        seed: int,
-        max_grad_norm: float | None,
-        pad_token_id: int,
-        encoder: Callable[[dict], Tensor | None] | None = None,
-        balance_factor: float = 0.0,
-    ):
-        self.model, self.optimizer, self.accelerator, self.autocast = model, optimizer, accelerator, autocast
-        self.seed, self.max_grad_norm = seed, max_grad_norm
-        self.pad_token_id, self.encoder, self.balance_factor = pad_token_id, encoder, balance_factor
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.pieces = 1  # into which each micro-batch is cut; doubled when memory was full
+    model: VisionLanguageModel
+    optimizer: AcceleratedOptimizer
+    accelerator: Accelerator
+    autocast: Callable[[], contextlib.AbstractContextManager]
+    seed: int
+    max_grad_norm: float | None = None
+    encoder: Callable[[Batch], Tensor | None] | None = None
+    balance_factor: float = 0.0
+    pieces: int = 1  # each micro-batch is split into so many; doubled when memory is full
+    parameters: list[nn.Parameter] = field(init=False)
 
-    def __call__(self, step: int, micros: Sequence[dict], rates: Sequence[float], stop: object) -> tuple[Outcome, bool]:
-        """Learn from this process's micro-batches of `step` (from 0) at one learning rate for each optimizer group. stop:
-        true once this process was asked to stop, looked at when the gradients are there; returned is whether any was."""
-        read = [batch for batch in micros if count_targets(batch)]
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def forward_and_backward(self, step: int, micro_batches: Sequence[Batch]) -> StepLosses:
+        """Add the gradients of this process's micro-batches of `step` (from 0) to the parameters."""
+        with_targets = [batch for batch in micro_batches if batch.num_targets]
         counts = [
-            sum(map(count_targets, read)),
-            sum(map(count_tokens, read)),
-            sum(len(batch["replaced"]) for batch in micros),
+            sum(batch.num_targets for batch in with_targets),
+            sum(batch.num_tokens for batch in with_targets),
+            sum(len(batch.replaced) for batch in micro_batches),
         ]
         targets, tokens, replaced = map(int, total(self.accelerator, counts))
-        while (losses := self._try(step, micros, targets, tokens)) is None:
-            pass  # with smaller pieces
-        sum_gradients(self.parameters)
-        loss, balance_loss, stopping = total(self.accelerator, [*losses, float(bool(stop))])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        if self.accelerator.scaler is not None:
+        while (losses := self._try(step, micro_batches, targets, tokens)) is None:
+            pass  # again, in smaller pieces
+        return StepLosses(*losses, targets=targets, replaced=replaced)
+
+    def clip_and_step(self, losses: StepLosses, stop_requested: bool = False) -> Outcome:
+        """Clip the summed gradients and update the weights, unless the loss or gradient is not finite; then clear the
+        gradients. stop_requested: whether this process was asked to stop; every process learns whether any was."""
+        values = [losses.answers, losses.balance, float(stop_requested)]
+        loss, balance_loss, stops = total(self.accelerator, values)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         grad_norm = clip_grad_norm(self.parameters, self.max_grad_norm or math.inf)
-        # fp16's scaler leaves a step out by itself where only the scaled gradient was too large, and lowers its scale
-        is_bad = not math.isfinite(loss) or (self.accelerator.scaler is None and not math.isfinite(grad_norm))
+        # With fp16, the scaler itself skips a step whose scaled gradient overflowed, and lowers its scale.
+        is_bad = not math.isfinite(loss) or (scaler is None and not math.isfinite(grad_norm))
         if not is_bad:
             self.optimizer.step()
-            # no scale below 1 is too large: that gradient was no number before it was scaled
-            is_bad = self.optimizer.step_was_skipped and self.accelerator.scaler.get_scale() < 1
-        elif self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # or it would refuse to unscale the next step
+            # A scale below 1 cannot cause an overflow: the gradient itself is not finite.
+            is_bad = scaler is not None and self.optimizer.step_was_skipped and scaler.get_scale() < 1
+        elif scaler is not None:
+            scaler.update()  # or it would refuse to unscale the next step
         self.optimizer.zero_grad(set_to_none=True)
-        balance = balance_loss if self.model.has_experts else None
-        return Outcome(loss, balance, grad_norm, targets, is_bad, replaced), stopping > 0
+        return Outcome(
+            loss=loss,
+            balance_loss=balance_loss if self.model.has_experts else None,
+            grad_norm=grad_norm,
+            targets=losses.targets,
+            is_bad=is_bad,
+            replaced=losses.replaced,
+            stop_requested=stops > 0,
+        )
 
-    def _try(self, step: int, micros: Sequence[dict], targets: int, tokens: int) -> tuple[float, float] | None:
-        """Forward and backward; these micro-batches' shares of the loss and the balance loss. None: memory was full,
-        `pieces` is doubled and nothing is left of the attempt."""
+    def _try(
+        self, step: int, micro_batches: Sequence[Batch], targets: int, tokens: int
+    ) -> tuple[float, float] | None:
+        """Run all micro-batches and return this process's share of (loss, balance loss). None if memory was full: `pieces` is
+        doubled, and no gradient of the attempt is left."""
         try:
-            return self._forward_and_backward(step, micros, targets, tokens)
+            return self._run_micro_batches(step, micro_batches, targets, tokens)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            rows = max(len(batch["ids"]) for batch in micros)
+            largest = max(batch.num_samples for batch in micro_batches)
             if any(isinstance(parameter, DTensor) for parameter in self.parameters):
                 raise InputError(
-                    f"memory is full with {rows} samples at once, and a sharded model cannot repeat a step: the other "
-                    "processes wait in the middle of it. Make train.per_device_train_batch_size smaller and "
-                    f"train.gradient_accumulation_steps larger (the same step). {memory_advice(self.model, micros)}"
+                    f"out of memory with {largest} samples at once, and a sharded model cannot retry a step, because the "
+                    "other processes are waiting inside it. Make train.per_device_train_batch_size smaller and "
+                    "train.gradient_accumulation_steps larger (the same step). "
+                    f"{memory_advice(self.model, micro_batches)}"
                 ) from None
-            if self.pieces >= rows:
-                raise InputError(
-                    f"memory is full with one sample at a time. {memory_advice(self.model, micros)}"
-                ) from None
-        # here the exception is gone, and with its traceback the tensors of the attempt
+            if self.pieces >= largest:
+                advice = memory_advice(self.model, micro_batches)
+                raise InputError(f"out of memory with one sample at a time. {advice}") from None
+        # Outside of the except block, the exception's traceback no longer holds the attempt's tensors.
+        at_once = -(-largest // self.pieces)
         self.pieces *= 2
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+        fewer = -(-largest // self.pieces)
         print(
-            f"memory was full with {-(-rows // (self.pieces // 2))} samples at once: going on with "
-            f"{-(-rows // self.pieces)} at once, accumulated to the same step. train.per_device_train_batch_size="
-            f"{-(-rows // self.pieces)} saves the attempt.",
+            f"out of memory with {at_once} samples at once: continuing with {fewer} at once, accumulated to the same step. "
+            f"train.per_device_train_batch_size={fewer} avoids the failed attempt.",
             flush=True,
         )
         return None
 
-    def _forward_and_backward(
-        self, step: int, micros: Sequence[dict], targets: int, tokens: int
+    def _run_micro_batches(
+        self, step: int, micro_batches: Sequence[Batch], targets: int, tokens: int
     ) -> tuple[float, float]:
         loss = balance_loss = 0.0
-        for i, batch in enumerate(micros):
-            micro = i * self.accelerator.num_processes + self.accelerator.process_index
-            for piece, part in enumerate(split_batch(batch, self.pieces, self.pad_token_id)):
-                if not count_targets(part):
+        for i, batch in enumerate(micro_batches):
+            micro_batch = i * self.accelerator.num_processes + self.accelerator.process_index
+            for piece, part in enumerate(batch.split(self.pieces)):
+                if not part.num_targets:
                     continue
-                seed_dropout(self.seed, step, micro, *([piece] if self.pieces > 1 else []))
+                seed_dropout(self.seed, step, micro_batch, *([piece] if self.pieces > 1 else []))
                 with self.autocast():
-                    losses = self.model(**on_device(part, self.accelerator.device, self.encoder))
-                # every answer token of the step weighs the same, whoever computes it
+                    losses = self.model(**part.model_inputs(self.accelerator.device, self.encoder))
+                # every target of the step has the same weight, whichever process computes it
                 share = losses.answers * (1.0 / targets)
                 loss += losses.answers.detach().double() / targets
                 if losses.balance is not None:
-                    weight = count_tokens(part) / tokens
+                    weight = part.num_tokens / tokens
                     share = share + losses.balance * (self.balance_factor * weight)
                     balance_loss += losses.balance.detach().double() * weight
                 self.accelerator.backward(share)
         return float(loss), float(balance_loss)
 
 
-def total(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
-    """Each value's sum over all processes."""
-    dtype = torch.float64 if accelerator.device.type != "mps" else torch.float32
-    return accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), reduction="sum").tolist()
-
-
-def count_targets(batch: dict) -> int:
-    """How many answer tokens a batch has: a label at position 0 has no logits before it."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-
-
 def seed_dropout(seed: int, *place: int) -> None:
-    """Dropout's random numbers belong to the (step, micro-batch), whoever computes it and whenever: nothing to save, and the
-    same on one process or four."""
+    """Seed dropout for one (step, micro-batch): the same numbers on any process and after a resume, with no state to save."""
     torch.manual_seed(int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]))
-
-
-def on_device(
-    batch: dict, device: torch.device, encoder: Callable[[dict], Tensor | None] | None = None
-) -> dict[str, Tensor | Sequence[int] | None]:
-    """What the model takes, on its device; pictures as pixels, or as the features that `encoder` has of them."""
-    names = ("input_ids", "attention_mask") if encoder else ("input_ids", "attention_mask", "pixel_values")
-    inputs = {key: None if batch[key] is None else batch[key].to(device, non_blocking=True) for key in names}
-    if encoder:
-        inputs["patch_features"] = encoder(batch)
-    num_tokens = None if batch["lengths"] is None else count_tokens(batch)
-    return inputs | {"labels": batch["labels"], "lengths": batch["lengths"], "num_tokens": num_tokens}
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Also where a plain RuntimeError says so: the CPU's allocator, CUDA and its libraries outside of torch's allocator."""
-    said = ("out of memory", "can't allocate memory", "_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
-
-
-@contextlib.contextmanager
-def full_memory_named(advice: str) -> Iterator[None]:
-    """Inside, a full memory is an InputError with `advice`, not a traceback."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(f"memory is full ({str(error).splitlines()[0][:200]}). {advice}") from None
-
-
-def memory_advice(model: nn.Module, micros: Sequence[dict]) -> str:
-    """What would help where one sample does not fit, with how much each takes (estimated from the shapes)."""
-    length = max(max(batch["lengths"] or batch["input_ids"].shape[1:]) for batch in micros)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = length * kept_bytes(model)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return (
-        f"Of the longest sample ({length} tokens) the layers keep about {size_text(kept)}: "
-        "train.activation_checkpointing=on takes nearly all of that away, a smaller data.max_length its share. "
-        f"The {trained / 1e6:.0f} million trained weights take {size_text(16 * trained)} with gradients and Adam: "
-        f"a smaller lora.r, or fewer parts that train. All weights take {size_text(weights)}: "
-        "train.precision=bf16 halves what is frozen, a smaller language model more."
-    )
-
-
-def kept_bytes(model: nn.Module) -> int:
-    """What the language model's layers keep of one token for their backward: about eight tensors of the hidden size and
-    four of the feed-forward's in each; of experts those that a token passes, and for each of them its way there and back."""
-    config, passed = model.causal_lm.config, 0
-    feed_forward = config.intermediate_size
-    if model.has_experts:
-        passed = config.num_experts_per_tok
-        feed_forward = passed * config.moe_intermediate_size + getattr(config, "shared_expert_intermediate_size", 0)
-    width = next(model.causal_lm.model.layers.parameters()).element_size()
-    return config.num_hidden_layers * ((8 + 3 * passed) * config.hidden_size + 4 * feed_forward) * width
-
-
-def size_text(count: float) -> str:
-    """A number of bytes as a person reads it."""
-    return f"{count / 2**30:.1f} GB" if count >= 2**29 else f"{count / 2**20:.1f} MB"

@@ -1,1 +1,1 @@
-"""Photo -> pixel_values -> patch features. Knows nothing of the config's file, of text or of language models."""
+"""From image files to pixel values to patch features. The config file, text and language models are not known here."""

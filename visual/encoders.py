@@ -1,9 +1,9 @@
-"""The image encoders: one table row a family, and the frozen tower that the rest of the model sees.
+"""The image encoders: one table entry per family, and the frozen tower that the rest of the model uses.
 
-A tower gives the patch features of one hidden layer, nothing else: class tokens and registers are dropped here and
-the number of tokens an image takes is known here. Knows nothing of projectors, language models or the config.
+A tower returns the patch features of one hidden layer. Class tokens and registers are dropped here, and the number of
+tokens per image is computed here. Projectors, language models and the config are not known here.
 
-Shapes: M images, N patches an image, Dv the encoder's width, S the side of the square input in pixels.
+Shapes: M images, N patches per image, Dv the encoder's width, S the side of the square input in pixels.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionModel,
     Dinov2Model,
@@ -32,25 +33,31 @@ from transformers.utils import logging as transformers_logging
 from config import InputError, choose, how_to_convert
 from visual.processor import load_image_processor
 
+# Private names of transformers used in this package, to be checked at upgrades:
+#   "_name_or_path" in config.to_dict(): left out of the feature cache's key (feature_cache.py)
+# Public by name but without documentation: the classes *ImageProcessorPil, BaseImageProcessor.get_image_processor_dict
+# (processor.py); the paths in ENCODERS below, SiglipVisionModel.use_head, and that an encoder iterates over its list of
+# layers (encoders.py).
+
 
 @dataclass(frozen=True)
 class Encoder:
-    """What has to be known about a family of encoders beyond what its own config says."""
+    """A family of encoders: the facts that are not in the model's own config."""
 
     model: type[PreTrainedModel]
-    layers: str  # where the model keeps its list of layers
-    final_norm: str | None  # what the model applies to the last layer's patches
-    class_tokens: int  # tokens in front of the patches, registers (which the config counts) aside
-    any_size: bool  # whether positions extend to other image sizes than the trained one
-    unused: tuple[str, ...]  # parameters that no hidden state depends on
+    layers: str  # submodule: the list of layers
+    final_norm: str | None  # submodule: the norm applied to the last layer's patches
+    class_tokens: int  # tokens before the patches, without registers, whose number is in the config
+    any_size: bool  # positions extend to other image sizes than the trained one
+    unused: tuple[str, ...]  # prefixes of the parameters that no hidden state depends on
 
 
 _CLIP = Encoder(CLIPVisionModel, "encoder.layers", None, 1, False, ("post_layernorm.",))
 _SIGLIP = Encoder(SiglipVisionModel, "encoder.layers", "post_layernorm", 0, False, ("post_layernorm.", "head."))
 _DINO_UNUSED = ("layernorm.", "norm.", "embeddings.mask_token")
 
-# By the `model_type` of config.json. "clip" and "siglip" are whole checkpoints: only their vision half is loaded.
-# SigLIP 2 with a fixed resolution calls itself "siglip".
+# `model_type` in config.json -> family. "clip" and "siglip" are whole checkpoints: only their vision half is loaded.
+# SigLIP 2 with a fixed resolution has the model type "siglip".
 ENCODERS: dict[str, Encoder] = {
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
@@ -62,8 +69,8 @@ ENCODERS: dict[str, Encoder] = {
 }
 
 _NAFLEX = (
-    "is the NaFlex SigLIP 2, in which every image has its own number of patches; "
-    "use one of a fixed resolution, such as google/siglip2-base-patch16-224"
+    "is the NaFlex SigLIP 2, in which the number of patches differs between images; "
+    "use one with a fixed resolution, such as google/siglip2-base-patch16-224"
 )
 _REFUSED = {
     "siglip2": _NAFLEX,
@@ -72,20 +79,20 @@ _REFUSED = {
     "facebook/dinov3-vits16-pretrain-lvd1689m",
 }
 
-# What a whole checkpoint holds beside its vision half.
+# Weights of a whole checkpoint that are not in its vision half.
 _NOT_VISION = re.compile(r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$")
 
 
 class VisionTower(nn.Module):
     """An encoder as a function from pixels to the patch features of one hidden layer.
 
-    `feature_layer` indexes transformers' `hidden_states`: -1 is the output of the last layer, before any final norm,
-    -2 that of the layer before it (LLaVA's choice). Layers above it are kept, so that the tower can be saved whole,
-    but not run.
+    `feature_layer` indexes transformers' `hidden_states`: -1 is the output of the last layer before any final norm, -2 that
+    of the layer before it (LLaVA's choice). Layers above it are kept, so that the tower can be saved whole, but not run.
 
-    Everything is frozen to begin with. A tower in which nothing trains stays in eval mode, whatever its parent does.
+    All parameters are frozen at first. A tower without trainable parameters stays in eval mode, also when its parent's
+    `train()` is called.
 
-    InputError: a `feature_layer` that the model lacks; an `image_size` that its positions or patches do not allow.
+    InputError: the model has no such `feature_layer`; its positions or patches do not allow the `image_size`.
     """
 
     def __init__(self, model: PreTrainedModel, encoder: Encoder, feature_layer: int, image_size: int) -> None:
@@ -101,32 +108,33 @@ class VisionTower(nn.Module):
 
         parent, _, name = encoder.layers.rpartition(".")
         layers = model.get_submodule(encoder.layers)
+        assert isinstance(layers, nn.ModuleList)
         self._depth = _depth(feature_layer, len(layers))
         setattr(model.get_submodule(parent), name, _FirstLayers(layers, self._depth))
         if encoder.final_norm:
             model.get_submodule(encoder.final_norm).register_forward_hook(_input_instead)
-        if hasattr(model, "use_head"):  # SigLIP's pooling head: nothing here reads its output
-            model.use_head = False
+        if isinstance(model, SiglipVisionModel):
+            model.use_head = False  # the output of the pooling head is not used here
         self.requires_grad_(False)
         self.eval()
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """pixel_values [M, 3, S, S] -> features [M, N, Dv], M = 0 included; without a graph where nothing trains.
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode pixel_values [M, 3, S, S] -> features [M, N, Dv]; M may be 0.
 
-        ValueError: pixels of another size than `image_size`.
+        The features have no graph if no parameter is trainable. ValueError: S is not `image_size`.
         """
         expected = (3, self.image_size, self.image_size)
         if pixel_values.shape[1:] != expected:
             raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}, this tower takes [M, *{expected}]")
-        if not len(pixel_values):  # a batch of text alone, which transformers' attention cannot reshape
+        if not len(pixel_values):  # a batch without images: transformers' attention cannot reshape an empty tensor
             return pixel_values.new_empty(0, self.num_image_tokens, self.hidden_size, dtype=self.model.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains):
-            # Of the layers that are run, and without a final norm: transformers' hidden_states[feature_layer].
+            # the output of the last layer that is run, without final norm: transformers' hidden_states[feature_layer]
             features = self.model(pixel_values).last_hidden_state
         return features[:, self._prefix_tokens :]
 
     def train(self, mode: bool = True) -> VisionTower:
-        """As nn.Module.train, but a tower in which nothing trains stays in eval mode."""
+        """Like nn.Module.train, but a tower without trainable parameters stays in eval mode."""
         return super().train(mode and self.trains)
 
     @property
@@ -135,15 +143,15 @@ class VisionTower(nn.Module):
 
     @property
     def trains(self) -> bool:
-        """Whether anything in the tower is trainable. `requires_grad` is the one switch: no flag beside it."""
+        """Whether any parameter is trainable. This is read from `requires_grad`; there is no other flag."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def unfreeze(self, top: int | None = None) -> None:
-        """Let the last `top` of the layers that are run train; None: everything that the features depend on.
+        """Make the last `top` of the layers that are run trainable; None: all parameters that the features depend on.
 
         InputError: `top` is not between 1 and the number of layers that are run.
         """
-        layers = list(self.model.get_submodule(self._encoder.layers).children())
+        layers = self._layers()
         used, unused = layers[: self._depth], layers[self._depth :]
         if top is None:
             for name, parameter in self.model.named_parameters():
@@ -159,15 +167,29 @@ class VisionTower(nn.Module):
                 f"give top:1 to top:{len(used)}."
             )
 
+    def tensors_used(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of the parameters and buffers of `model` that the features depend on."""
+        not_run = (f"{self._encoder.layers}.{layer}." for layer in range(self._depth, len(self._layers())))
+        unused = (*self._encoder.unused, *not_run)
+        for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
+            if not name.startswith(unused):
+                yield name, tensor
 
-def _input_instead(norm: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """A forward hook that makes `norm` change nothing, while its parameters stay in the state_dict."""
+    def _layers(self) -> list[nn.Module]:
+        """All layers, also those that are not run."""
+        return list(self.model.get_submodule(self._encoder.layers).children())
+
+
+def _input_instead(norm: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """A forward hook that turns `norm` into the identity, while its parameters stay in the state_dict."""
     return inputs[0]
 
 
 class _FirstLayers(nn.ModuleList):
-    """All layers of an encoder, of which iteration yields the first `depth`: the encoder's own forward then ends
-    there, while parameters and state_dict stay those of the whole."""
+    """All layers of an encoder; iteration yields only the first `depth`.
+
+    The encoder's own forward therefore stops there, while parameters and state_dict are those of all layers.
+    """
 
     def __init__(self, layers: nn.ModuleList, depth: int) -> None:
         super().__init__(layers)
@@ -180,25 +202,27 @@ class _FirstLayers(nn.ModuleList):
 def load_vision_tower(
     path: str | Path, feature_layer: int = -2, image_size: int | None = None, dtype: torch.dtype | None = None
 ) -> VisionTower:
-    """The frozen tower of a local folder or hub model; of a whole CLIP or SigLIP checkpoint its vision half.
+    """Load the frozen tower of a local folder or hub model. Only safetensors are read.
 
-    `feature_layer`: see VisionTower. `image_size`: side of the input in pixels; None: what the path's own
-    preprocessor_config.json makes. `dtype`: None keeps the checkpoint's. Only safetensors are read.
-    InputError: an encoder that is not in ENCODERS, weights that are quantised, missing, left over or of another shape,
-    and what transformers, VisionTower and load_image_processor refuse.
+    Only the vision half of a whole CLIP or SigLIP checkpoint is loaded. `feature_layer`: see VisionTower. `image_size`:
+    side of the input in pixels; None takes the output size of the path's own preprocessor_config.json. `dtype`: None keeps
+    the checkpoint's.
+    InputError: the encoder is not in ENCODERS; weights are quantised, missing, unexpected or have another shape; and the
+    errors of transformers, VisionTower and load_image_processor.
     """
     encoder = _encoder_of(path)
     if image_size is None:
         image_size = load_image_processor(path).image_size
     try:
         with _without_load_report():
-            model, report = encoder.model.from_pretrained(
+            loaded: Any = encoder.model.from_pretrained(
                 path,
                 dtype=dtype or "auto",
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, with the others
+                ignore_mismatched_sizes=True,  # reported, and refused below
                 output_loading_info=True,
             )
+        model, report = loaded  # a pair with output_loading_info, against its annotation
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path}: the encoder's weights cannot be read ({_first_line(error)}); "
@@ -208,21 +232,22 @@ def load_vision_tower(
         raise InputError(f"{path}: the encoder cannot be loaded ({_first_line(error)}).") from error
     faults = {
         "missing": report["missing_keys"],
-        "left over": [key for key in report["unexpected_keys"] if not _NOT_VISION.match(key)],
+        "unexpected": [key for key in report["unexpected_keys"] if not _NOT_VISION.match(key)],
         "of another shape": [key for key, *_ in report["mismatched_keys"]],
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} {fault} (such as {min(keys)})" for fault, keys in faults.items() if keys)
         raise InputError(
-            f"{path}: the weights are not those of its config.json: {listed}; "
-            "get weights and config.json again, from the same place."
+            f"{path}: the weights do not match its config.json: {listed}; "
+            "download weights and config.json again from the same source."
         )
     return VisionTower(model, encoder, feature_layer, image_size)
 
 
-def count_image_tokens(path: str | Path, image_size: int | None = None) -> int:
-    """`num_image_tokens` of the tower that `load_vision_tower` would load, without reading its weights."""
+def num_image_tokens(path: str | Path, image_size: int | None = None) -> int:
+    """Return `num_image_tokens` of the tower that `load_vision_tower` would load, without reading its weights."""
     encoder = _encoder_of(path)
+    assert encoder.model.config_class is not None
     config = encoder.model.config_class.from_pretrained(path)
     patch_size = _side(config.patch_size, "patch_size in the encoder's config.json")
     image_size = _checked_size(image_size or load_image_processor(path).image_size, encoder, config, patch_size)
@@ -233,21 +258,21 @@ def _encoder_of(path: str | Path) -> Encoder:
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
         if not values:
-            raise OSError("there is no config.json")
+            raise OSError("config.json not found")
     except OSError as error:
         raise InputError(
-            f"vision_tower {path}: neither a folder with a config.json nor a hub model that can be reached "
+            f"vision_tower {path}: not a folder with a config.json, and not a hub model that can be reached "
             f"({_first_line(error)}); check the path or the name."
         ) from error
     if values.get("quantization_config"):
         raise InputError(
-            f"vision_tower {path}: config.json has a quantization_config, but quantised weights are not read; "
-            "take the unquantised release of the model."
+            f"vision_tower {path}: config.json has a quantization_config, but quantised weights are not supported; "
+            "use the unquantised release of the model."
         )
     model_type = values.get("model_type")
     if not model_type:
         raise InputError(
-            f'vision_tower {path}: no "model_type" in config.json; add it, with the encoder\'s family: '
+            f'vision_tower {path}: no "model_type" in config.json; add it with the encoder\'s family, one of '
             f"{', '.join(ENCODERS)}."
         )
     if model_type in _REFUSED:
@@ -256,7 +281,7 @@ def _encoder_of(path: str | Path) -> Encoder:
 
 
 def _depth(feature_layer: int, layers: int) -> int:
-    """How many layers are run for `hidden_states[feature_layer]`, whose entry 0 is the input of the first layer."""
+    """Return the number of layers to run for `hidden_states[feature_layer]`; entry 0 is the first layer's input."""
     depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if not 1 <= depth <= layers:
         raise InputError(
@@ -278,7 +303,7 @@ def _checked_size(image_size: int, encoder: Encoder, config: PretrainedConfig, p
     if image_size != trained:
         raise InputError(
             f"model.image_size: {image_size}, but this {config.model_type} has learned positions for {trained} pixels; "
-            f"give {trained}, or leave it out beside the encoder's own preprocessor_config.json, which makes {trained}."
+            f"give {trained}, or leave it out and use the encoder's own preprocessor_config.json, whose output is {trained}."
         )
     return image_size
 
@@ -292,7 +317,7 @@ def _side(value: int | list[int] | tuple[int, ...], what: str) -> int:
 
 @contextlib.contextmanager
 def _without_load_report() -> Iterator[None]:
-    """transformers prints a page about a text half that was left aside; here the same report is checked instead."""
+    """Silence transformers' long report about the text half that was not loaded; the caller checks the report instead."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

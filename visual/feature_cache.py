@@ -1,30 +1,28 @@
-"""The feature cache: what the frozen encoder makes of pictures, kept on disk, so that each is encoded once.
+"""The feature cache: features of the frozen encoder on disk, so that each image is encoded once.
 
-A folder of two files: `features.bin`, one row of fixed size a picture, and `index.sqlite`, which says whose row is where
-and its checksum. Loader processes read (`find`), training processes add (`features`), all of them at once. Knows nothing
-of records, batches or the config.
+A cache is a folder of two files: `features.bin`, one row of fixed size per image, and `index.sqlite`, with the position
+and checksum of each image's row. Loader processes read (`find`) and training processes add (`features`) at the same time.
+Records, batches and the config are not known here.
 
-A row's bytes are written before the index names them, so a process killed at any moment leaves at most bytes that nobody
-knows of, and the next row takes their place. Nothing waits for the disk: what a power cut takes shows as a wrong
-checksum, and the picture is encoded again.
+A row is written before its index entry, so a process killed at any moment leaves at most a row without an entry, which the
+next row overwrites. Nothing is flushed to the disk: data lost in a power cut has a wrong checksum, and the image is encoded
+again.
 
-Shapes: M pictures, N patches a picture, Dv the encoder's width, S the side of the square input in pixels.
+Shapes: M images, N patches per image, Dv the encoder's width, S the side of the square input in pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,34 +31,36 @@ from visual.encoders import VisionTower
 from visual.images import image_bytes
 from visual.processor import ImageProcessor
 
-FORMAT = 1  # raise it when the files' layout changes: other folders are taken then
-LOCKED_SECONDS = 60.0  # how long to wait for another process, which writes for milliseconds
+FORMAT = 1  # part of the folder's name: increase it when the layout of the files changes
+LOCKED_SECONDS = 60.0  # how long to wait for another process's lock, which is normally held for milliseconds
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS pictures (digest BLOB PRIMARY KEY, place INTEGER UNIQUE, checksum INTEGER) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS paths (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, digest BLOB) WITHOUT ROWID",
 )
-_NOT_ENCODING = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # of an encoder's config
+# Keys of an encoder's config that its features do not depend on.
+_NOT_ENCODING = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 
 
 class ImageKey(NamedTuple):
-    """A picture's file and what it held when it was looked at: bytes, modification time, blake2b of the content."""
+    """An image file and its state when it was read."""
 
     path: str
-    size: int
-    mtime_ns: int
-    digest: bytes  # 16 bytes
+    size: int  # bytes
+    mtime_ns: int  # modification time
+    digest: bytes  # blake2b of the content, 16 bytes
 
 
 class _Files(NamedTuple):
     rows: FileIO
-    index: sqlite3.Connection
+    database: sqlite3.Connection
 
 
 def cache_folder(beside: Path, tower: VisionTower, image_processor: ImageProcessor, dtype: torch.dtype) -> Path:
-    """The folder, beside the file `beside`, for features in `dtype` of exactly this tower: `<stem>.features/<16 hex
-    digits>`. The digits name whatever the features depend on besides the picture: the weights that are run, up to which
-    layer and in which precision, the encoder's config, the image size, the preprocessing. Reads every weight, writes
+    """Return the folder for this tower's features in `dtype`: `<stem>.features/<16 hex digits>` next to file `beside`.
+
+    The digits are a hash of everything that the features depend on besides the image: the weights that are run, up to which
+    layer and in which precision, the encoder's config, the image size and the preprocessing. Reads every weight, writes
     nothing.
     """
     config = {key: value for key, value in tower.model.config.to_dict().items() if key not in _NOT_ENCODING}
@@ -69,28 +69,29 @@ def cache_folder(beside: Path, tower: VisionTower, image_processor: ImageProcess
         "features": str(dtype),
         "encoder": config,
         "image_size": tower.image_size,
-        "processor": image_processor._processor.to_dict(),
+        "processor": image_processor.settings(),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(_run_tensors(tower)):
+    for name, tensor in sorted(tower.tensors_used()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_as_bytes(tensor.detach().cpu()))  # one tensor at a time: no second copy of the tower
+        digest.update(_as_bytes(tensor.detach().cpu()))  # one tensor at a time, to avoid a copy of the whole tower
     return beside.parent / f"{beside.stem}.features" / digest.hexdigest()[:16]
 
 
-def expected_bytes(pictures: int, tower: VisionTower, dtype: torch.dtype) -> int:
-    """What the features of that many different pictures take on disk; the index comes to some 200 bytes a picture more."""
-    return pictures * tower.num_image_tokens * tower.hidden_size * dtype.itemsize
+def expected_bytes(num_images: int, tower: VisionTower, dtype: torch.dtype) -> int:
+    """Return the disk space of the features of `num_images` different images; the index adds some 200 bytes per image."""
+    return num_images * tower.num_image_tokens * tower.hidden_size * dtype.itemsize
 
 
 class FeatureCache:
-    """Features [N, Dv] of pictures in `folder`, all in `dtype`: `num_tokens` is N, `width` is Dv.
+    """Features [N, Dv] of images in `folder`, all in `dtype`: `num_tokens` is N, `width` is Dv.
 
-    Nothing is opened before the first use, and each process opens its own: an object may be forked, and pickled if `say`
-    can be. For one thread a process. `say` is told once when nothing more can be added, mostly because the disk is full.
+    Files are opened at the first use, by each process for itself: an object may be forked, and pickled if `say` can be.
+    Not for several threads of a process. `say` is called once when nothing more can be added, usually because the disk is
+    full.
 
-    InputError, of every method: the folder cannot be used or made, its index is damaged, or another process does not
-    let go of it.
+    Every method raises InputError if the folder cannot be created or used, the index is damaged, or another process keeps
+    it locked.
     """
 
     def __init__(
@@ -98,32 +99,34 @@ class FeatureCache:
     ) -> None:
         self._folder, self._shape, self._dtype, self._say = folder, (num_tokens, width), dtype, say
         self._row_bytes = num_tokens * width * dtype.itemsize
-        self._opened: dict[int, _Files] = {}  # by process; a parent's is left alone: SQLite forbids even closing it
+        self._opened: dict[int, _Files] = {}  # by process id; SQLite forbids even closing a parent process's connection
         self._adds = True
 
     def __reduce__(self) -> tuple:
         return FeatureCache, (self._folder, *self._shape, self._dtype, self._say)
 
     def __len__(self) -> int:
-        """How many pictures are stored."""
-        return self._select("SELECT count(*) FROM pictures")[0]
+        """The number of images stored."""
+        row = self._select("SELECT count(*) FROM pictures")
+        assert row is not None
+        return row[0]
 
     @property
     def nbytes(self) -> int:
-        """What their features take on disk."""
+        """The size of all stored features."""
         return len(self) * self._row_bytes
 
     def find(self, path: Path) -> tuple[Tensor | None, ImageKey]:
-        """The features [N, Dv] of the picture in a file, None if they are not stored or damaged, and its key for `features`.
-        For loader processes: it adds nothing.
+        """Return the features [N, Dv] of an image file, None if they are not stored or damaged, and the key for `features`.
 
-        A file of known path, size and modification time is not read. Any other is found by its content, each time.
-        ImageError: the file is missing or cannot be read, as from `read_image`; whether it is a picture is not looked at.
+        Loader processes use this method; it adds nothing. The file is not read if its path, size and modification time are
+        known. Otherwise it is looked up by its content.
+        ImageError: the file is missing or cannot be read, as in `read_image`. The content is not decoded.
         """
         try:
-            state = os.stat(path)  # before its content is read: changed in between, the file will look changed
+            state = os.stat(path)  # before reading, so that a file changed in between will not match its key
         except (OSError, ValueError):
-            image_bytes(path)  # says what is wrong
+            image_bytes(path)  # raises the ImageError that explains it
             raise
         stamp = str(path), state.st_size, state.st_mtime_ns
         known = self._select(
@@ -138,91 +141,100 @@ class FeatureCache:
         return self._stored(digest), ImageKey(*stamp, digest)
 
     def features(self, keys: Sequence[ImageKey], pixel_values: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """pixel_values [M, 3, S, S] of pictures that `find` did not have, and their keys -> features [M, N, Dv] on the same
-        device, without a graph, in the cache's dtype: bit for bit what `find` returns from then on.
+        """Encode and add images that `find` did not return: pixel_values [M, 3, S, S] and their keys -> [M, N, Dv].
 
-        What was added since `find` looked is read; the different pictures still missing go through one call of `encode`,
-        [m, 3, S, S] -> [m, N, Dv], and are added together or not at all. So a picture's features are those of its first
-        batch, and a run that was killed and goes on meets the same ones as a run that was not, whatever got stored.
-        ValueError: `encode` gave another shape.
+        The result is on the device of `pixel_values`, without a graph, in the cache's dtype, and bit for bit what `find`
+        returns afterwards. Images added since the call of `find` are read. The different images that are still missing are
+        encoded by one call of `encode`, [m, 3, S, S] -> [m, N, Dv], and added together or not at all. The features of an
+        image are therefore those of its first batch, and a resumed run gets the same features as an uninterrupted one,
+        whatever was stored before the interruption.
+        ValueError: `encode` returned another shape.
         """
-        first = {}  # digest -> its first position
+        first: dict[bytes, int] = {}  # digest -> its first position
         for position, key in enumerate(keys):
             first.setdefault(key.digest, position)
-        found = {digest: self._stored(digest) for digest in first}
-        missing = [digest for digest in first if found[digest] is None]
+        stored = {digest: self._stored(digest) for digest in first}
+        found = {digest: features for digest, features in stored.items() if features is not None}
+        missing = [digest for digest in first if digest not in found]
         if missing:
             made = encode(pixel_values[[first[digest] for digest in missing]]).detach().to(self._dtype).cpu()
             if made.shape != (len(missing), *self._shape):
                 raise ValueError(f"features are {tuple(made.shape)}, expected {(len(missing), *self._shape)}")
-            found.update(zip(missing, made, strict=True))
+            new = dict(zip(missing, made, strict=True))
+            found |= new
             if self._adds:
-                found |= self._add({digest: found[digest] for digest in missing}, keys)
-        features = torch.empty(len(keys), *self._shape, dtype=self._dtype)
+                found |= self._add(new, keys)
+        result = torch.empty(len(keys), *self._shape, dtype=self._dtype)
         for position, key in enumerate(keys):
-            features[position] = found[key.digest]
-        return features.to(pixel_values.device)
+            result[position] = found[key.digest]
+        return result.to(pixel_values.device)
 
-    def _add(self, made: dict[bytes, Tensor], keys: Iterable[ImageKey]) -> dict[bytes, Tensor]:
-        """Store features by digest, and what each key's file is known by. Returned are the features that are stored:
-        another process's, where it was first."""
-        stored = {}
+    def _add(self, new: dict[bytes, Tensor], keys: Iterable[ImageKey]) -> dict[bytes, Tensor]:
+        """Store features by digest, and the state of each key's file. Return the features that are stored now.
+
+        They are another process's if it stored an image first.
+        """
+        result: dict[bytes, Tensor] = {}
         try:
-            with self._files().index as index:
-                index.execute("BEGIN IMMEDIATE")  # no other writer until the commit: places are given out here
-                for digest, features in made.items():
-                    stored[digest] = self._stored(digest)
-                    if stored[digest] is None:
-                        stored[digest] = features
-                        self._write(index, digest, features)
+            with self._files().database as database:
+                database.execute(
+                    "BEGIN IMMEDIATE"
+                )  # no other writer until the commit, so new places are not taken twice
+                for digest, features in new.items():
+                    stored = self._stored(digest)
+                    result[digest] = features if stored is None else stored
+                    if stored is None:
+                        self._write(database, digest, features)
                 paths = [(os.fsencode(path), *rest) for path, *rest in keys]
-                index.executemany("INSERT OR REPLACE INTO paths VALUES (?, ?, ?, ?)", paths)
+                database.executemany("INSERT OR REPLACE INTO paths VALUES (?, ?, ?, ?)", paths)
         except (OSError, sqlite3.OperationalError) as error:
             if _is_locked(error):
                 raise self._unusable(error) from None
             self._adds = False
             self._say(
-                f"{self._folder}: no more features can be stored ({_reason(error)}); training goes on and encodes the "
-                "pictures that are not stored each time. Free some room and start again to store them too."
+                f"{self._folder}: cannot store more features ({_reason(error)}); training continues and encodes the images "
+                "that are not stored each time. Free disk space and restart to store them too."
             )
         except sqlite3.DatabaseError as error:
             raise self._unusable(error) from None
-        return stored
+        return result
 
-    def _write(self, index: sqlite3.Connection, digest: bytes, features: Tensor) -> None:
-        """A row's bytes, then its entry; a damaged row is written over. Inside a transaction."""
-        (place,) = index.execute(
+    def _write(self, database: sqlite3.Connection, digest: bytes, features: Tensor) -> None:
+        """Write a row, then its entry, inside the caller's transaction. A damaged row is overwritten."""
+        (place,) = database.execute(
             "SELECT coalesce((SELECT place FROM pictures WHERE digest = ?), (SELECT max(place) + 1 FROM pictures), 0)",
             (digest,),
         ).fetchone()
         data = _as_bytes(features)
         written = 0
-        while written < len(data):  # the last bytes that fit on a disk are no error yet
+        while written < len(data):  # on a nearly full disk, a partial write comes before the error
             written += os.pwrite(self._files().rows.fileno(), data[written:], place * self._row_bytes + written)
-        index.execute("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?)", (digest, place, zlib.crc32(data)))
+        database.execute("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?)", (digest, place, zlib.crc32(data)))
 
     def _stored(self, digest: bytes) -> Tensor | None:
         row = self._select("SELECT place, checksum FROM pictures WHERE digest = ?", (digest,))
         return self._read(*row) if row else None
 
     def _read(self, place: int, checksum: int) -> Tensor | None:
-        """A row, in memory of its own; None where it is not what was written. Read, not mapped: the same time to get its
-        bytes, and a file that is cut short is no crash."""
+        """Read a row into new memory; None if it is damaged.
+
+        Memory mapping would be no faster and would crash on a truncated file.
+        """
         features = torch.empty(self._shape, dtype=self._dtype)
         data, rows = _as_bytes(features), self._files().rows
         try:
             rows.seek(place * self._row_bytes)
             if rows.readinto(data) < len(data):
-                return None  # what stands in the rest is what this memory held before, which may be an older copy of it
-        except OSError:  # a bad place of the disk
+                return None  # the checksum is no test: the rest of this memory may hold an older copy of the row
+        except OSError:  # for example a bad sector
             return None
         return features if zlib.crc32(data) == checksum else None
 
     def _select(self, query: str, values: tuple = ()) -> tuple | None:
-        """The first row that the index gives."""
-        index = self._files().index
+        """Return the first row of a query."""
+        database = self._files().database
         try:
-            return index.execute(query, values).fetchone()
+            return database.execute(query, values).fetchone()
         except sqlite3.DatabaseError as error:
             raise self._unusable(error) from None
 
@@ -238,42 +250,30 @@ class FeatureCache:
     def _open(self) -> _Files:
         self._folder.mkdir(parents=True, exist_ok=True)
         rows = open(os.open(self._folder / "features.bin", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
-        index = sqlite3.connect(self._folder / "index.sqlite", timeout=LOCKED_SECONDS, isolation_level=None)
-        # A rollback journal, SQLite's default: write-ahead logs do not work on network disks.
-        index.execute("PRAGMA synchronous = OFF")  # 30 ms a commit otherwise
+        database = sqlite3.connect(self._folder / "index.sqlite", timeout=LOCKED_SECONDS, isolation_level=None)
+        # The journal stays SQLite's default, a rollback journal: write-ahead logs do not work on network disks.
+        database.execute("PRAGMA synchronous = OFF")  # otherwise a commit takes 30 ms
         for table in _TABLES:
-            index.execute(table)
-        return _Files(rows, index)
+            database.execute(table)
+        return _Files(rows, database)
 
     def _unusable(self, error: Exception) -> InputError:
         if _is_locked(error):
             return InputError(
-                f"{self._folder}: another process has held the feature cache for {LOCKED_SECONDS:.0f} seconds; end the one "
-                "that hangs, or set train.cache_features=off."
+                f"{self._folder}: another process has locked the feature cache for {LOCKED_SECONDS:.0f} seconds; end that "
+                "process if it hangs, or set train.cache_features=off."
             )
         if isinstance(error, (OSError, sqlite3.OperationalError)):
             return InputError(
-                f"{self._folder}: the feature cache cannot be used ({_reason(error)}); make the folder writable, with some "
-                "room on its disk, or set train.cache_features=off."
+                f"{self._folder}: the feature cache cannot be used ({_reason(error)}); make the folder writable and free "
+                "disk space, or set train.cache_features=off."
             )
-        return InputError(
-            f"{self._folder}: the feature cache is damaged ({error}); delete this folder, it is made again."
-        )
+        return InputError(f"{self._folder}: the feature cache is damaged ({error}); delete this folder to rebuild it.")
 
 
-def _run_tensors(tower: VisionTower) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors that the features depend on."""
-    encoder, model = tower._encoder, tower.model
-    layers = range(tower._depth, len(model.get_submodule(encoder.layers)))
-    unused = (*encoder.unused, *(f"{encoder.layers}.{layer}." for layer in layers))
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if not name.startswith(unused):
-            yield name, tensor
-
-
-def _as_bytes(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor on the CPU, uint8 [bytes]: bfloat16 has no name in numpy."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+def _as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a CPU tensor as bytes. Viewed as uint8, because numpy has no bfloat16."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _is_locked(error: Exception) -> bool:

@@ -1,6 +1,6 @@
-"""What a check finds, kept until all of it is known: rows of a data file that cannot be used, and other faults.
+"""Collect the findings of a check: rows of a data file that cannot be used, and other faults.
 
-Knows nothing of what is checked. A row is named by its file, its place in it and its id, and counted by its reason.
+Knows nothing about the checks themselves. A row is identified by its file, its place and its id, and counted by reason.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from config import InputError
+from dataset.record import encode_refused_row
 
-SHOWN = 20  # rows of one reason that are written out for a person; a list of all of them is in a file
+SHOWN = 20  # rows shown for each reason; the full list is in a file
 
 
-class Place(NamedTuple):
-    """Where a record stands."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The place of a record: its file, its position and its name."""
 
     file: Path
     line: int | None  # from 1; None in a JSON list
@@ -33,39 +35,45 @@ class Place(NamedTuple):
 
 
 class Rows:
-    """Any number of rows with a reason each: counted, the first of every reason as text, and all of them as JSON Lines."""
+    """Rows with a reason each: counts, the first rows of each reason as text, and all rows as JSON Lines."""
 
     def __init__(self):
         self.counts: Counter[tuple[Path, str]] = Counter()
         self._first: dict[tuple[Path, str], list[str]] = {}
-        self._lines = bytearray()  # not objects: a wrong folder makes a row of every record
+        self._lines = bytearray()  # compact, because a wrong image folder makes every record a row
 
     def __len__(self) -> int:
         return self.counts.total()
 
     def add(self, place: Place, reason: str, detail: str) -> None:
-        position = {"line": place.line} if place.line else {"index": place.index}
-        row = {"source": place.source, "file": str(place.file), **position, "id": place.id, "reason": reason}
-        text = json.dumps({**row, "detail": detail}, ensure_ascii=False)
-        self._lines += text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate becomes its JSON escape
+        self._lines += encode_refused_row(
+            source=place.source,
+            file=str(place.file),
+            line=place.line,
+            index=place.index,
+            id=place.id,
+            reason=reason,
+            detail=detail,
+        )
+        self._lines += b"\n"
         key = (place.file, reason)
         self.counts[key] += 1
         if self.counts[key] <= SHOWN:
             self._first.setdefault(key, []).append(printable(f"{place}: {detail}"))
 
     def extend(self, other: Rows) -> None:
-        """Take over what another one holds."""
+        """Add the rows of `other`."""
         self._lines += other._lines
         self.counts += other.counts
         for key, first in other._first.items():
             self._first[key] = (self._first.get(key, []) + first)[:SHOWN]
 
     def is_cut(self) -> bool:
-        """Whether `text` leaves rows out."""
+        """Whether `text` omits rows."""
         return any(count > SHOWN for count in self.counts.values())
 
     def text(self, listing: Path) -> str:
-        """By file and reason, largest first; `listing`: the file in which those that are left out can be read."""
+        """Format the rows by file and reason, most frequent first. listing: the file that has the omitted rows."""
         lines = []
         for file in sorted({file for file, _ in self.counts}):
             lines.append(str(file))
@@ -75,40 +83,45 @@ class Rows:
                 lines.append(f"  {reason}: {count:,} record{'' if count == 1 else 's'}")
                 lines += [f"    {row}" for row in first]
                 if count > len(first):
-                    lines.append(f"    ... and {count - len(first):,} more, all of them in {listing}")
+                    lines.append(f"    ... and {count - len(first):,} more; the full list is in {listing}")
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
+        """Write all rows as JSON Lines."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self._lines)
 
 
 class Findings:
-    """Everything that would make training wrong, to be said at once: rows, and faults that are no row's."""
+    """All reasons not to train, reported together: rows, and faults that belong to no row.
+
+    listing: the file for the full list of rows.
+    """
 
     def __init__(self, listing: Path):
-        self.rows, self.faults, self.listing = Rows(), [], listing
+        self.rows, self.listing = Rows(), listing
+        self.faults: list[str] = []
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.faults)
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
-        """An InputError of the block becomes a finding; what comes after the block goes on."""
+        """Turn an InputError of the block into a finding and continue after the block."""
         try:
             yield
         except InputError as error:
             self.faults.append(str(error))
 
     def save(self) -> None:
-        """Write all rows to `listing` if `stop` would show a part of them only."""
+        """Write all rows to `listing` if `stop` would omit some; otherwise delete the list of an earlier check."""
         if self.rows.is_cut():
             self.rows.write(self.listing)
         else:
-            self.listing.unlink(missing_ok=True)  # of an earlier check
+            self.listing.unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """InputError with all that was found, if anything was."""
+        """Raise InputError with all findings, if there are any."""
         if not self:
             return
         if len(self.faults) == 1 and not self.rows:
@@ -118,7 +131,7 @@ class Findings:
         raise InputError(
             f"{kinds} finding{'' if kinds == 1 else 's'}; nothing was trained.\n"
             + "\n".join(parts)
-            + ("\nRepair these records or take them out of the file." if self.rows else "")
+            + ("\nFix these records or remove them from the file." if self.rows else "")
         )
 
 
@@ -126,6 +139,6 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 
 
 def printable(text: str) -> str:
-    """One line that any terminal can print: control characters and half surrogates as escapes."""
+    """Return `text` as one line that any terminal can print, with control characters and surrogates escaped."""
     text = text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
     return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)

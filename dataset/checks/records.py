@@ -1,8 +1,9 @@
-"""Is a QA file what training takes it for? Every record is looked at before the first step, and all that is wrong is found
-in one go: records that do not follow the format, ids given twice, pictures that are missing, text that does not fit,
-held-out pictures among the training data. What takes longer, `dataset.check_sample` does to a sample.
+"""Check every record of a QA file before training.
 
-Reads records one at a time and keeps numbers of them, no objects. Knows no tokenizer class and no model.
+Finds all faults in one pass: records that break the format, duplicate ids, missing images, text that does not fit into
+max_length, and held-out images among the training data. `dataset.checks.sample` makes the slower checks, on a sample.
+
+Reads one record at a time and keeps numbers, not objects. Knows no tokenizer class and no model.
 """
 
 from __future__ import annotations
@@ -11,58 +12,58 @@ import functools
 import hashlib
 import os
 import random
-import re
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from config import InputError
+from dataset.checks.findings import Place, Rows
 from dataset.conversation import ChatFormat, TooLong
-from dataset.findings import Place, Rows
 from dataset.json_stream import Item, NotJson, stream_json
+from dataset.language import language_of
 from dataset.record import IMAGE_MARK, Conversation, Record, RecordError, parse_record
-
-LANGUAGES = ("en", "zh", "other")  # told by script
 
 
 @dataclass
 class SourceCount:
-    """What a source of a QA file holds. Turns are questions and answers; pictures are counted as often as they are used."""
+    """Totals of one source of a QA file. An image is counted once for each record that uses it."""
 
     records: int = 0
-    turns: int = 0
-    pictures: int = 0
-    text_only: int = 0
+    turns: int = 0  # questions and answers
+    images: int = 0
+    text_only: int = 0  # records without an image
     languages: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class Checked:
-    """A QA file after one pass over it."""
+    """The result of one pass over a QA file."""
 
     path: Path
-    read: int = 0  # records, good or not
+    read: int = 0  # all records, valid or not
     wrong: Rows = field(default_factory=Rows)
-    bad_images: Rows = field(default_factory=Rows)  # good records otherwise, whose pictures cannot be read
-    unfit: Rows = field(default_factory=Rows)  # what max_length leaves no use for
-    unfit_records: array = field(default_factory=lambda: array("q"))  # their places among the records, from 0
+    bad_images: Rows = field(default_factory=Rows)  # valid records with an image that cannot be read
+    unfit: Rows = field(default_factory=Rows)  # valid records left out because of max_length
+    unfit_records: array = field(default_factory=lambda: array("q"))  # their positions in the file, from 0
     sources: dict[str, SourceCount] = field(default_factory=dict)
     types: Counter[str] = field(default_factory=Counter)
-    sample: list[tuple[Place, Record]] = field(default_factory=list)  # seeded, of the good records
-    duplicates: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))  # places: the first, a later one
+    sample: list[tuple[Place, Record]] = field(default_factory=list)  # a seeded sample of the good records
+    duplicates: np.ndarray = field(
+        default_factory=lambda: np.empty((0, 2), np.int64)
+    )  # lines or items: first, later one
     fault: str = ""  # why the file could not be read to its end
-    # of a held-out file, what a training record is looked up in
-    picture_keys: dict[int, list[int]] = field(default_factory=dict)  # -> records
-    picture_sizes: set[int] = field(default_factory=set)
+    # Filled for a held-out file: what the training records are compared with.
+    image_keys: dict[int, list[int]] = field(default_factory=dict)  # key of an image -> positions of its records
+    image_sizes: set[int] = field(default_factory=set)  # bytes
     text_hashes: set[int] = field(default_factory=set)
-    # of a training file, what was found there
-    suspects: list[tuple[Place, str, int]] = field(default_factory=list)  # a picture's file and its key
-    held_out_texts: int = 0  # records without a picture that the held-out file has as well
+    # Filled for a training file: the matches.
+    suspects: list[tuple[Place, str, int]] = field(default_factory=list)  # record, path of the image, its key
+    held_out_texts: int = 0  # records without an image that are also in the held-out file
 
 
 def check_file(
@@ -74,20 +75,21 @@ def check_file(
     seed: int,
     is_held_out: bool = False,
     held_out: Checked | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
 ) -> Checked:
-    """Look at every record of a QA file.
+    """Check every record of a QA file, with a progress bar if it takes longer than two seconds.
 
-    chat: None where there is no tokenizer to ask, then nothing is said about lengths. sample_size: how many records are
-    kept for `dataset.check_sample`. held_out: the other file, checked before with `is_held_out`.
-    progress: wraps the records, for example tqdm.
+    chat: None if no tokenizer is available; lengths are then not checked.
+    sample_size: number of records to keep for `dataset.checks.sample`.
+    is_held_out: remember the images and texts of this file, to find them in the training file.
+    held_out: the result for the held-out file, from an earlier call with `is_held_out`.
     """
     checked, generator = Checked(path), random.Random(seed)
     places, id_hashes, content_hashes = array("q"), array("q"), array("q")
     folder = str(path.parent)
     good = 0
+    items = tqdm(stream_json(path), desc=f"checking {path.name}", unit=" records", delay=2, leave=False)
     try:
-        for item in progress(stream_json(path)):
+        for item in items:
             checked.read += 1
             try:
                 record = _parse(item)
@@ -101,16 +103,18 @@ def check_file(
             _count(checked, record)
             readable = True
             if record.images:
-                readable = _check_paths(checked, item, record, folder, is_held_out, held_out)
+                readable = _check_paths(
+                    checked, item=item, record=record, folder=folder, is_held_out=is_held_out, held_out=held_out
+                )
             elif is_held_out:
                 checked.text_hashes.add(content_hash)
             elif held_out and content_hash in held_out.text_hashes:
                 checked.held_out_texts += 1
-            if chat and not _fits(checked, item, record, chat, max_length):
+            if chat and not _fits(checked, item=item, record=record, chat=chat, max_length=max_length):
                 continue
             if not readable:
                 continue
-            good += 1  # every good record has the same chance to be among the sample at the end
+            good += 1  # reservoir sampling: every good record is in the sample with the same probability
             if len(checked.sample) < sample_size:
                 checked.sample.append((_place(path, item, record), record))
             elif (i := int(generator.random() * good)) < sample_size:
@@ -119,17 +123,17 @@ def check_file(
         checked.fault = str(error)
     else:
         if checked.read == 0:
-            checked.fault = f"{path}: holds no records; expected one JSON object a line."
+            checked.fault = f"{path}: contains no records; expected one JSON object per line."
     _name_equal_ids(checked, _equal_pairs(np.array(places, np.int64), np.array(id_hashes, np.int64)))
     checked.duplicates = _equal_pairs(np.array(places, np.int64), np.array(content_hashes, np.int64))
     return checked
 
 
 def check_leakage(train: Checked, held_out: Checked) -> None:
-    """Adds to `train.wrong` each record with a picture whose bytes a held-out record shows as well, under whatever name."""
+    """Add to `train.wrong` the records with an image that is also held out, compared by content, not by name."""
     if not train.suspects:
         return
-    wanted = {index for *_, key in train.suspects for index in held_out.picture_keys[key]}
+    wanted = {index for *_, key in train.suspects for index in held_out.image_keys[key]}
     by_digest: dict[bytes, tuple[Place, str]] = {}
     for item in stream_json(held_out.path):
         if item.index in wanted:
@@ -137,14 +141,14 @@ def check_leakage(train: Checked, held_out: Checked) -> None:
             for path in record.images:
                 place = _place(held_out.path, item, record)
                 by_digest.setdefault(_digest(held_out.path.parent / path), (place, path))
-    digest = functools.cache(_digest)  # a picture is often asked about more than once
+    digest = functools.cache(_digest)  # several records may use the same image
     for place, path, _ in train.suspects:
         if match := by_digest.get(digest(path)):
             train.wrong.add(
                 place,
                 "leaked_image",
-                f"{path} is also held out: {match[0].file} {match[0]}, there as {match[1]}. What is asked about a "
-                "picture that was trained on measures nothing; take it out of one of the two files.",
+                f"{path} is also held out: {match[0].file} {match[0]}, as {match[1]}. Scores on an image that was "
+                "trained on are meaningless; remove it from one of the two files.",
             )
 
 
@@ -159,11 +163,15 @@ def _parse(item: Item) -> Record:
 
 
 def _place(path: Path, item: Item, record: Record | None = None) -> Place:
-    if record is None:  # what can be told of one that is no record
+    """Return the place of a record. record: None if it is invalid; its id and source are then taken from the item."""
+    if record is not None:
+        name, source = record.id, record.source
+    else:
         value = item.value if isinstance(item.value, dict) else {}
-        name, source = (value.get(key) for key in ("id", "source"))
-        return Place(path, item.line, item.index, str(name or "")[:200], source if isinstance(source, str) else "")
-    return Place(path, item.line, item.index, record.id, record.source)
+        name, source = str(value.get("id") or "")[:200], value.get("source", "")
+        if not isinstance(source, str):
+            source = ""
+    return Place(file=path, line=item.line, index=item.index, id=name, source=source)
 
 
 def _count(checked: Checked, record: Record) -> None:
@@ -172,7 +180,7 @@ def _count(checked: Checked, record: Record) -> None:
         count = checked.sources[record.source] = SourceCount()
     count.records += 1
     count.turns += len(record.conversations)
-    count.pictures += len(record.images)
+    count.images += len(record.images)
     count.text_only += not record.images
     count.languages[_language(record)] += 1
     checked.types[record.type] += 1
@@ -181,7 +189,10 @@ def _count(checked: Checked, record: Record) -> None:
 def _check_paths(
     checked: Checked, item: Item, record: Record, folder: str, is_held_out: bool, held_out: Checked | None
 ) -> bool:
-    """Whether each picture of the record is a file with something in it; and which ones may be held out."""
+    """Whether each image of the record is a file that is not empty.
+
+    Also remembers the images of a held-out file, and the images of a training file that may be held out.
+    """
     for name in record.images:
         path = os.path.join(folder, name)
         try:
@@ -198,17 +209,17 @@ def _check_paths(
             )
             return False
         if is_held_out:
-            checked.picture_sizes.add(state.st_size)
-            checked.picture_keys.setdefault(_picture_key(path, state.st_size), []).append(item.index)
-        elif held_out and state.st_size in held_out.picture_sizes:
-            key = _picture_key(path, state.st_size)
-            if key in held_out.picture_keys:
+            checked.image_sizes.add(state.st_size)
+            checked.image_keys.setdefault(_image_key(path, state.st_size), []).append(item.index)
+        elif held_out and state.st_size in held_out.image_sizes:
+            key = _image_key(path, state.st_size)
+            if key in held_out.image_keys:
                 checked.suspects.append((_place(checked.path, item, record), path, key))
     return True
 
 
 def _fits(checked: Checked, item: Item, record: Record, chat: ChatFormat, max_length: int) -> bool:
-    """Whether every conversation of the record can be encoded."""
+    """Whether every conversation of the record can be encoded; otherwise the record becomes unfit."""
     if not _surely_usable(chat, record, max_length):
         try:
             for turns in (record.conversations, *record.alternatives):
@@ -221,11 +232,14 @@ def _fits(checked: Checked, item: Item, record: Record, chat: ChatFormat, max_le
 
 
 def _surely_usable(chat: ChatFormat, record: Record, max_length: int) -> bool:
-    """Whether an answer is sure to begin within max_length, and after the last image: told without tokenising, which takes
-    minutes for a million records. The first answer that can do is the one to the last question with an image."""
+    """Whether an answer certainly begins within max_length and after the last image.
+
+    Determined without tokenising, which would take minutes for a million records. The first answer after the last image
+    is the one to the last question with an image.
+    """
     for turns in (record.conversations, *record.alternatives):
         questions = [i for i, turn in enumerate(turns) if turn.role == "user"]
-        if not questions:  # a text, whose beginning is of use
+        if not questions:  # a text turn, which may be cut anywhere
             continue
         last = questions[0]
         if record.images and len(questions) > 1:
@@ -239,36 +253,22 @@ def _may_have_image(turns: Conversation, i: int) -> bool:
     return not isinstance(turns[i].content, str) or IMAGE_MARK in turns[i].content
 
 
-_HAN = re.compile(r"[\u3400-\u9fff\U00020000-\U000323af]")
-_FOREIGN = re.compile(
-    r"[^\W\d_a-zA-Z\u00c0-\u024f\u3400-\u9fff\U00020000-\U000323af]"
-)  # letters, neither Latin nor Han
-
-
 def _language(record: Record) -> str:
-    """By the script of how the conversation begins: Latin letters count as "en", Han characters as "zh"."""
-    for turn in record.conversations:
-        if not isinstance(turn.content, str) or not turn.content.isascii():
-            break
-    else:
-        return "en"
-    text = " ".join(plain_text(turn.content)[:200] for turn in record.conversations[:4])
-    if 10 * len(_FOREIGN.findall(text)) > len(text):
-        return "other"
-    return "zh" if 10 * len(_HAN.findall(text)) > len(text) else "en"
+    """Return the language of the beginning of the conversation."""
+    return language_of(" ".join(plain_text(turn.content)[:200] for turn in record.conversations[:4]))
 
 
 def plain_text(content: str | tuple) -> str:
-    """The text of a turn's content."""
+    """Return the text of a turn's content, without images."""
     return content if isinstance(content, str) else "".join(part for part in content if isinstance(part, str))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files and equal numbers
+# Equal files, equal records
 
 
-def _picture_key(path: str, size: int) -> int:
-    """Equal for files of equal content, and nearly always different otherwise: the size and 64 bytes from the middle."""
+def _image_key(path: str, size: int) -> int:
+    """Hash the size and 64 bytes from the middle of a file: equal for equal files, almost always unique otherwise."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -276,7 +276,7 @@ def _picture_key(path: str, size: int) -> int:
         finally:
             os.close(handle)
     except OSError:
-        return 0  # cannot be opened: found when pictures are decoded
+        return 0  # cannot be opened; reported when the image is decoded
 
 
 def _digest(path: str | Path) -> bytes:
@@ -284,11 +284,14 @@ def _digest(path: str | Path) -> bytes:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "blake2b").digest()
     except OSError:
-        return os.urandom(16)  # equal to nothing
+        return os.urandom(16)  # differs from every other digest
 
 
 def _equal_pairs(places: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """[m, 2]: for each record that equals an earlier one, the place of the first such and its own, in its order."""
+    """Return [m, 2]: the place of the first equal record and its own, for each record with the hash of an earlier one.
+
+    places, hashes: [n], of all records. The result is in the order of the later record.
+    """
     order = np.argsort(hashes, kind="stable")
     values, position = hashes[order], np.arange(len(order))
     is_first = np.ones(len(order), bool)
@@ -300,8 +303,9 @@ def _equal_pairs(places: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 
 
 def _name_equal_ids(checked: Checked, pairs: np.ndarray) -> None:
+    """Add the later record of each pair [m, 2] of `_equal_pairs` to `wrong`."""
     first_of = dict(zip(pairs[:, 1].tolist(), pairs[:, 0].tolist(), strict=True))
-    for item in stream_json(checked.path) if first_of else ():  # once more, for the names
+    for item in stream_json(checked.path) if first_of else ():  # a second pass, for the ids
         where = item.line or item.index
         if where in first_of:
             word = "line" if item.line else "item"

@@ -1,4 +1,4 @@
-"""What `dataset.check` found out about a QA file, as text for a person."""
+"""Format the results of `dataset.checks.records` and `dataset.checks.sample` as text for the user."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.check import LANGUAGES, Checked
-from dataset.check_sample import Lengths
-from dataset.findings import SHOWN, printable
+from dataset.checks.findings import SHOWN, printable
+from dataset.checks.records import Checked
+from dataset.checks.sample import Lengths
 from dataset.json_stream import stream_json
+from dataset.language import LANGUAGES
 
 BAR_WIDTH = 36
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def describe(checked: Checked, lengths: Lengths | None, pictures: int, max_length: int) -> str:
-    """Counts by source and language, types, and of the sample: token lengths and supervised shares as histograms."""
+def describe(checked: Checked, lengths: Lengths | None, images: int, max_length: int) -> str:
+    """Describe a QA file: counts by source and language, types, and histograms of the sample's lengths and labels.
+
+    images: the number of images that were decoded.
+    """
     sampled = "all" if len(checked.sample) == checked.read else f"{len(checked.sample):,} of {checked.read:,}"
     lines = [f"{checked.path}: {checked.read:,} records", *_source_table(checked), *_types(checked)]
-    lines += [f"  {pictures:,} pictures decoded to the last pixel ({sampled} records)"] if pictures else []
+    lines += [f"  {images:,} images fully decoded ({sampled} records)"] if images else []
     if lengths is not None and len(lengths.tokens):
         lines += [
             "",
-            f"  tokens a conversation ({sampled} records), max_length {max_length:,}: {_spread(lengths.tokens)}",
+            f"  tokens per conversation ({sampled} records), max_length {max_length:,}: {_spread(lengths.tokens)}",
         ]
         lines += histogram(lengths.tokens, _edges(lengths.tokens), lambda edge: f"{edge:,.0f}", mark=max_length)
         cut = float(np.mean(lengths.tokens > max_length))
         if cut:
-            lines.append(
-                f"  {cut:.1%} are longer: what is past max_length, the end of their answers, is not trained on"
-            )
+            lines.append(f"  {cut:.1%} are longer than max_length: the end of their answers is not trained on")
         lines += ["", f"  supervised share of the tokens: {_spread(100 * lengths.supervised, ' %')}"]
         lines += histogram(lengths.supervised, np.linspace(0, 1, 11), lambda edge: f"{edge:.0%}")
     return "\n".join(lines)
 
 
 def _source_table(checked: Checked) -> list[str]:
-    rows = [("source", "records", "turns", "pictures", "text only", *LANGUAGES)]
+    rows: list[tuple[str, ...]] = [("source", "records", "turns", "images", "text only", *LANGUAGES)]
     for name, count in sorted(checked.sources.items(), key=lambda pair: (-pair[1].records, pair[0])):
         numbers = (
             count.records,
             count.turns,
-            count.pictures,
+            count.images,
             count.text_only,
             *(count.languages[x] for x in LANGUAGES),
         )
@@ -72,7 +74,7 @@ def _spread(values: np.ndarray, unit: str = "") -> str:
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
-    """About ten buckets over the values, of a round width."""
+    """Return the edges of about ten buckets of a round width that cover the values."""
     width = max(1.0, float(np.ptp(values)) / 10)
     size = 10 ** np.floor(np.log10(width))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= width)
@@ -82,8 +84,10 @@ def _edges(values: np.ndarray) -> np.ndarray:
 def histogram(
     values: np.ndarray, edges: np.ndarray, label: Callable[[float], str], mark: float | None = None
 ) -> list[str]:
-    """A line with a bar for each bucket [edge, next edge), the last one with its end; empty ones at both ends are left
-    out. `mark`: a line is drawn after the bucket in which it lies."""
+    """Draw one line with a bar for each bucket [edge, next edge); the last bucket includes its end.
+
+    Empty buckets at both ends are omitted. mark: draw a line after the bucket that contains it.
+    """
     counts, _ = np.histogram(values, edges)
     used = np.flatnonzero(counts)
     names = [f"{label(low)} - {label(high)}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
@@ -100,30 +104,37 @@ def histogram(
 
 
 def notes(checked: Checked, max_refused: float, thorough: bool) -> list[str]:
-    """What is worth knowing and stops nothing. Equal records are always said where they are more than `max_refused`."""
+    """Return notes that do not prevent training.
+
+    max_refused: the share of duplicate records above which they are noted even if not `thorough`.
+    """
     found, count = [], len(checked.duplicates)
     if count and (thorough or count > max_refused * checked.read):
         word = "lines" if checked.sample and checked.sample[0][0].line else "items"
         first = "; ".join(f"{word} {a} and {b}" for a, b in checked.duplicates[:3].tolist())
         found.append(
-            f"{checked.path.name}: {count:,} of {checked.read:,} records repeat another one, picture and turns ({first}"
+            f"{checked.path.name}: {count:,} of {checked.read:,} records repeat another one, image and turns ({first}"
             f"{'; ...' if count > 3 else ''}); each is trained on as often as it is listed."
         )
     if checked.held_out_texts:
         found.append(
-            f"{checked.path.name}: {checked.held_out_texts:,} records without a picture are also held out, word for word."
+            f"{checked.path.name}: {checked.held_out_texts:,} records without an image are also held out, "
+            "word for word."
         )
     return found
 
 
 def refused_rows(path: Path) -> str:
-    """The raw records that preparing the data refused, from its list: the first of every reason."""
+    """Describe the raw records that data preparation refused: the first rows of each reason.
+
+    path: the list written by data preparation; if it does not exist, the result is empty.
+    """
     by_reason: dict[str, list[str]] = {}
     counts: Counter[str] = Counter()
     for item in stream_json(path) if path.exists() else ():
         row = item.value
         if not isinstance(row, dict) or not {"reason", "file", "detail"} <= row.keys():
-            continue  # not a list that preparing wrote
+            continue  # not written by data preparation
         counts[row["reason"]] += 1
         if counts[row["reason"]] <= SHOWN:
             where = f"line {row['line']}" if row.get("line") else f"item {row.get('index')}"
@@ -134,5 +145,5 @@ def refused_rows(path: Path) -> str:
         found.append(f"refused when the data were prepared: {reason}, {count:,} record{'' if count == 1 else 's'}")
         found += [f"    {text}" for text in by_reason[reason]]
         if count > SHOWN:
-            found.append(f"    ... and {count - SHOWN:,} more, all of them in {path}")
+            found.append(f"    ... and {count - SHOWN:,} more; the full list is in {path}")
     return "".join(f"{line}\n" for line in found)

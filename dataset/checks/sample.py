@@ -1,5 +1,7 @@
-"""A closer look at a sample of a QA file's records: are the pictures whole, are the labels the answers? Knows no tokenizer
-class and no model."""
+"""Check a sample of the records of a QA file: decode the images, and compare the labels with the answers.
+
+Knows no tokenizer class and no model.
+"""
 
 from __future__ import annotations
 
@@ -15,44 +17,52 @@ from pathlib import Path
 import numpy as np
 
 from config import IGNORE_INDEX
-from dataset.check import Checked, plain_text
+from dataset.checks.records import Checked, plain_text
 from dataset.conversation import ChatFormat
 from visual.images import ImageError, verify_image
 
 
-def check_pictures(checked: Checked) -> int:
-    """Decode every picture of the sample to its last pixel, in threads; what cannot be decoded is added to `bad_images`.
-    Returns the number of pictures."""
+def check_images(checked: Checked) -> int:
+    """Decode all images of the sample completely, in threads, and add records with a bad image to `bad_images`.
+
+    Returns the number of images.
+    """
     folder = checked.path.parent
-    pictures = [(place, folder / path) for place, record in checked.sample for path in record.images]
+    images = [(place, folder / path) for place, record in checked.sample for path in record.images]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for (place, _), error in zip(pictures, pool.map(_picture_fault, (path for _, path in pictures)), strict=True):
+        for (place, _), error in zip(images, pool.map(_image_fault, (path for _, path in images)), strict=True):
             if error:
                 checked.bad_images.add(place, error.reason, str(error))
-    return len(pictures)
+    return len(images)
 
 
 @dataclass
 class Lengths:
-    """Of every conversation of the sample: tokens [n] before max_length cuts, supervised share [n] of what is left."""
+    """Lengths of the n conversations of the sample."""
 
-    tokens: np.ndarray
-    supervised: np.ndarray
+    tokens: np.ndarray  # [n], before the cut to max_length
+    supervised: np.ndarray  # [n], share of supervised tokens after the cut
 
 
 def check_labels(checked: Checked, chat: ChatFormat, decode: Callable[[list[int]], str], max_length: int) -> Lengths:
-    """Tokenise the sample. Each stretch of supervised tokens must decode to an answer and its `<|im_end|>`, or to a text and
-    its `<|endoftext|>`, all of them in order: where it does not, `labels_are_not_the_answers` is added to `wrong`."""
+    """Tokenise the sample and check that the labels are the answers.
+
+    The runs of supervised tokens must decode to the answers in order, each with its `<|im_end|>`, or to a text with its
+    `<|endoftext|>`. Otherwise the record is added to `wrong` with the reason `labels_are_not_the_answers`.
+    """
     tokens, supervised = array("q"), array("d")
     for place, record in checked.sample:
         for turns in (record.conversations, *record.alternatives):
             encoded = chat.encode(turns)
             ends = (chat.im_end_id, chat.end_of_text_id)
-            spoken = [decode(ids[:-1]) for ids in _stretches(encoded.labels) if ids[-1] in ends]
+            decoded = [decode(ids[:-1]) for ids in _supervised_runs(encoded.labels) if ids[-1] in ends]
             answers = [plain_text(turn.content) for turn in turns if turn.role in ("assistant", "text")]
-            if list(map(_composed, spoken)) != list(map(_composed, answers)):
-                said, meant = (json.dumps(texts, ensure_ascii=False)[:200] for texts in (spoken, answers))
-                detail = f"the supervised tokens say {said}, the answers {meant}. Is this the model's own tokenizer?"
+            if list(map(_composed, decoded)) != list(map(_composed, answers)):
+                found, expected = (json.dumps(texts, ensure_ascii=False)[:200] for texts in (decoded, answers))
+                detail = (
+                    f"the supervised tokens decode to {found}, expected the answers {expected}. "
+                    "Is this the model's own tokenizer?"
+                )
                 checked.wrong.add(place, "labels_are_not_the_answers", detail)
             tokens.append(len(encoded.input_ids))
             if tokens[-1] > max_length:
@@ -62,11 +72,11 @@ def check_labels(checked: Checked, chat: ChatFormat, decode: Callable[[list[int]
 
 
 def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)  # the tokenizers of Qwen do this first
+    return unicodedata.normalize("NFC", text)  # as Qwen's tokenizers do first
 
 
-def _stretches(labels: list[int]) -> Iterator[list[int]]:
-    """The supervised ids, cut where something unsupervised stands between them."""
+def _supervised_runs(labels: list[int]) -> Iterator[list[int]]:
+    """Yield the runs of consecutive supervised ids."""
     ids: list[int] = []
     for label in [*labels, IGNORE_INDEX]:
         if label != IGNORE_INDEX:
@@ -76,7 +86,7 @@ def _stretches(labels: list[int]) -> Iterator[list[int]]:
             ids = []
 
 
-def _picture_fault(path: Path) -> ImageError | None:
+def _image_fault(path: Path) -> ImageError | None:
     try:
         verify_image(path)
     except ImageError as error:

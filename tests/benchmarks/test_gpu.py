@@ -12,7 +12,7 @@ from benchmarks import gpu, gpu_ways
 from benchmarks.gpu import BATCHES, HF, OURS, TINY, WARM_UP, WAYS, Clock, Row, markdown, measure, pass_flops
 from benchmarks.gpu_ways import AllLogits, NotInstalled, Task, ours, trainer_like
 from benchmarks.random_model import random_sample
-from model.fused import FusedLoraLinear
+from model.fused_lora import FusedLoraLinear
 
 CPU = torch.device("cpu")
 LENGTHS = ((5, 3), (2, 11), (9, 1), (4, 7), (30, 20), (3, 3))  # of questions and answers
@@ -85,10 +85,10 @@ def test_a_switch_is_what_it_says(task, name, monkeypatch, compiled):
             model, batch = self.model, micros[0]
             raise Seen(
                 {
-                    "padded": batch["lengths"] is None,
+                    "padded": batch.lengths is None,
                     "PEFT's own LoRA": not any(isinstance(one, FusedLoraLinear) for one in model.modules()),
                     "not compiled": compiled == [],
-                    "cached": batch["pixel_values"] is None and self.encoder(batch).shape[0] == len(batch["is_cached"]),
+                    "cached": batch.pixel_values is None and self.encoder(batch).shape[0] == len(batch.is_cached),
                     "checkpointing": model.causal_lm.is_gradient_checkpointing,
                     "all logits": isinstance(model, AllLogits),
                 }
@@ -104,7 +104,7 @@ def test_sorting_by_length_leaves_the_least_padding(task, monkeypatch):
     seen = []
     monkeypatch.setattr(Task, "batches", lambda self, samples, packed=False: seen.append(samples) or [])
     trainer_like(task, by_length=True)
-    lengths = [len(sample["input_ids"]) for sample in seen[0]]
+    lengths = [len(sample.input_ids) for sample in seen[0]]
     assert lengths == sorted(lengths) and len(lengths) == len(LENGTHS)
 
 

@@ -12,12 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import growth, limits
 from benchmarks.flops import Product, attention_flops, linear_products, step_flops, torchs_counter
 from benchmarks.growth import Series
-from benchmarks.limits import fastest, matrix_product, share_out
+from benchmarks.limits import fastest, matrix_product, split_step
 from benchmarks.random_model import PAD_TOKEN_ID, Sizes, random_model, random_sample
-from dataset.loader import collate
-from model.fused import fuse_lora
+from dataset.batch import collate
+from model.fused_lora import fuse_lora
 from qwen.attention import packed_sdpa
-from step import count_targets, on_device
+from training.step import count_targets, on_device
 
 CPU = torch.device("cpu")
 SIZES = Sizes(
@@ -63,20 +63,20 @@ def test_the_linear_layers_products_are_those_that_torch_counts(fused, packed, c
     model, batch = random_model(SIZES, torch.float32, CPU, lora_rank=4), make_batch(packed)
     if fused:
         assert fuse_lora(model.language_model) == 7 * SIZES.layers
-    inputs = on_device(batch, CPU)
+    inputs = batch.model_inputs(CPU)
     if cached:
         inputs |= {"patch_features": model.patch_features(inputs["pixel_values"]), "pixel_values": None}
-    images = len(batch["is_cached"])
-    products = linear_products(model, batch["input_ids"].numel(), images, count_targets(batch), cached)
+    images = len(batch.is_cached)
+    products = linear_products(model, batch.input_ids.numel(), images, batch.num_targets, cached)
     assert counted_by_torch(model, inputs)[0] == sum_of(products)
 
 
 def test_the_attention_is_what_torch_counts_where_every_pair_is_computed():
     model, batch = random_model(SIZES, torch.float32, CPU, lora_rank=4, attention="eager"), make_batch(packed=False)
     model.vision_tower.model.set_attn_implementation("eager")
-    rows, length = batch["input_ids"].shape
-    expected = attention_flops(model, [length] * rows, len(batch["is_cached"]), causal=False)
-    assert counted_by_torch(model, on_device(batch, CPU))[1] == sum(expected.values())
+    rows, length = batch.input_ids.shape
+    expected = attention_flops(model, [length] * rows, len(batch.is_cached), causal=False)
+    assert counted_by_torch(model, batch.model_inputs(CPU))[1] == sum(expected.values())
 
 
 def test_a_token_sees_itself_and_those_before_it_in_its_own_document():
@@ -88,9 +88,9 @@ def test_a_token_sees_itself_and_those_before_it_in_its_own_document():
 
 def test_a_steps_parts_are_those_of_its_documents_without_padding():
     model, batch = random_model(SIZES, torch.float32, CPU, lora_rank=4), make_batch(packed=True)
-    lengths, images = batch["lengths"][: len(SHAPES)], len(batch["is_cached"])
-    parts = step_flops(model, lengths, images, count_targets(batch))
-    products = linear_products(model, sum(lengths), images, count_targets(batch))
+    lengths, images = batch.lengths[: len(SHAPES)], len(batch.is_cached)
+    parts = step_flops(model, lengths, images, batch.num_targets)
+    products = linear_products(model, sum(lengths), images, batch.num_targets)
     assert all(parts[part] > 0 for part in ("encoder", "projector", "decoder", "LoRA", "head", "attention"))
     assert sum(parts.values()) == sum_of(products) + sum(attention_flops(model, lengths, images).values())
     assert limits.sum_flops(model, [batch, batch]) == {part: 2 * count for part, count in parts.items()}
@@ -132,7 +132,7 @@ def test_a_profile_is_shared_out_whole_and_each_part_where_it_belongs():
         optimizer.step()
     names = {limits.part_of(event) for event in seen.events() if event.name in ("aten::mm", "aten::addmm")}
     assert names == {"matrix products"}
-    parts = share_out(seen.events(), seconds=10.0)
+    parts = split_step(seen.events(), seconds=10.0)
     assert sum(parts.values()) == pytest.approx(10.0)
     assert all(parts[part] > 0 for part in limits.PARTS) and parts["Python"] > 9.0
     spent = {event.name: limits.part_of(event) for event in seen.events()}

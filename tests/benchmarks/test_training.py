@@ -13,7 +13,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import qwen
-from assemble import open_processors, open_qa_file
+from training.run import open_processors, open_qa_file
 from benchmarks.peers import Collator, Meter, Settings, cpu_seconds, samples, sorted_batches
 from benchmarks.training import NAMES, check_losses, largest_differences, markdown, parse_arguments
 from benchmarks.vlm_workload import SHAPES, make_workload, new_tokenizer, record
@@ -93,14 +93,14 @@ def test_the_peers_get_the_pixels_and_the_ids_of_our_batches(finished):
     order = SampleOrder(dataset.kept, config.seed, np.ones(len(dataset.kept)))
     processor = load_image_processor(finished[2] / "tower")._processor
     batch = Collator(processor, 7)(taken)
-    lengths = [len(sample["input_ids"]) for sample in taken]
-    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    lengths = [len(sample.input_ids) for sample in taken]
+    assert batch.attention_mask.sum(dim=1).tolist() == lengths
     for row, length in enumerate(lengths):
         wanted = dataset[order.at(row)]
-        assert torch.equal(batch["input_ids"][row, :length], wanted["input_ids"])
-        assert torch.equal(batch["labels"][row, :length], wanted["labels"])
-        assert (batch["input_ids"][row, length:] == 7).all() and (batch["labels"][row, length:] == IGNORE_INDEX).all()
-        assert torch.equal(batch["pixel_values"][row], wanted["pixel_values"][0])
+        assert torch.equal(batch.input_ids[row, :length], wanted["input_ids"])
+        assert torch.equal(batch.labels[row, :length], wanted["labels"])
+        assert (batch.input_ids[row, length:] == 7).all() and (batch.labels[row, length:] == IGNORE_INDEX).all()
+        assert torch.equal(batch.pixel_values[row], wanted["pixel_values"][0])
 
 
 def test_the_words_are_one_token_each_and_three_tenths_of_a_sample_are_answers():
@@ -119,9 +119,9 @@ def test_sorted_batches_are_the_same_samples_with_the_least_padding():
     chance = np.random.default_rng(0)
     taken = [{"input_ids": [number] * int(length)} for number, length in enumerate(chance.integers(1, 99, 24))]
     batches = sorted_batches(taken, 4, seed=1)
-    assert sorted(sample["input_ids"][0] for sample in batches) == list(range(24)) and batches != taken
-    lengths = [[len(sample["input_ids"]) for sample in batches[first : first + 4]] for first in range(0, 24, 4)]
-    in_order = sorted(len(sample["input_ids"]) for sample in taken)
+    assert sorted(sample.input_ids[0] for sample in batches) == list(range(24)) and batches != taken
+    lengths = [[len(sample.input_ids) for sample in batches[first : first + 4]] for first in range(0, 24, 4)]
+    in_order = sorted(len(sample.input_ids) for sample in taken)
     assert sorted(map(sorted, lengths)) == [in_order[first : first + 4] for first in range(0, 24, 4)]
     assert lengths != sorted(lengths)  # the warm-up must not be all that is short
 

@@ -23,7 +23,7 @@ from config import (
     run_script,
     to_yaml,
 )
-from typed_yaml import Switch, all_keys
+from config.typed_yaml import Switch, all_keys
 
 ROOT = DEFAULT_CONFIG.parent
 SOURCE = {"format": "llava", "images": "images"}

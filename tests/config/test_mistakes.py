@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from config import Config, InputError, SourceConfig, load_config, to_yaml
 from tests.test_config import VALUES, write
-from typed_yaml import all_keys
+from config.typed_yaml import all_keys
 
 
 @pytest.fixture

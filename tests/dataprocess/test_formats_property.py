@@ -1,5 +1,5 @@
 """Whatever raw records say, in every format and container: each is kept whole or refused with a reason, and nothing but
-InputError comes out. Run: python -m pytest tests/test_formats_property.py
+InputError comes out. Run: python -m pytest tests/dataprocess/test_formats_property.py
 
 Rows are drawn good (then what must come out is known), with one known fault (then the reason is), or damaged at random
 (then the promises that hold for all rows are checked). Every case runs a second time in a process with another
@@ -31,7 +31,7 @@ from dataset.record import IMAGE, Record, Turn, parse_record, parts_of
 from tests import raw_records as raw
 from tests.raw_records import Place, Row
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REASONS = set(
     "missing_image path_outside_folder assistant_first two_users_in_a_row two_assistants_in_a_row empty_answer "
     "empty_question no_answer wrong_type not_json bad_unicode marks_and_pictures_disagree mark_outside_question "
@@ -42,7 +42,7 @@ cases = settings(
 )
 
 
-def picture(kind: str, size: tuple[int, int], colour: tuple[int, int, int]) -> bytes:
+def image_file(kind: str, size: tuple[int, int], colour: tuple[int, int, int]) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, kind)
     return file.getvalue()
@@ -60,17 +60,17 @@ def bomb() -> bytes:
 
 
 DATA = [
-    picture("PNG", (9, 8), (0, 20, 30)),
-    picture("JPEG", (8, 9), (90, 20, 30)),
-    picture("WEBP", (9, 9), (180, 20, 30)),
-    picture("PNG", (8, 8), (250, 20, 30)),
+    image_file("PNG", (9, 8), (0, 20, 30)),
+    image_file("JPEG", (8, 9), (90, 20, 30)),
+    image_file("WEBP", (9, 9), (180, 20, 30)),
+    image_file("PNG", (8, 8), (250, 20, 30)),
 ]
 BAD = {
-    "cut.jpg": (picture("JPEG", (64, 64), (5, 20, 30))[:-200], "unreadable_image"),
+    "cut.jpg": (image_file("JPEG", (64, 64), (5, 20, 30))[:-200], "unreadable_image"),
     "empty.png": (b"", "unreadable_image"),
     "words.jpg": (b"<html>404</html>", "unreadable_image"),
     "bomb.png": (bomb(), "decompression_bomb"),
-    "thin.png": (picture("PNG", (2000, 1), (1, 20, 30)), "extreme_shape"),
+    "thin.png": (image_file("PNG", (2000, 1), (1, 20, 30)), "extreme_shape"),
 }
 
 
@@ -90,7 +90,7 @@ class OtherProcess:
     """Does the same in a process in which strings hash otherwise."""
 
     CODE = (
-        "import sys, json; from pathlib import Path; from tests.test_formats_property import run\n"
+        "import sys, json; from pathlib import Path; from tests.dataprocess.test_formats_property import run\n"
         "for line in sys.stdin:\n"
         "    folder, sources, verify = json.loads(line)\n"
         "    for source in sources: source.update({k: Path(source[k]) for k in ('annotations', 'images')})\n"
@@ -114,7 +114,7 @@ class OtherProcess:
 def work(tmp_path_factory):
     base = tmp_path_factory.mktemp("formats")
     images = base / "images"
-    for number, name in enumerate([*raw.PICTURES, "../secret.jpg", "../elsewhere/secret.jpg"]):
+    for number, name in enumerate([*raw.IMAGES, "../secret.jpg", "../elsewhere/secret.jpg"]):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         (images / name).write_bytes(DATA[number % len(DATA)])
     for name, (data, _) in BAD.items():
@@ -137,7 +137,7 @@ class Work:
         with what is known of the rows. Then once more without naming the format."""
         captions = "all"
         if format in CAPTION_FORMATS:
-            known = all(row.talks or row.reasons for row in rows)
+            known = all(row.dialogs or row.reasons for row in rows)
             captions = draw(st.sampled_from(["all", "one_per_epoch"])) if known else "one_per_epoch"
         each = captions == "all" and format in CAPTION_FORMATS
         with tempfile.TemporaryDirectory(dir=self.base) as temporary:
@@ -151,7 +151,7 @@ class Work:
             assert self.other.run(folder, [source], verify) == message
             assert taken(folder / "out") == outputs
             again = run(folder, [source | {"format": "auto"}], verify)
-            if all(row.talks for row in rows) and any(row.pictures for row in rows):
+            if all(row.dialogs for row in rows) and any(row.images for row in rows):
                 assert again == message and taken(folder / "out") == outputs
 
 
@@ -180,7 +180,7 @@ def check_outputs(out: Path, images: Path, rows: list[Row], places: list[Place],
         if number not in refused:
             assert not row.reasons, f"kept, though {row.reasons}: {row.value!r}"
             continue
-        assert row.talks is None, f"{refused[number]}: {row.value!r}"
+        assert row.dialogs is None, f"{refused[number]}: {row.value!r}"
         assert not row.reasons or refused[number]["reason"] in row.reasons, (refused[number], row)
         if isinstance(row.value, dict) and isinstance(row.value.get("id"), str):
             assert refused[number]["id"] == row.value["id"]
@@ -197,35 +197,35 @@ def check_kept(qa: QAFile, rows: list[Row], images: Path, several: bool) -> None
     lines = iter(qa.path.read_bytes().split(b"\n")[:-1])
     seen = set()
     for row in rows:
-        for talks in ([[talk] for talk in row.talks] if several else [row.talks]) if row.talks else [None]:
+        for dialogs in ([[dialog] for dialog in row.dialogs] if several else [row.dialogs]) if row.dialogs else [None]:
             record, line = next(records), next(lines)
             assert parse_record(json.loads(line), "") == parse_record(as_json(record), "") == record
             assert record.id.startswith("s:") and record.source == "s" and record.id not in seen
             seen.add(record.id)
             for path in qa.image_paths(record):
                 assert path.is_file() and {images, qa.folder.resolve() / "qa.images"} & set(path.resolve().parents)
-            if talks is not None:
+            if dialogs is not None:
                 said = [
-                    [(turn.role, parts_of(turn)) for turn in talk]
-                    for talk in (record.conversations, *record.alternatives)
+                    [(turn.role, parts_of(turn)) for turn in dialog]
+                    for dialog in (record.conversations, *record.alternatives)
                 ]
-                assert len(said) == len(talks)
-                for ours, theirs in zip(said, talks, strict=True):
+                assert len(said) == len(dialogs)
+                for ours, theirs in zip(said, dialogs, strict=True):
                     assert len(ours) == len(theirs)
                     for (role, parts), (wanted, pieces) in zip(ours, theirs, strict=True):
                         if pieces is raw.PROMPT:
                             assert role == "user" and parts[0] is IMAGE and len(parts) == 2
                         else:
-                            expected = [IMAGE if piece is raw.PICTURE else piece for piece in raw.joined(pieces)]
+                            expected = [IMAGE if piece is raw.IMAGE else piece for piece in raw.joined(pieces)]
                             assert (role, parts) == (wanted, expected)
-                check_pictures(qa, record, row.pictures, images)
+                check_images(qa, record, row.images, images)
             else:
                 check_words(record, row.value)
     assert next(records, None) is None
 
 
-def check_pictures(qa: QAFile, record: Record, pictures: list[str | bytes], images: Path) -> None:
-    for path, wanted in zip(qa.image_paths(record), pictures, strict=True):
+def check_images(qa: QAFile, record: Record, images: list[str | bytes], images: Path) -> None:
+    for path, wanted in zip(qa.image_paths(record), images, strict=True):
         if isinstance(wanted, bytes):
             assert path.read_bytes() == wanted
         else:
@@ -235,7 +235,7 @@ def check_pictures(qa: QAFile, record: Record, pictures: list[str | bytes], imag
 def check_words(record: Record, value: object) -> None:
     """A damaged row that was kept says nothing that it did not say before, but for the questions about captions."""
     source = squeezed("".join(strings(value)))
-    for turn in [turn for talk in (record.conversations, *record.alternatives) for turn in talk]:
+    for turn in [turn for dialog in (record.conversations, *record.alternatives) for turn in dialog]:
         if "caption" not in value or turn.role == "assistant":
             assert all(squeezed(part) in source for part in parts_of(turn) if part is not IMAGE)
 
@@ -259,12 +259,12 @@ def as_json(record: Record) -> dict:
             return turn.content
         return [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in parts]
 
-    def turns(talk) -> list[dict]:
-        return [{"role": turn.role, "content": content(turn)} for turn in talk]
+    def turns(dialog) -> list[dict]:
+        return [{"role": turn.role, "content": content(turn)} for turn in dialog]
 
     return {
         **{"id": record.id, "image": list(record.images), "source": record.source, "type": record.type},
-        **{"conversations": turns(record.conversations), "alternatives": [turns(talk) for talk in record.alternatives]},
+        **{"conversations": turns(record.conversations), "alternatives": [turns(dialog) for dialog in record.alternatives]},
     }
 
 
@@ -272,7 +272,7 @@ def as_json(record: Record) -> dict:
 
 JSON_ROWS = {"llava": raw.llava, "chat": raw.chat, "messages": raw.messages(), "ai_challenger": raw.ai_challenger()}
 JSON_ROWS["text"] = raw.text()
-FAULTS = {"ai_challenger": [raw.wrong_picture], "text": []}
+FAULTS = {"ai_challenger": [raw.wrong_image], "text": []}
 NOT_JSON = st.sampled_from(
     [b'{"id": "x"', b"\xff\xfe", b'{"id": "\xe9"}', b"nul", b"{'id': 1}", b"{}{}", b'{"id": "\x01"}']
     + [b'{"a": ' + b"9" * 5000 + b"}", b'{"a": ' + b"[" * 100_000 + b"1"]
@@ -288,7 +288,7 @@ def some(*strategies) -> st.SearchStrategy[list[Row]]:
 @given(data=st.data())
 def test_json(work, format, data):
     good = JSON_ROWS[format]
-    faulty = [raw.faulty(good, fault) for fault in FAULTS.get(format, [raw.wrong_picture, raw.wrong_turns])]
+    faulty = [raw.faulty(good, fault) for fault in FAULTS.get(format, [raw.wrong_image, raw.wrong_turns])]
     rows = data.draw(some(good, *faulty) | some(good) | some(good, *faulty, raw.damage(good), raw.junk_row(), NOT_JSON))
     work.check(
         data.draw, format, rows, lambda folder: (folder / "raw", raw.write_json(data.draw, folder / "raw", rows))
@@ -309,7 +309,7 @@ def test_coco(work, data):
 
 TABLES = {
     "chat, lists": raw.chat_table(DATA, None),
-    "chat, one": raw.chat_table(DATA, picture("PNG", (8, 8), (0, 0, 0))),
+    "chat, one": raw.chat_table(DATA, image_file("PNG", (8, 8), (0, 0, 0))),
     "cauldron": raw.cauldron(DATA),
     "ai_challenger": raw.ai_challenger(),
 }
@@ -366,14 +366,14 @@ def test_folder(work, data):
     rows, texts = [], {}
     for stem in sorted(stems):
         name = stem + data.draw(st.sampled_from([".jpg", ".PNG", ".webp"]))
-        what = data.draw(st.sampled_from(["good", "good", "no text", "no picture", "blank"]))
+        what = data.draw(st.sampled_from(["good", "good", "no text", "no image", "blank"]))
         texts[stem] = data.draw(
             raw.blank
             if what == "blank"
             else raw.literal.map(lambda text: text.strip().lstrip("\ufeff").strip()).filter(bool)
         )
         row = Row(name, raw.captioned([texts[stem]]), [name])
-        wrong = {"no text": "no_answer", "no picture": "missing_image", "blank": "empty_answer"}
+        wrong = {"no text": "no_answer", "no image": "missing_image", "blank": "empty_answer"}
         rows.append(row if what == "good" else raw.damaged(name, wrong[what]))
 
     def write(folder: Path):
@@ -391,10 +391,10 @@ def test_folder(work, data):
 
 @settings(cases, max_examples=12)
 @given(data=st.data())
-def test_verified_pictures(work, data):
+def test_verified_images(work, data):
     def fault(row: Row, draw) -> Row | None:
         name = draw(st.sampled_from(sorted(BAD)))
-        return row.pictures and raw.damaged({**row.value, "image": [*row.pictures[1:], name]}, BAD[name][1])
+        return row.images and raw.damaged({**row.value, "image": [*row.images[1:], name]}, BAD[name][1])
 
     rows = data.draw(some(raw.llava, raw.faulty(raw.llava, fault)))
     work.check(

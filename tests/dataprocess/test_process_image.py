@@ -1,4 +1,4 @@
-"""From raw annotations to the QA file: nothing lost, nothing mixed up. Run: python -m pytest tests/test_dataprocess.py"""
+"""From raw annotations to the QA file: nothing lost, nothing mixed up. Run: python -m pytest tests/dataprocess/test_process_image.py"""
 
 import json
 import os
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import InputError, SourceConfig
-from dataprocess import process_image, sorting, verify
+from dataprocess import process_image, convert, verify_images
 from dataprocess.process_image import prepare, summary
 from dataprocess.readers import CAPTION_PROMPTS
 from dataset.qa_file import QAFile
@@ -36,7 +36,7 @@ class Workshop:
         for name in names:
             path = self.folder / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(f"{folder}/{name}".encode())  # nothing opens them as pictures; tests read them back
+            path.write_bytes(f"{folder}/{name}".encode())  # nothing opens them as images; tests read them back
         return self.folder / folder
 
     def source(self, name: str, format: str, raw: list | str | bytes, images: Path | None = None, **settings) -> None:
@@ -98,19 +98,19 @@ def texts(record: dict) -> list[str]:
 def test_equal_file_names_in_two_sources_lose_no_record_and_mix_no_answer(shop):
     names = [f"{k}.jpg" for k in range(20)]
     for name in ("left", "right"):
-        folder = shop.images(f"pictures/{name}", *names)
-        raw = [llava(image, f"<image>\nWhich {turn}?", f"pictures/{name}/{image}") for image in names for turn in "ab"]
+        folder = shop.images(f"images/{name}", *names)
+        raw = [llava(image, f"<image>\nWhich {turn}?", f"images/{name}/{image}") for image in names for turn in "ab"]
         shop.source(name, "llava", raw, folder)
     report = shop.prepare()
     records = shop.read()
-    assert report["kept"] == len(records) == 80  # two about every picture of either folder
+    assert report["kept"] == len(records) == 80  # two about every image of either folder
     for one in records:
         assert shop.shown(one) == texts(one)[1]
     assert len({one["id"] for one in records}) == 80
 
 
 def test_every_turn_and_every_caption_is_kept(shop):
-    folder = shop.images("pictures", "a.jpg", "b.jpg")
+    folder = shop.images("images", "a.jpg", "b.jpg")
     shop.source("talk", "llava", [llava("a.jpg", "<image>\nOne?", "1", "Two?", "2", "Three?", "3")], folder)
     captions = [f"图中第{k}句" for k in range(5)]
     shop.source("captions", "ai_challenger", [{"url": "u", "image_id": "b.jpg", "caption": captions}], folder)
@@ -124,7 +124,7 @@ def test_every_turn_and_every_caption_is_kept(shop):
 
 
 def test_one_caption_an_epoch_keeps_the_others_as_alternatives(shop):
-    folder = shop.images("pictures", "b.jpg")
+    folder = shop.images("images", "b.jpg")
     captions = ["一", "二", "", "四", "五"]
     raw = [{"image_id": "b.jpg", "caption": captions}]
     shop.source("captions", "ai_challenger", raw, folder, captions="one_per_epoch")
@@ -135,7 +135,7 @@ def test_one_caption_an_epoch_keeps_the_others_as_alternatives(shop):
 
 
 def test_a_row_with_no_image_or_two_stays_in_its_own_record(shop):
-    folder = shop.images("pictures", "a.jpg", "b.jpg", "c.jpg")
+    folder = shop.images("images", "a.jpg", "b.jpg", "c.jpg")
     raw = [
         llava("a.jpg"),
         llava(None, "Just text?", "Yes."),
@@ -145,14 +145,14 @@ def test_a_row_with_no_image_or_two_stays_in_its_own_record(shop):
     shop.source("rows", "llava", raw, folder)
     assert shop.prepare()["kept"] == 4
     images = [one.get("image") for one in shop.read()]
-    assert images == ["../pictures/a.jpg", None, ["../pictures/b.jpg", "../pictures/c.jpg"], "../pictures/b.jpg"]
+    assert images == ["../images/a.jpg", None, ["../images/b.jpg", "../images/c.jpg"], "../images/b.jpg"]
 
 
 # --- formats and repairs
 
 
 def test_llava_marks_stay_where_they_stood_and_a_missing_one_is_added(shop):
-    folder = shop.images("pictures", "a.jpg")
+    folder = shop.images("images", "a.jpg")
     questions = ["<image>\nStart?", "End?\n<image>", "None?"]
     shop.source("marks", "llava", [llava("a.jpg", question, "Yes.") for question in questions], folder)
     report = shop.prepare()
@@ -178,7 +178,7 @@ def test_coco_names_of_2014_and_2017_find_each_other(shop):
 
 
 def test_chat_lines_with_marks_at_the_end_and_joined_images(shop):
-    folder = shop.images("pictures", "0.jpg", "1.jpg", "a, b.jpg")
+    folder = shop.images("images", "0.jpg", "1.jpg", "a, b.jpg")
     rows = [
         chat("0.jpg", "描述图片。\n<image>", "好。"),
         chat("0.jpg", "描述图片。<image>", "好。"),
@@ -191,8 +191,8 @@ def test_chat_lines_with_marks_at_the_end_and_joined_images(shop):
     report = shop.prepare()
     kept = shop.read()
     assert [texts(one)[0] for one in kept[:2]] == ["描述图片。\n<image>", "描述图片。<image>"]
-    assert kept[2]["image"] == ["../pictures/0.jpg", "../pictures/1.jpg"]
-    assert kept[3]["image"] == "../pictures/a, b.jpg"
+    assert kept[2]["image"] == ["../images/0.jpg", "../images/1.jpg"]
+    assert kept[3]["image"] == "../images/a, b.jpg"
     assert kept[4]["conversations"][0] == {"role": "system", "content": "Be kind."}
     assert [one["id"] for one in kept] == ["svlm:0", "svlm:1", "svlm:2", "svlm:4", "svlm:5"]
     assert report["repairs"] == {"comma_joined_images_split": 1}
@@ -201,17 +201,17 @@ def test_chat_lines_with_marks_at_the_end_and_joined_images(shop):
 
 
 def test_joined_images_without_marks_are_split_where_every_part_is_an_image(shop):
-    folder = shop.images("pictures", "0.jpg", "1.PNG", "a, b.jpg")
+    folder = shop.images("images", "0.jpg", "1.PNG", "a, b.jpg")
     shop.source("svlm", "chat", [chat("0.jpg, 1.PNG", "Two?", "Yes."), chat("a, b.jpg", "One?", "Yes.")], folder)
     report = shop.prepare()
     split, whole = shop.read()
-    assert (split["image"], texts(split)[0]) == (["../pictures/0.jpg", "../pictures/1.PNG"], "<image>\n<image>\nTwo?")
-    assert (whole["image"], texts(whole)[0]) == ("../pictures/a, b.jpg", "<image>\nOne?")
+    assert (split["image"], texts(split)[0]) == (["../images/0.jpg", "../images/1.PNG"], "<image>\n<image>\nTwo?")
+    assert (whole["image"], texts(whole)[0]) == ("../images/a, b.jpg", "<image>\nOne?")
     assert report["repairs"] == {"image_mark_added": 2, "comma_joined_images_split": 1}
 
 
 def test_chat_reads_the_older_turns_and_turns_written_as_text(shop):
-    folder = shop.images("pictures", "a.jpg")
+    folder = shop.images("images", "a.jpg")
     turns = chat("a.jpg", "<image>\nWhat?", "This.")["conversations"]
     rows = [
         {"image": "a.jpg", "conversations": turns},
@@ -226,7 +226,7 @@ def test_chat_reads_the_older_turns_and_turns_written_as_text(shop):
 
 @pytest.mark.parametrize("format", ["llava", "chat"])
 def test_images_under_another_key_are_read_or_refused_never_left_out(shop, format):
-    folder = shop.images("pictures", "a.jpg", "b.jpg")
+    folder = shop.images("images", "a.jpg", "b.jpg")
     shown = [
         {"images": ["a.jpg", "b.jpg"]},
         {"images": []},
@@ -237,7 +237,7 @@ def test_images_under_another_key_are_read_or_refused_never_left_out(shop, forma
     ]
     shop.source("x", format, [llava(None, "What?", "This.") | keys for keys in shown], folder)
     report = shop.prepare()
-    assert [one.get("image") for one in shop.read()] == [["../pictures/a.jpg", "../pictures/b.jpg"], None]
+    assert [one.get("image") for one in shop.read()] == [["../images/a.jpg", "../images/b.jpg"], None]
     assert report["by_reason"] == {"wrong_type": 4}
     named = [refusal["detail"].split()[0] for refusal in shop.refused()]
     assert named == ['"images"', '"images"', '"image_bytes"', '"video"']
@@ -245,7 +245,7 @@ def test_images_under_another_key_are_read_or_refused_never_left_out(shop, forma
 
 
 def test_ids_are_unique_and_types_are_kept(shop):
-    folder = shop.images("pictures", "a.jpg")
+    folder = shop.images("images", "a.jpg")
     ids = ["a", "a", 7, "a#2", "7", None, "a"]
     raw = [llava("a.jpg", id=name, type="colour") for name in ids]
     shop.source("x", "llava", raw, folder)
@@ -257,7 +257,7 @@ def test_ids_are_unique_and_types_are_kept(shop):
 
 
 def test_a_refused_record_takes_no_id(shop):
-    folder = shop.images("pictures", "a.jpg")
+    folder = shop.images("images", "a.jpg")
     raw = [llava("a.jpg", "<image>\nWhat?", answer, id="a") for answer in ("", "One.", "", "Two.")]
     shop.source("x", "llava", raw, folder)
     shop.prepare()
@@ -275,7 +275,7 @@ def test_text_is_carried_over_to_the_letter(shop):
 
 
 def test_limit_takes_the_first_records(shop):
-    folder = shop.images("pictures", "a.jpg")
+    folder = shop.images("images", "a.jpg")
     shop.source("x", "llava", [llava("a.jpg", id=str(k)) for k in range(9)], folder, limit=4)
     assert shop.prepare()["read"] == 4
     assert [one["id"] for one in shop.read()] == ["x:0", "x:1", "x:2", "x:3"]
@@ -314,10 +314,10 @@ REFUSALS = [
 
 
 @pytest.fixture
-def pictures(shop) -> Path:
+def images(shop) -> Path:
     """a.jpg, and several ways out of the folder."""
     shop.images(".", "secret.jpg")
-    folder = shop.images("pictures", "a.jpg", "folder/c.jpg")
+    folder = shop.images("images", "a.jpg", "folder/c.jpg")
     (folder / "link.jpg").symlink_to(shop.folder / "secret.jpg")
     (folder / "link").symlink_to(shop.folder)
     (folder / "loop.jpg").symlink_to("loop.jpg")
@@ -326,9 +326,9 @@ def pictures(shop) -> Path:
 
 
 @pytest.mark.parametrize(("raw", "reason"), REFUSALS)
-def test_a_refused_record_is_counted_named_and_placed(shop, pictures, raw, reason):
+def test_a_refused_record_is_counted_named_and_placed(shop, images, raw, reason):
     good = llava("inside.jpg", id="good")
-    shop.source("x", "llava", [good, raw, good], pictures)
+    shop.source("x", "llava", [good, raw, good], images)
     report = shop.prepare()
     assert (report["read"], report["kept"], report["refused"]) == (3, 2, 1)
     assert report["by_source"] == {"x": {"read": 3, "kept": 2, "refused": 1}}
@@ -340,26 +340,26 @@ def test_a_refused_record_is_counted_named_and_placed(shop, pictures, raw, reaso
     assert [one["id"] for one in shop.read()] == ["x:good", "x:good#2"]
 
 
-def test_a_link_out_of_the_folder_is_refused_with_a_way_out(shop, pictures):
-    shop.source("x", "llava", [llava("link.jpg"), llava("link/secret.jpg"), llava("a.jpg")], pictures)
+def test_a_link_out_of_the_folder_is_refused_with_a_way_out(shop, images):
+    shop.source("x", "llava", [llava("link.jpg"), llava("link/secret.jpg"), llava("a.jpg")], images)
     shop.prepare()
     for refusal, target in zip(shop.refused(), (shop.folder / "secret.jpg", shop.folder), strict=True):
-        assert f"leads by a link to {target}, outside {pictures}; point images of a source at" in refusal["detail"]
+        assert f"leads by a link to {target}, outside {images}; point images of a source at" in refusal["detail"]
 
 
 def test_links_inside_the_folder_and_to_it_are_followed(shop):
-    folder = shop.images("pictures", "deep/a.jpg")
+    folder = shop.images("images", "deep/a.jpg")
     (folder / "b.jpg").symlink_to("deep/a.jpg")
     (folder / "shallow").symlink_to("deep")
     (shop.folder / "alias").symlink_to(folder)
     shop.source("x", "llava", [llava(name) for name in ("deep/a.jpg", "b.jpg", "shallow/a.jpg")], shop.folder / "alias")
     assert shop.prepare()["kept"] == 3
-    assert {shop.shown(one) for one in shop.read()} == {"pictures/deep/a.jpg"}
+    assert {shop.shown(one) for one in shop.read()} == {"images/deep/a.jpg"}
 
 
-def test_captions_of_another_shape_are_refused(shop, pictures):
+def test_captions_of_another_shape_are_refused(shop, images):
     raw = [{"image_id": "a.jpg", "caption": caption} for caption in (["好"], "好", [3], [], [" "])]
-    shop.source("captions", "ai_challenger", raw + [{"caption": ["好"]}], pictures)
+    shop.source("captions", "ai_challenger", raw + [{"caption": ["好"]}], images)
     report = shop.prepare()
     assert (report["kept"], report["by_reason"]) == (1, {"wrong_type": 3, "empty_answer": 2})
     assert shop.refused()[0]["id"] == "a.jpg"
@@ -391,7 +391,7 @@ sound = st.sampled_from(
 @given(raw=st.lists(junk | sound, min_size=1, max_size=12), format=st.sampled_from(["llava", "chat", "ai_challenger"]))
 def test_no_record_is_ever_lost(tmp_path_factory, raw, format):
     shop = Workshop(tmp_path_factory.mktemp("shop"))
-    folder = shop.images("pictures", "a.jpg")
+    folder = shop.images("images", "a.jpg")
     shop.source("good", "llava", [llava("a.jpg")], folder)
     shop.source("x", format, raw, folder, captions="one_per_epoch" if format == "ai_challenger" else "all")
     report = shop.prepare()
@@ -401,20 +401,20 @@ def test_no_record_is_ever_lost(tmp_path_factory, raw, format):
     assert {one["index"] for one in shop.refused()} <= set(range(len(raw)))
 
 
-def test_broken_lines_are_refused_and_a_broken_list_stops(shop, pictures):
+def test_broken_lines_are_refused_and_a_broken_list_stops(shop, images):
     good = json.dumps(llava("a.jpg")).encode()
-    shop.source("x", "llava", b"\n".join([good, good[:-4], b"\xff" + good, good]), pictures)
+    shop.source("x", "llava", b"\n".join([good, good[:-4], b"\xff" + good, good]), images)
     report = shop.prepare()
     assert (report["kept"], report["by_reason"]) == (2, {"not_json": 2})
     assert [one["line"] for one in shop.refused()] == [2, 3]
-    shop.source("x", "llava", b"[" + good + b"," + good[:-4], pictures)
+    shop.source("x", "llava", b"[" + good + b"," + good[:-4], images)
     with pytest.raises(InputError, match=r"x\.json: .* after 1 values"):
         shop.prepare()
 
 
-def test_too_many_refusals_leave_the_report_and_no_qa_file(shop, pictures):
+def test_too_many_refusals_leave_the_report_and_no_qa_file(shop, images):
     raw = [llava("a.jpg")] * 8 + [llava("b.jpg"), llava("a.jpg", "<image>\nWhat?", "")]
-    shop.source("x", "llava", raw, pictures)
+    shop.source("x", "llava", raw, images)
     with pytest.raises(InputError, match=r"2 of 10 raw records were refused \(empty_answer 1, missing_image 1\)"):
         shop.prepare(max_refused=0.1)
     assert sorted(os.listdir(shop.folder / "out")) == ["qa.refused.jsonl", "qa.report.json"]
@@ -426,10 +426,10 @@ def test_too_many_refusals_leave_the_report_and_no_qa_file(shop, pictures):
         shop.prepare(max_refused=0.1)
 
 
-def test_the_report_of_a_refused_run_does_not_vouch_for_an_older_qa_file(shop, pictures):
+def test_the_report_of_a_refused_run_does_not_vouch_for_an_older_qa_file(shop, images):
     for answer in ("old", "new"):
         raw = [llava("a.jpg", "<image>\nWhich?", answer), llava("b.jpg")]
-        shop.source("x", "llava", raw, pictures)
+        shop.source("x", "llava", raw, images)
         if answer == "new":
             with pytest.raises(InputError):
                 shop.prepare(max_refused=0.0)
@@ -437,30 +437,30 @@ def test_the_report_of_a_refused_run_does_not_vouch_for_an_older_qa_file(shop, p
         assert texts(shop.read()[0])[1] == answer  # both QA files have the same size
 
 
-def test_what_cannot_be_used_is_said_by_name(shop, pictures):
-    shop.source("x", "lava", [llava("a.jpg")], pictures)
+def test_what_cannot_be_used_is_said_by_name(shop, images):
+    shop.source("x", "lava", [llava("a.jpg")], images)
     with pytest.raises(InputError, match='source "x": format: "lava" is unknown; did you mean "llava"'):
         shop.prepare()
-    shop.source("x", "llava", [], pictures)
+    shop.source("x", "llava", [], images)
     with pytest.raises(InputError, match="holds no record"):
         shop.prepare()
     shop.source("x", "llava", [llava("a.jpg")], shop.folder / "none")
     with pytest.raises(InputError, match="none is not a folder"):
         shop.prepare()
-    shop.source("x", "llava", [llava("a.jpg")], pictures)
+    shop.source("x", "llava", [llava("a.jpg")], images)
     os.remove(shop.sources[0].annotations)
     with pytest.raises(InputError, match="download them first"):
         shop.prepare()
-    shop.source("x", "llava", [llava("a.jpg")], pictures, split="validation")
+    shop.source("x", "llava", [llava("a.jpg")], images, split="validation")
     with pytest.raises(InputError, match="none of 1 raw records is left to train on"):
         shop.prepare()
-    shop.source("a:b", "llava", [llava("a.jpg")], pictures)
+    shop.source("a:b", "llava", [llava("a.jpg")], images)
     with pytest.raises(InputError, match="name holds no"):
         shop.prepare()
 
 
-def test_annotations_are_never_overwritten(shop, pictures):
-    shop.source("x", "llava", [llava("a.jpg")], pictures)
+def test_annotations_are_never_overwritten(shop, images):
+    shop.source("x", "llava", [llava("a.jpg")], images)
     before = shop.sources[0].annotations.read_bytes()
     with pytest.raises(InputError, match="would be overwritten"):
         shop.prepare(validation="../x.json")
@@ -469,14 +469,14 @@ def test_annotations_are_never_overwritten(shop, pictures):
     for name in ("qa.jsonl", "held.jsonl", "qa.report.json", "qa.refused.jsonl"):
         raw = shop.folder / "out" / name
         raw.write_bytes(before)
-        shop.sources = [SourceConfig("x", raw, "llava", pictures)]
+        shop.sources = [SourceConfig("x", raw, "llava", images)]
         with pytest.raises(InputError, match="would be overwritten"):
             shop.prepare()
         assert raw.read_bytes() == before
 
 
-def test_raw_data_that_is_one_object_is_said_once(shop, pictures):
-    shop.source("x", "llava", json.dumps({"images": [llava("a.jpg")]}, indent=1), pictures)
+def test_raw_data_that_is_one_object_is_said_once(shop, images):
+    shop.source("x", "llava", json.dumps({"images": [llava("a.jpg")]}, indent=1), images)
     with pytest.raises(InputError, match="a JSON object over several lines"):
         shop.prepare()
 
@@ -491,7 +491,7 @@ def images_of(records: list[dict]) -> set[str]:
 
 def split_shop(shop: Workshop, order=lambda raw: raw) -> None:
     names = [f"{k}.jpg" for k in range(400)]
-    folder = shop.images("out/pictures/inner", *names)
+    folder = shop.images("out/images/inner", *names)
     (shop.folder / "out" / "alias").symlink_to(folder)
     shop.source("one", "llava", order([llava(name, id=f"{name}-{k}") for name in names for k in "ab"]), folder)
     shop.source("two", "llava", order([llava(f"inner/{name}") for name in names]), folder.parent)
@@ -540,11 +540,11 @@ def test_neither_folders_nor_the_order_of_sources_move_an_image(shop, tmp_path):
         assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 200
         return sides[1]
 
-    reference = held("a", prefix=False, images="pictures", backwards=False)
+    reference = held("a", prefix=False, images="images", backwards=False)
     assert 25 < len(reference) < 75  # 50 are expected, with a standard deviation of 6
-    assert held("b", prefix=True, images="pictures", backwards=False) == reference
+    assert held("b", prefix=True, images="images", backwards=False) == reference
     assert held("c", prefix=False, images="out/elsewhere/deep", backwards=False) == reference
-    assert held("d", prefix=False, images="pictures", backwards=True) == reference
+    assert held("d", prefix=False, images="images", backwards=True) == reference
 
 
 def test_an_image_of_coco_is_held_out_by_any_of_its_names_and_others_by_their_file(shop):
@@ -555,12 +555,12 @@ def test_an_image_of_coco_is_held_out_by_any_of_its_names_and_others_by_their_fi
     shop.source("learn", "llava", [llava("COCO_train2014_000000000009.jpg"), llava("a.jpg")], other, split="train")
     shop.source("again", "llava", [llava("a.jpg")], shop.folder / "alias", split="train")
     report = shop.prepare()
-    assert [one["image"] for one in shop.read()] == ["../other/a.jpg"]  # another picture that has the same name
+    assert [one["image"] for one in shop.read()] == ["../other/a.jpg"]  # another image that has the same name
     assert report["by_reason"] == {"image_held_out": 2}
 
 
 def test_an_image_of_a_validation_source_is_not_trained_on(shop):
-    folder = shop.images("pictures", "a.jpg", "b.jpg", "c.jpg")
+    folder = shop.images("images", "a.jpg", "b.jpg", "c.jpg")
     shop.source("learn", "llava", [llava("a.jpg"), llava("b.jpg")], folder, split="train")
     shop.source("divide", "llava", [llava("b.jpg"), llava("c.jpg"), llava(None, "Hi", "Hello")], folder)
     shop.source("exam", "llava", [llava("b.jpg")], folder, split="validation")
@@ -573,7 +573,7 @@ def test_an_image_of_a_validation_source_is_not_trained_on(shop):
 
 def test_several_images_go_to_one_side_together(shop):
     names = [f"{k}.jpg" for k in range(30)]
-    folder = shop.images("pictures", *names)
+    folder = shop.images("images", *names)
     pairs = [
         llava(None, "<image><image>?", "Two.") | {"image": [a, b]} for a, b in zip(names[::2], names[1::2], strict=True)
     ]
@@ -591,7 +591,7 @@ def test_text_alone_is_divided_by_record(shop):
     assert 60 < len(shop.read("held.jsonl")) < 140
 
 
-def test_without_a_validation_file_nothing_is_held_out(shop, pictures):
+def test_without_a_validation_file_nothing_is_held_out(shop, images):
     shop.source("text", "llava", [llava(None, "Hi", "Hello", id=k) for k in range(50)])
     report = shop.prepare(validation_fraction=0.5, validation=None)
     assert report["train"]["records"] == 50 and "validation" not in report
@@ -605,7 +605,7 @@ def outputs(shop: Workshop) -> dict[str, bytes]:
 
 
 def mixed_shop(shop: Workshop, order=lambda items: items) -> None:
-    folder = shop.images("pictures", *(f"{k}.jpg" for k in range(30)))
+    folder = shop.images("images", *(f"{k}.jpg" for k in range(30)))
 
     def reorder(value):
         if isinstance(value, dict):
@@ -653,7 +653,7 @@ def test_a_second_run_does_nothing_until_something_changes(shop, monkeypatch):
     assert ran()
     (out / "held.jsonl").unlink()
     assert ran()
-    shop.images("pictures", "30.jpg")  # an image that was missing has arrived
+    shop.images("images", "30.jpg")  # an image that was missing has arrived
     assert ran()
     assert len(shop.refused()) == 2
     shop.images("out", "new.jpg")  # no image was ever looked for there
@@ -671,7 +671,7 @@ def test_a_second_run_does_nothing_until_something_changes(shop, monkeypatch):
 
 
 def test_an_image_that_went_or_came_is_noticed(shop):
-    folder = shop.images("pictures", "a.jpg", "deep/b.jpg", "far/c.jpg")
+    folder = shop.images("images", "a.jpg", "deep/b.jpg", "far/c.jpg")
     (folder / "link.jpg").symlink_to("far/c.jpg")
     shop.source("x", "llava", [llava("a.jpg"), llava("deep/b.jpg"), llava("link.jpg")], folder)
     assert [shop.prepare()["kept"] for _ in range(2)] == [3, 3]
@@ -694,7 +694,7 @@ def test_images_beside_the_qa_file_do_not_make_every_run_the_first(shop):
 
 
 def test_refused_records_do_not_stay_in_memory(shop):
-    folder, answer = shop.images("pictures", "a.jpg", "held.jpg"), "word " * 1000
+    folder, answer = shop.images("images", "a.jpg", "held.jpg"), "word " * 1000
     names = {0: "gone.jpg", 1: "held.jpg"}
     raw = [llava(names.get(k % 50, "a.jpg"), "<image>\nWhat?", f"{answer}{k}", id=k) for k in range(3000)]
     shop.source("held", "llava", [llava("held.jpg")], folder, split="validation")
@@ -728,14 +728,14 @@ def test_an_interrupted_run_leaves_what_was_there(shop, monkeypatch):
 
 
 def draw(folder: Path, name: str, color: object, size=(24, 18)) -> bytes:
-    """A real picture."""
+    """A real image."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(folder / name)
     return (folder / name).read_bytes()
 
 
 def verified_shop(shop: Workshop) -> Path:
-    folder = shop.folder / "pictures"
+    folder = shop.folder / "images"
     for k in range(40):
         draw(folder, f"{k}.png", (k, 6 * k, 100))
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
@@ -755,7 +755,7 @@ def test_an_image_that_cannot_be_decoded_refuses_its_record(shop):
         (9, "extreme_shape"),
         (40, "missing_image"),
     ]
-    assert "pictures/7.png: " in shop.refused()[0]["detail"]
+    assert "images/7.png: " in shop.refused()[0]["detail"]
     assert [one["id"] for one in shop.read()] == [f"x:{k}" for k in range(40) if k not in (7, 8, 9)]
     assert shop.prepare(verify_images=False)["by_reason"] == {"missing_image": 1}
 
@@ -798,7 +798,7 @@ def test_only_images_of_records_that_are_good_otherwise_are_decoded(shop, monkey
 
 
 def test_equal_pictures_are_one_picture_to_the_split_when_verified(shop):
-    folder = shop.folder / "pictures"
+    folder = shop.folder / "images"
     for k in range(60):
         draw(folder / "a", f"{k}.png", (k, k, 9))
         draw(folder / "b", f"copy-{59 - k}.png", (k, k, 9))
@@ -810,7 +810,7 @@ def test_equal_pictures_are_one_picture_to_the_split_when_verified(shop):
         read = [{(shop.folder / "out" / one["image"]).read_bytes() for one in shop.read(n)} for n in SIDES]
         sides.append(read)
     assert not sides[0][0] & sides[0][1] and len(sides[0][1]) > 9
-    assert sides[1][0] & sides[1][1]  # told by their names alone they are different pictures
+    assert sides[1][0] & sides[1][1]  # told by their names alone they are different images
 
 
 def test_a_copy_of_a_held_out_picture_is_not_trained_on(shop):
@@ -826,17 +826,17 @@ def test_a_copy_of_a_held_out_picture_is_not_trained_on(shop):
 # --- for a person
 
 
-def test_too_many_refusals_show_some_of_every_reason(shop, pictures):
+def test_too_many_refusals_show_some_of_every_reason(shop, images):
     raw = [llava("b.jpg", id=f"lost{k}") for k in range(5)] + [
         llava("a.jpg", "<image>\nWhat?", "", id=5),
         llava("a.jpg"),
     ]
-    shop.source("x", "llava", "\n".join(map(json.dumps, raw)), pictures)
+    shop.source("x", "llava", "\n".join(map(json.dumps, raw)), images)
     with pytest.raises(InputError) as error:
         shop.prepare(max_refused=0.1)
     first, *examples = str(error.value).split("\n")
     assert "(missing_image 5, empty_answer 1)" in first
-    missing = f"{pictures}/b.jpg: no such file."
+    missing = f"{images}/b.jpg: no such file."
     assert examples == [
         *(f'  missing_image: x.json line {k + 1} ("lost{k}"): {missing}' for k in range(3)),
         '  empty_answer: x.json line 6 ("5"): turn 2 (assistant) is empty.',

@@ -1,4 +1,4 @@
-"""Every raw format in every container, detected and read. Run: python -m pytest tests/test_readers.py"""
+"""Every raw format in every container, detected and read. Run: python -m pytest tests/dataprocess/test_readers.py"""
 
 import io
 import json
@@ -21,24 +21,24 @@ from dataset.qa_file import QAFile
 from dataset.record import IMAGE, parse_record, parts_of
 
 
-def picture(color="red", size=(16, 12), format="PNG") -> bytes:
+def image_file(color="red", size=(16, 12), format="PNG") -> bytes:
     data = io.BytesIO()
     Image.new("RGB", size, color).save(data, format)
     return data.getvalue()
 
 
 class Desk:
-    """A folder with pictures, one source, and the preprocessing run on it."""
+    """A folder with images, one source, and the preprocessing run on it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.qa = folder / "out" / "qa.jsonl"
 
-    def pictures(self, *names: str, folder: str = "pictures") -> Path:
+    def images(self, *names: str, folder: str = "images") -> Path:
         for number, name in enumerate(names):
             path = self.folder / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture((number * 20, 50, 200)))
+            path.write_bytes(image_file((number * 20, 50, 200)))
         return self.folder / folder
 
     def write(self, name: str, raw: list | dict | str | bytes) -> Path:
@@ -103,7 +103,7 @@ def coco(images: list, annotations: list, backwards=False) -> dict:
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_coco_captions_join_on_the_integer_id(desk, backwards, bom):
-    folder = desk.pictures("000000000001.jpg", "000000000002.jpg", "3.jpg", "4.jpg")
+    folder = desk.images("000000000001.jpg", "000000000002.jpg", "3.jpg", "4.jpg")
     images = [
         {"id": k, "file_name": name} for k, name in ((1, "000000000001.jpg"), (2, "COCO_val2014_000000000002.jpg"))
     ]
@@ -127,7 +127,7 @@ def test_coco_captions_join_on_the_integer_id(desk, backwards, bom):
 
 
 def test_one_caption_an_epoch_serves_every_format_with_several(desk):
-    folder = desk.pictures("a.jpg")
+    folder = desk.images("a.jpg")
     raw = coco([{"id": 1, "file_name": "a.jpg"}], [{"image_id": 1, "caption": text} for text in ("One.", "Two.")])
     desk.prepare(desk.write("captions.json", raw), folder, captions="one_per_epoch")
     (one,) = QAFile(desk.qa)
@@ -137,7 +137,7 @@ def test_one_caption_an_epoch_serves_every_format_with_several(desk):
 @pytest.mark.parametrize("keys", [("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")])
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 def test_messages_with_marks_in_any_turn(desk, keys, column):
-    folder = desk.pictures("a.jpg", "b.jpg")
+    folder = desk.images("a.jpg", "b.jpg")
     said = turns("Hello", "Hi.", "<image>What, and <image>?", "Two.", keys=keys[:2], names=keys[2:])
     rows = [
         {column: said, "images": ["b.jpg", "a.jpg"], "system": "Be brief."},
@@ -148,13 +148,13 @@ def test_messages_with_marks_in_any_turn(desk, keys, column):
     report = desk.prepare(desk.write("raw.jsonl", "\n".join(map(json.dumps, rows))), folder)
     assert report["by_reason"] == {"marks_and_pictures_disagree": 1} and report["repairs"] == {"image_mark_added": 1}
     first, text, added = desk.kept()
-    assert first["image"] == ["../pictures/b.jpg", "../pictures/a.jpg"]
+    assert first["image"] == ["../images/b.jpg", "../images/a.jpg"]
     assert texts(first) == ["Be brief.", "Hello", "Hi.", "<image>What, and <image>?", "Two."]
     assert "image" not in text and texts(added)[0] == "<image>\nWhat?"
 
 
 def test_messages_with_parts(desk):
-    folder = desk.pictures("a.jpg", "b.jpg", "c.jpg")
+    folder = desk.images("a.jpg", "b.jpg", "c.jpg")
     image = {"type": "image"}
 
     def text(said: str) -> dict:
@@ -179,14 +179,14 @@ def test_messages_with_parts(desk):
     assert all("download it" in one["detail"] for one in desk.refused() if one["reason"] == "missing_image")
     one, two, three, literal = desk.kept()
     assert texts(one) == ["<image>What?", "This."]
-    assert (texts(two), two["image"]) == (["A<image><image>", "B"], ["../pictures/b.jpg", "../pictures/a.jpg"])
+    assert (texts(two), two["image"]) == (["A<image><image>", "B"], ["../images/b.jpg", "../images/a.jpg"])
     assert texts(three) == ["<image>?", "C"]
     question, answer = parse_record(literal, "").conversations
     assert parts_of(question) == [IMAGE, "What does <image> mean?"] and parts_of(answer) == ["<image> is a mark."]
 
 
 def test_cauldron_parquet_shards_in_a_folder(desk):
-    red, blue = picture("red"), picture("blue", format="JPEG")
+    red, blue = image_file("red"), image_file("blue", format="JPEG")
 
     def struct(data: bytes) -> dict:
         return {"bytes": data, "path": None}
@@ -199,7 +199,7 @@ def test_cauldron_parquet_shards_in_a_folder(desk):
         row([red, blue], "Two?", "Yes.", "Sure?", "Yes!"),
         row([red], "What is <image>?", "A mark."),
         row([red[:40]], "What?", "This."),
-        row([b"no picture"], "What?", "This."),
+        row([b"no image"], "What?", "This."),
         row([red], "What?", ""),
         row([], "Last?", "Yes."),
     ]
@@ -213,7 +213,7 @@ def test_cauldron_parquet_shards_in_a_folder(desk):
     assert [(desk.qa.parent / path).read_bytes() for path in two["image"]] == [red, blue]
     assert [os.path.splitext(path)[1] for path in two["image"]] == [".png", ".jpg"]
     assert parts_of(parse_record(literal, "").conversations[0]) == [IMAGE, "\nWhat is <image>?"]
-    assert literal["image"] == two["image"][0]  # one file for equal pictures
+    assert literal["image"] == two["image"][0]  # one file for equal images
     assert [(os.path.basename(one["file"]), one["index"]) for one in desk.refused()] == [
         ("train-00001.parquet", k) for k in range(3)
     ]
@@ -221,12 +221,12 @@ def test_cauldron_parquet_shards_in_a_folder(desk):
 
 
 def test_minimind_parquet(desk):
-    black, red = picture("black", (8, 8), "JPEG"), picture("red")
+    black, red = image_file("black", (8, 8), "JPEG"), image_file("red")
     rows = [
         {"conversations": json.dumps(turns("<image>\nWhat?", "Red.")), "image_bytes": [red]},
         {"conversations": json.dumps(turns("你好", "你好！")), "image_bytes": [black]},
         {"conversations": json.dumps(turns("<image>", "Black.")), "image_bytes": [black]},
-        {"conversations": json.dumps(turns("Which?", "Red.")), "image_bytes": [picture("red", (8, 8))]},
+        {"conversations": json.dumps(turns("Which?", "Red.")), "image_bytes": [image_file("red", (8, 8))]},
         {"conversations": "[{", "image_bytes": [red]},
     ]
     report = desk.prepare(desk.parquet("sft.parquet", rows))
@@ -238,7 +238,7 @@ def test_minimind_parquet(desk):
 
 
 def test_a_csv_of_questions_and_one_of_captions(desk):
-    folder = desk.pictures("a.jpg", "b c.jpg")
+    folder = desk.images("a.jpg", "b c.jpg")
     table = 'Image_Path,question,answer\na.jpg,"What, in\n""quotes""?",This.\nb c.jpg,is <image> text?,Yes.\n'
     table += "none.jpg,What?,This.\na.jpg,What?\n\n,Hi,Hello\n"
     report = desk.prepare(desk.write("qa.csv", b"\xef\xbb\xbf" + table.encode()), folder)
@@ -263,7 +263,7 @@ def test_a_csv_without_the_columns_names_those_it_has(desk):
 
 
 def test_a_folder_of_pictures_with_texts_beside_them(desk):
-    folder = desk.pictures("a.jpg", "deep/b.png", "c.jpg", ".hidden.jpg", folder="album")
+    folder = desk.images("a.jpg", "deep/b.png", "c.jpg", ".hidden.jpg", folder="album")
     desk.write("album/a.txt", b"\xef\xbb\xbfA cat.\n")
     desk.write("album/deep/b.txt", "一只<image>猫。")
     desk.write("album/d.txt", "Nothing to see.")
@@ -281,21 +281,21 @@ def test_a_folder_of_pictures_with_texts_beside_them(desk):
 
 
 def test_a_folder_with_one_table_is_that_table(desk):
-    folder = desk.pictures("a.jpg", folder="album")
+    folder = desk.images("a.jpg", folder="album")
     desk.write("album/labels.csv", "image,text\na.jpg,A cat.\n")
     assert desk.prepare(folder)["kept"] == 1
     desk.write("album/more.csv", "image,text\na.jpg,A cat.\n")
     with pytest.raises(InputError, match="holds 2 tables"):
         desk.prepare(folder)
-    with pytest.raises(InputError, match="holds no picture"):
-        desk.prepare(desk.pictures(".x.jpg", folder="bare"))
+    with pytest.raises(InputError, match="holds no image"):
+        desk.prepare(desk.images(".x.jpg", folder="bare"))
 
 
 # --- detection
 
 
 def test_formats_are_told_by_the_keys_of_the_first_records(desk):
-    folder = desk.pictures("a.jpg")
+    folder = desk.images("a.jpg")
     question = ("<image>\nWhat?", "This.")
     for raw in (
         [
@@ -340,7 +340,7 @@ def test_one_caption_an_epoch_wants_a_format_with_several(desk):
     with pytest.raises(
         InputError, match="one_per_epoch needs several captions a picture; .*raw.json is of format chat"
     ):
-        desk.prepare(raw, desk.pictures("a.jpg"), captions="one_per_epoch")
+        desk.prepare(raw, desk.images("a.jpg"), captions="one_per_epoch")
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and nothing more", b'{"images": [], "annotations": [{"image_id": 1,'])
@@ -353,7 +353,7 @@ def test_rows_that_are_not_utf8_are_refused_by_row(desk):
     rows = pyarrow.array([b"What?", b"\xff", b"Who?"]).view(pyarrow.string())
     table = pyarrow.table({"question": rows, "answer": ["a", "b", "c"], "image": ["a.jpg"] * 3})
     pyarrow.parquet.write_table(table, desk.folder / "raw.parquet")
-    report = desk.prepare(desk.folder / "raw.parquet", desk.pictures("a.jpg"))
+    report = desk.prepare(desk.folder / "raw.parquet", desk.images("a.jpg"))
     assert (report["kept"], report["by_reason"]) == (2, {"not_json": 1})
     assert desk.refused()[0]["index"] == 1
 
@@ -361,7 +361,7 @@ def test_rows_that_are_not_utf8_are_refused_by_row(desk):
 def test_parquet_is_read_a_few_rows_at_a_time(desk, monkeypatch):
     monkeypatch.setattr(containers, "PARQUET_ROWS", 2)
     path = desk.parquet("raw.parquet", [{"image": "a.jpg", "question": f"{k}?", "answer": "a"} for k in range(9)])
-    assert desk.prepare(path, desk.pictures("a.jpg"), limit=5)["read"] == 5
+    assert desk.prepare(path, desk.images("a.jpg"), limit=5)["read"] == 5
     assert [texts(one)[0] for one in desk.kept()] == [f"<image>\n{k}?" for k in range(5)]
 
 
@@ -383,7 +383,7 @@ def test_parquet_is_read_a_few_rows_at_a_time(desk, monkeypatch):
     ],
 )
 def test_a_row_with_one_picture_and_several_marks(desk, asked, shown, rule):
-    folder = desk.pictures("a.jpg")
+    folder = desk.images("a.jpg")
     report = desk.prepare(desk.write("raw.json", [{"image": "a.jpg", "conversations": turns(asked, "This.")}]), folder)
     rules = {"removed": {"extra_image_marks_removed"}, "kept": {"image_mark_kept_as_text"}}
     assert report["repairs"].keys() == rules.get(rule, rules["removed"] | rules["kept"])
@@ -475,7 +475,7 @@ def test_no_record_of_any_format_is_lost(tmp_path_factory, data, format):
     captions = data.draw(st.sampled_from(["all", "one_per_epoch"] if format == "ai_challenger" else ["all"]))
     raw = [SOUND[format], *data.draw(st.lists(junk | st.sampled_from(list(SOUND.values())), max_size=9))]
     report = desk.prepare(
-        desk.write("raw.json", raw), desk.pictures("a.jpg"), format=format, captions=captions, verify_images=False
+        desk.write("raw.json", raw), desk.images("a.jpg"), format=format, captions=captions, verify_images=False
     )
     assert report["read"] == len(raw) == report["kept"] + report["refused"]
     assert report["refused"] == len(desk.refused()) == sum(report["by_reason"].values())
@@ -495,6 +495,6 @@ def test_no_image_and_no_annotation_of_coco_is_lost(tmp_path_factory, images, an
     images = [{"id": name, "file_name": file} for name, file in [(9, "a.jpg"), *images]]
     said = [{"image_id": 9, "caption": "Good."}] + [{"image_id": k, "caption": text} for k, text in annotations]
     report = desk.prepare(
-        desk.write("raw.json", coco(images, said)), desk.pictures("a.jpg", "b.jpg"), verify_images=False
+        desk.write("raw.json", coco(images, said)), desk.images("a.jpg", "b.jpg"), verify_images=False
     )
     assert report["read"] == len(images) + len(orphans) == report["kept"] + report["refused"]

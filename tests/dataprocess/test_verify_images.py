@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import dataprocess.verify as verify
-from dataprocess.verify import ImageVerifier, Verdict
+from dataprocess import verify_images as verify
+from dataprocess.verify_images import ImageVerifier, Verdict
 
 
-def photo(seed: int) -> bytes:
+def jpeg(seed: int) -> bytes:
     """The bytes of a small JPEG, another one for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -27,12 +27,12 @@ def photo(seed: int) -> bytes:
 @pytest.fixture
 def paths(tmp_path) -> list[str]:
     """30 files: every third is cut off, every tenth is not there."""
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     made = []
     for number in range(30):
-        path = tmp_path / "pictures" / f"{number}.jpg"
+        path = tmp_path / "images" / f"{number}.jpg"
         if number % 10:
-            path.write_bytes(photo(number) if number % 3 else photo(number)[:-60])
+            path.write_bytes(jpeg(number) if number % 3 else jpeg(number)[:-60])
         made.append(str(path))
     return made
 
@@ -74,25 +74,25 @@ def test_a_second_run_decodes_nothing(tmp_path, paths, decoded):
 
 def test_a_changed_file_is_verified_anew(tmp_path, paths, decoded):
     before = run(tmp_path / "c.sqlite", paths)
-    Path(paths[1]).write_bytes(b"no picture")  # another size
+    Path(paths[1]).write_bytes(b"no image")  # another size
     same_size = Path(paths[2]).read_bytes()[:-1] + b"\0"
     Path(paths[2]).write_bytes(same_size)
     os.utime(paths[2], ns=(1, 1))  # another time
     decoded.clear()
     after = run(tmp_path / "c.sqlite", paths)
-    assert sorted(decoded) == sorted([b"no picture", same_size])
+    assert sorted(decoded) == sorted([b"no image", same_size])
     assert after[1].reason == "unreadable_image" and after[1].digest != before[1].digest
     assert after[3:] == before[3:]
-    Path(paths[10]).write_bytes(photo(10))  # was missing, which is not remembered
+    Path(paths[10]).write_bytes(jpeg(10))  # was missing, which is not remembered
     assert run(tmp_path / "c.sqlite", paths)[10].reason == ""
 
 
 def test_equal_bytes_have_equal_digests_under_any_name(tmp_path):
     for name in ("a.jpg", "b.png", "c"):
-        (tmp_path / name).write_bytes(photo(0))
+        (tmp_path / name).write_bytes(jpeg(0))
     with ImageVerifier(tmp_path / "c.sqlite") as verifier:
         verdicts = verifier.verify([str(tmp_path / name) for name in ("a.jpg", "b.png", "c")])
-    digest = hashlib.blake2b(photo(0), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(jpeg(0), digest_size=16).hexdigest()
     assert verdicts == [Verdict(digest, "", "")] * 3
 
 
@@ -142,7 +142,7 @@ def test_what_was_done_before_an_interrupt_is_kept(tmp_path, paths, monkeypatch,
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkeypatch, decoded):
     path = tmp_path / "a.jpg"
-    path.write_bytes(photo(0))
+    path.write_bytes(jpeg(0))
 
     def read_and_change(path, real=verify.image_bytes):
         data = real(path)
@@ -158,7 +158,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkey
 
 def test_lack_of_memory_is_not_remembered(tmp_path, monkeypatch):
     path = tmp_path / "a.jpg"
-    path.write_bytes(photo(0))
+    path.write_bytes(jpeg(0))
 
     def no_memory(*_):
         raise MemoryError
@@ -255,7 +255,7 @@ def test_two_processes_share_one_cache(tmp_path, paths):
 
 def test_names_that_are_no_unicode_and_names_that_cannot_be(tmp_path, decoded):
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")
-    Path(strange).write_bytes(photo(0))
+    Path(strange).write_bytes(jpeg(0))
     names = [strange, str(tmp_path / "a\0b"), str(tmp_path / "\ud800"), str(tmp_path), ""]
     reasons = ["", "missing_image", "missing_image", "unreadable_image", "missing_image"]
     for _ in range(2):

@@ -1,6 +1,6 @@
-"""`train.py --check` and the check at each start: what is wrong with the data is found before step 0, all of it, by name.
+"""`train.py --check` and the check at each start find all faults of the data before step 0, and name their rows.
 
-Run: sh tests/run.sh tests/test_check.py
+Run: sh tests/run.sh tests/dataset/test_checks.py
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +24,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import InputError
-from dataset.check import check_file
-from dataset.check_report import histogram
-from dataset.check_sample import check_labels
+from dataset.checks.findings import SHOWN, Findings, Place, Rows
+from dataset.checks.records import check_file
+from dataset.checks.report import histogram
+from dataset.checks.sample import check_labels
 from dataset.conversation import ChatFormat, TooLong
-from dataset.findings import SHOWN, Findings, Place, Rows
 from dataset.record import IMAGE_MARK, parse_record
 from tests.toy_project import config_values, run_training, write_project
 
-ROOT = Path(__file__).parent.parent
-GOOD = 10  # good records in the training file; another 4 are held out
+ROOT = Path(__file__).parents[2]
+GOOD = 10  # valid records of the training file; another 4 are held out
 
 
-def record(name: str, picture: str | None, *talk: str, **more) -> dict:
-    """Turns are the user's and the assistant's in turn."""
+def record(name: str, image: str | list[str] | None, *talk: str, **more) -> dict:
+    """Make a record whose turns alternate between user and assistant."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]
-    return {"id": name, "source": "toy", "conversations": turns, **({"image": picture} if picture else {}), **more}
+    return {"id": name, "source": "toy", "conversations": turns, **({"image": image} if image else {}), **more}
 
 
 def with_roles(*roles: str) -> dict:
@@ -53,7 +54,7 @@ def good_lines(first: int, count: int) -> list[bytes]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is that large and holds next to nothing."""
+    """Make a PNG that claims the given size and has almost no data."""
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(b"")),
@@ -64,44 +65,43 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def spoil(images: Path) -> None:
-    """Pictures that the faults below show."""
-    picture = (images / "0.png").read_bytes()
-    (images / "truncated.png").write_bytes(picture[: len(picture) * 2 // 3])
+    """Write the bad images of the faults below."""
+    image = (images / "0.png").read_bytes()
+    (images / "truncated.png").write_bytes(image[: len(image) * 2 // 3])
     (images / "empty.png").write_bytes(b"")
     (images / "bomb.png").write_bytes(png_header(30000, 30000))
-    (images / "strip.png").write_bytes(b"")
     Image.fromarray(np.zeros((2, 900, 3), np.uint8)).save(images / "strip.png")
-    (images / "note.jpg").write_text("this is no picture")
-    shutil.copy(images / f"{GOOD}.png", images / "another name.png")  # r10, the first of those held out
+    (images / "note.jpg").write_text("not an image")
+    shutil.copy(images / f"{GOOD}.png", images / "another name.png")  # r10, the first held-out record
     os.symlink(images / f"{GOOD + 1}.png", images / "link.png")
 
 
 Q, A = f"{IMAGE_MARK}\nWhat?", "This."
-# a line of the QA file -> (the reason it is found for, part of what is said about it)
+# fault -> (line of the QA file, expected reason, part of the expected message)
 FAULTS: dict[str, tuple[bytes | dict, str, str]] = {
     "malformed JSON": (b'{"id": "bad", "conversations": [', "not_json", "not a JSON value"),
     "not UTF-8": (b'{"id": "bad", "source": "\xff\xfe"}', "not_json", "UTF-8"),
-    "half a surrogate": (record("bad", None, "\ud83d", "A"), "bad_unicode", "surrogate"),
-    "no object": (b'["bad"]', "wrong_type", "a record is a JSON object"),
-    "wrong type": (record("bad", None, "Q", "A") | {"image": 7}, "wrong_type", '"image" is a path'),
+    "unpaired surrogate": (record("bad", None, "\ud83d", "A"), "bad_unicode", "surrogate"),
+    "not an object": (b'["bad"]', "wrong_type", "a record must be a JSON object"),
+    "wrong type": (record("bad", None, "Q", "A") | {"image": 7}, "wrong_type", '"image" must be a path'),
     "assistant first": (with_roles("assistant", "user", "assistant"), "assistant_first", "turn 1"),
     "two users in a row": (with_roles("user", "user", "assistant"), "two_users_in_a_row", "turn 2"),
     "empty answer": (record("bad", "images/0.png", Q, " \n"), "empty_answer", "turn 2 (assistant) is empty"),
     "no answer": (record("bad", "images/0.png", Q), "no_answer", "ends with a user turn"),
-    "marks and pictures": (record("bad", "images/0.png", Q * 2, A), "marks_and_pictures_disagree", '2 "<image>" marks'),
-    "missing picture": (record("bad", "images/gone.png", Q, A), "missing_image", "images/gone.png"),
-    "a folder for a picture": (record("bad", "images", Q, A), "missing_image", "not a file"),
+    "marks and images": (record("bad", "images/0.png", Q * 2, A), "marks_and_pictures_disagree", '2 "<image>" marks'),
+    "missing image": (record("bad", "images/gone.png", Q, A), "missing_image", "images/gone.png"),
+    "a folder as an image": (record("bad", "images", Q, A), "missing_image", "not a file"),
     "NUL in a path": (record("bad", "images/\0.png", Q, A), "missing_image", "null byte"),
-    "truncated picture": (record("bad", "images/truncated.png", Q, A), "unreadable_image", "images/truncated.png"),
-    "zero-byte picture": (record("bad", "images/empty.png", Q, A), "unreadable_image", "images/empty.png"),
-    "text for a picture": (record("bad", "images/note.jpg", Q, A), "unreadable_image", "images/note.jpg"),
+    "truncated image": (record("bad", "images/truncated.png", Q, A), "unreadable_image", "images/truncated.png"),
+    "zero-byte image": (record("bad", "images/empty.png", Q, A), "unreadable_image", "images/empty.png"),
+    "text as an image": (record("bad", "images/note.jpg", Q, A), "unreadable_image", "images/note.jpg"),
     "decompression bomb": (record("bad", "images/bomb.png", Q, A), "decompression_bomb", "images/bomb.png"),
     "a strip": (record("bad", "images/strip.png", Q, A), "extreme_shape", "images/strip.png"),
     "duplicate id": (record("r2", "images/0.png", Q, A), "duplicate_id", "the same id as line 3"),
-    "leaked picture": (record("bad", "images/another name.png", Q, A), "leaked_image", f"images/{GOOD}.png"),
+    "leaked image": (record("bad", "images/another name.png", Q, A), "leaked_image", f"images/{GOOD}.png"),
     "leaked through a link": (record("bad", "images/link.png", Q, A), "leaked_image", f"images/{GOOD + 1}.png"),
-    "too many pictures": (
-        record("bad", "", Q * 40, A) | {"image": ["images/0.png"] * 40}, "longer_than_max_length", "an image ends at token",
+    "too many images": (
+        record("bad", ["images/0.png"] * 40, Q * 40, A), "longer_than_max_length", "an image ends at token",
     ),
     "nothing supervised": (record("bad", "images/0.png", Q + "?" * 400, A), "nothing_supervised", "leaves no answer"),
 }  # fmt: skip
@@ -109,7 +109,7 @@ FAULTS: dict[str, tuple[bytes | dict, str, str]] = {
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
-    """The config of a project whose QA files are used as they are, and that has nothing wrong."""
+    """Write a project without faults that uses its QA files directly; return the path of its config."""
     folder = write_project(tmp_path_factory.mktemp("project"), pictures=GOOD + 4).parent
     spoil(folder / "images")
     values = config_values()
@@ -120,50 +120,53 @@ def clean(tmp_path_factory) -> Path:
     return folder / "config.yaml"
 
 
-def write_qa(folder: Path, faults: list[str] = (), good: int = GOOD, name: str = "qa.jsonl") -> list[int]:
-    """The good records with the faults after the fourth. Returns the lines that the faults stand in."""
+def write_qa(folder: Path, faults: Sequence[str] = (), good: int = GOOD, name: str = "qa.jsonl") -> list[int]:
+    """Write the valid records, with the faults after the fourth. Returns the line numbers of the faults."""
     lines = good_lines(0, good)
-    bad = [line if isinstance(line, bytes) else json.dumps(line).encode() for line, *_ in map(FAULTS.get, faults)]
+    bad = [
+        line if isinstance(line, bytes) else json.dumps(line).encode() for line, *_ in map(FAULTS.__getitem__, faults)
+    ]
     if len(bad) > 1:
-        bad = [line.replace(b'"bad"', b'"bad%d"' % i) for i, line in enumerate(bad)]  # or they would be duplicates
+        bad = [line.replace(b'"bad"', b'"bad%d"' % i) for i, line in enumerate(bad)]  # avoids duplicate ids
     (folder / name).write_bytes(b"".join(line + b"\n" for line in lines[:4] + bad + lines[4:]))
     return list(range(5, 5 + len(bad)))
 
 
 def refused(config: Path, *arguments: str) -> str:
+    """Run the training script, which must raise InputError; return the message."""
     with pytest.raises(InputError) as caught:
         run_training(config, *arguments)
     return str(caught.value)
 
 
-def test_a_clean_project_has_no_finding(clean, tmp_path, capsys):
+def test_a_clean_project_has_no_findings(clean, tmp_path, capsys):
     write_qa(clean.parent)
     assert run_training(clean, "--check", f"output_dir={tmp_path / 'run'}") == 0
-    told = capsys.readouterr().out
-    assert "10 records" in told and "4 records" in told and "finding" not in told and "note:" not in told
+    output = capsys.readouterr().out
+    assert "10 records" in output and "4 records" in output and "finding" not in output and "note:" not in output
     assert re.search(
-        r"source +records +turns +pictures +text only +en +zh +other\n +toy +10 +20 +10 +0 +9 +1 +0\n", told
+        r"source +records +turns +images +text only +en +zh +other\n +toy +10 +20 +10 +0 +9 +1 +0\n", output
     )
-    assert "types: number 10" in told and "max_length 128" in told and "█" in told
-    assert "Nothing was trained" in told and not (tmp_path / "run").exists()
+    assert "types: number 10" in output and "max_length 128" in output and "█" in output
+    assert "Nothing was trained" in output and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found_and_its_row_named(clean, tmp_path, fault):
-    """With --check and by the quiet check at a start, before step 0, and nothing else is found."""
+    """Both --check and the quiet check at a start find it before step 0, and find nothing else."""
     (line,) = write_qa(clean.parent, [fault])
-    _, reason, said = FAULTS[fault]
+    _, reason, detail = FAULTS[fault]
     (tmp_path / "run").mkdir()
     for arguments in (["--check"], []):
         message = refused(clean, f"output_dir={tmp_path / 'run'}", *arguments)
         rows = re.findall(r"^    (line \d+)(.*)$", message, re.M)
-        assert [row[0] for row in rows] == [f"line {line}"] and said in rows[0][1]
+        assert [row[0] for row in rows] == [f"line {line}"] and detail in rows[0][1]
         assert f"{clean.parent / 'qa.jsonl'}\n  {reason}: 1 record\n" in message
-        assert '("bad")' in message or fault in ("malformed JSON", "not UTF-8", "no object", "duplicate id")
+        assert '("bad")' in message or fault in ("malformed JSON", "not UTF-8", "not an object", "duplicate id")
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", "findings.jsonl"}, "nothing was trained"
 
 
-def test_all_faults_are_found_in_one_go(clean, tmp_path):
+def test_all_faults_are_found_at_once(clean, tmp_path):
     lines = write_qa(clean.parent, list(FAULTS))
     message = refused(clean, f"output_dir={tmp_path}", "--check")
     found = dict.fromkeys(lines)
@@ -178,7 +181,7 @@ def test_all_faults_are_found_in_one_go(clean, tmp_path):
 
 
 def test_the_exit_code_is_2_without_a_traceback(clean, tmp_path):
-    write_qa(clean.parent, ["missing picture", "empty answer"])
+    write_qa(clean.parent, ["missing image", "empty answer"])
     command = [
         sys.executable,
         str(ROOT / "train.py"),
@@ -190,10 +193,10 @@ def test_the_exit_code_is_2_without_a_traceback(clean, tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
     assert "missing_image: 1 record" in ran.stderr and "empty_answer: 1 record" in ran.stderr
-    assert "tokens a conversation" in ran.stdout, "the report is printed all the same"
+    assert "tokens per conversation" in ran.stdout, "the report must be printed too"
 
 
-def test_what_is_wrong_with_the_model_is_told_beside_the_data(clean, tmp_path):
+def test_faults_of_the_model_and_of_the_data_are_reported_together(clean, tmp_path):
     write_qa(clean.parent, ["empty answer"])
     message = refused(clean, f"output_dir={tmp_path}", "--check", "model.vision_feature_layer=-9")
     assert "model.vision_feature_layer: -9" in message and "empty_answer" in message
@@ -201,17 +204,17 @@ def test_what_is_wrong_with_the_model_is_told_beside_the_data(clean, tmp_path):
     assert str(tmp_path / "nothing") in message and "empty_answer" in message
 
 
-def test_a_held_out_file_is_checked_like_the_other(clean, tmp_path):
+def test_the_held_out_file_is_checked_like_the_training_file(clean, tmp_path):
     write_qa(clean.parent)
-    (line,) = write_qa(clean.parent, ["truncated picture"], name="other.jsonl")
+    (line,) = write_qa(clean.parent, ["truncated image"], name="other.jsonl")
     message = refused(
         clean, f"output_dir={tmp_path}", f"data.validation_file={clean.parent / 'other.jsonl'}", "--check"
     )
     assert f"{clean.parent / 'other.jsonl'}\n  unreadable_image: 1 record\n    line {line} " in message
-    assert f"leaked_image: {GOOD} records" in message, "the other records are those of the training file"
+    assert f"leaked_image: {GOOD} records" in message, "the other records are also in the training file"
 
 
-def test_a_long_list_is_cut_and_whole_in_a_file(clean, tmp_path):
+def test_a_long_list_is_shortened_and_a_file_has_all_of_it(clean, tmp_path):
     lines = [json.dumps(record(f"x{i}", f"images/gone{i}.png", Q, A)).encode() for i in range(SHOWN + 5)]
     (clean.parent / "qa.jsonl").write_bytes(b"\n".join(good_lines(0, 2) + lines))
     message = refused(clean, f"output_dir={tmp_path}", "--check")
@@ -222,10 +225,10 @@ def test_a_long_list_is_cut_and_whole_in_a_file(clean, tmp_path):
     assert set(rows[0]) == {"source", "file", "line", "id", "reason", "detail"} and rows[4]["id"] == "x4"
     write_qa(clean.parent)
     run_training(clean, f"output_dir={tmp_path}", "--check")
-    assert not (tmp_path / "findings.jsonl").exists(), "a list that no longer holds is removed"
+    assert not (tmp_path / "findings.jsonl").exists(), "an outdated list must be deleted"
 
 
-def test_records_are_named_by_their_number_in_a_list(clean, tmp_path):
+def test_records_of_a_list_are_named_by_their_index(clean, tmp_path):
     values = [json.loads(line) for line in good_lines(0, 3)] + [FAULTS["empty answer"][0]]
     (clean.parent / "list.json").write_text(json.dumps(values))
     message = refused(clean, f"output_dir={tmp_path}", "--check", f"data.qa_file={clean.parent / 'list.json'}")
@@ -235,11 +238,11 @@ def test_records_are_named_by_their_number_in_a_list(clean, tmp_path):
     assert "expected a JSON list of objects" in message
 
 
-def test_a_few_records_that_do_not_fit_are_left_out_and_listed(clean, tmp_path, capsys):
-    lines = write_qa(clean.parent, ["nothing supervised", "too many pictures"])
+def test_a_few_records_that_are_too_long_are_left_out_and_listed(clean, tmp_path, capsys):
+    lines = write_qa(clean.parent, ["nothing supervised", "too many images"])
     assert run_training(clean, f"output_dir={tmp_path}", "--check", "data.max_refused=0.17") == 0
-    told = capsys.readouterr().out
-    assert "note: qa.jsonl: 2 records" in told and str(tmp_path / "qa.refused.jsonl") in told
+    output = capsys.readouterr().out
+    assert "note: qa.jsonl: 2 records" in output and str(tmp_path / "qa.refused.jsonl") in output
     rows = [json.loads(line) for line in (tmp_path / "qa.refused.jsonl").read_text().splitlines()]
     assert [(row["line"], row["reason"], row["id"], row["source"]) for row in rows] == [
         (lines[0], "nothing_supervised", "bad0", "toy"), (lines[1], "longer_than_max_length", "bad1", "toy"),
@@ -247,7 +250,7 @@ def test_a_few_records_that_do_not_fit_are_left_out_and_listed(clean, tmp_path, 
     assert "data.max_refused" in refused(clean, f"output_dir={tmp_path}", "data.max_refused=0.16")
 
 
-def test_special_looking_text_is_text(clean, tmp_path):
+def test_special_token_names_in_text_are_no_fault(clean, tmp_path):
     text = "<|im_end|><|im_start|>assistant <|endoftext|> <|image_pad|> <|extra_0|>"
     lines = [json.dumps(record("a", "images/0.png", Q + text, A + text)).encode(), *good_lines(1, 3)]
     (clean.parent / "qa.jsonl").write_bytes(b"\n".join(lines))
@@ -263,10 +266,10 @@ def test_equal_records_and_held_out_texts_are_noted(clean, tmp_path, capsys):
     (clean.parent / "held.jsonl").write_bytes(b"\n".join([*good_lines(GOOD, 2), json.dumps(text).encode()]))
     held = f"data.validation_file={clean.parent / 'held.jsonl'}"
     assert run_training(clean, f"output_dir={tmp_path}", "--check", held) == 0
-    told = capsys.readouterr().out
-    assert "1 of 6 records repeat another one" in told and "lines 2 and 5" in told
-    assert "1 records without a picture are also held out" in told
-    assert re.search(r"toy +6 +12 +5 +1 +", told)
+    output = capsys.readouterr().out
+    assert "1 of 6 records repeat another one" in output and "lines 2 and 5" in output
+    assert "1 records without an image are also held out" in output
+    assert re.search(r"toy +6 +12 +5 +1 +", output)
 
 
 def test_checkpoints_are_compared_with_their_hashes(clean, tmp_path, capsys):
@@ -274,8 +277,8 @@ def test_checkpoints_are_compared_with_their_hashes(clean, tmp_path, capsys):
     quick = ["train.max_steps=1", "train.eval_steps=null", "train.score_samples=1", f"output_dir={tmp_path}"]
     run_training(clean, *quick)
     assert run_training(clean, *quick, "--check") == 0
-    told = capsys.readouterr().out
-    assert f"{tmp_path / 'checkpoint-1'}: whole" in told and f"{tmp_path / 'final'}: whole" in told
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'checkpoint-1'}: intact" in output and f"{tmp_path / 'final'}: intact" in output
     damaged = tmp_path / "final" / "projector.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
@@ -285,16 +288,16 @@ def test_checkpoints_are_compared_with_their_hashes(clean, tmp_path, capsys):
     assert f"{damaged}: not the file that was saved" in refused(clean, *start, "--check")
 
 
-# the same faults in raw annotations: what else preparing says about one, or None where it mends it or it is none there
-RAW = {
-    "no object": "wrong_type", "a folder for a picture": "missing_image", "NUL in a path": "missing_image",
-    "duplicate id": None, "leaked picture": "image_held_out", "leaked through a link": "image_held_out",
-    "marks and pictures": None, "too many pictures": None, "nothing supervised": None,
+# The same faults in raw annotations, if data preparation gives another reason; None: it repairs or accepts the record.
+RAW: dict[str, str | None] = {
+    "not an object": "wrong_type", "a folder as an image": "missing_image", "NUL in a path": "missing_image",
+    "duplicate id": None, "leaked image": "image_held_out", "leaked through a link": "image_held_out",
+    "marks and images": None, "too many images": None, "nothing supervised": None,
 }  # fmt: skip
 
 
-def test_the_same_faults_in_raw_annotations_are_named(clean, tmp_path, capsys):
-    """Preparing refuses them; --check shows the rows, whether they are too many or not."""
+def test_check_shows_the_raw_records_that_preparation_refused(clean, tmp_path, capsys):
+    """--check shows their rows, whether or not they exceed data.max_refused."""
     lines = write_qa(tmp_path, list(FAULTS), name="raw.jsonl")
     values = yaml.safe_load(clean.read_text())
     source = {"format": "llava", "images": str(clean.parent)}
@@ -307,10 +310,10 @@ def test_the_same_faults_in_raw_annotations_are_named(clean, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
     assert "max_refused" in refused(config, "--check")
-    told = [capsys.readouterr().out]
+    output = [capsys.readouterr().out]
     assert run_training(config, "--check", "data.max_refused=0.9") == 0
-    told.append(capsys.readouterr().out)
-    for text in told:
+    output.append(capsys.readouterr().out)
+    for text in output:
         found, reason = {}, None
         for line in text.splitlines():
             if match := re.match(r"refused when the data were prepared: (\w+), \d+ record", line):
@@ -324,8 +327,21 @@ def test_the_same_faults_in_raw_annotations_are_named(clean, tmp_path, capsys):
 # --- the parts
 
 
-def chat_of(places: int = 3, system: str | None = None) -> ChatFormat:
-    return ChatFormat(lambda text: list(text.encode()), 256, 257, 259, 258, places, system)
+def encode_bytes(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def chat_of(system: str | None = None, encode=encode_bytes, chat_class: type[ChatFormat] = ChatFormat) -> ChatFormat:
+    """ChatML with one id per byte and three tokens per image."""
+    return chat_class(
+        encode,
+        im_start_id=256,
+        im_end_id=257,
+        end_of_text_id=259,
+        image_token_id=258,
+        num_image_tokens=3,
+        system_prompt=system,
+    )
 
 
 @settings(deadline=None, max_examples=150)
@@ -339,7 +355,7 @@ def chat_of(places: int = 3, system: str | None = None) -> ChatFormat:
     ),
     st.integers(8, 90), st.sampled_from([None, "Help."]),
 )  # fmt: skip
-def test_exactly_the_records_that_cannot_be_encoded_are_left_out(tmp_path_factory, talks, max_length, system):
+def test_exactly_the_records_that_cannot_be_encoded_are_unfit(tmp_path_factory, talks, max_length, system):
     folder = tmp_path_factory.mktemp("qa")
     (folder / "p").write_bytes(b"x")
     rows, expected = [], []
@@ -347,7 +363,7 @@ def test_exactly_the_records_that_cannot_be_encoded_are_left_out(tmp_path_factor
         turns = []
         for images, question, answer in talk:
             turns += [IMAGE_MARK * images + question, answer]
-        rows.append(record(f"r{number}", None, *turns, image=["p"] * sum(images for images, *_ in talk)))
+        rows.append(record(f"r{number}", ["p"] * sum(images for images, *_ in talk), *turns))
         try:
             chat_of(system=system).encode(parse_record(rows[-1], "").conversations, max_length)
         except TooLong as error:
@@ -362,17 +378,22 @@ def test_exactly_the_records_that_cannot_be_encoded_are_left_out(tmp_path_factor
 
 
 def test_most_records_are_not_tokenised(tmp_path):
-    """However long its answers are: a record is tokenised only where its question might not fit."""
+    """A record is tokenised only if its question may not fit, however long its answers are."""
     rows = [record("a", None, "Q", "A" * 5000), record("b", None, "Q" * 100, "A")]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen = []
-    chat = ChatFormat(lambda text: seen.append(text) or list(text.encode()), 256, 257, 259, 258, 3, None)
+
+    def encode(text: str) -> list[int]:
+        seen.append(text)
+        return list(text.encode())
+
+    chat = chat_of(encode=encode)
     seen.clear()
     found = check_file(tmp_path / "qa.jsonl", chat=chat, max_length=80, sample_size=9, seed=0)
     assert list(found.unfit_records) == [1] and "A" * 5000 not in seen and "Q" * 100 in seen
 
 
-def test_the_sample_is_seeded_and_even(tmp_path):
+def test_the_sample_is_seeded_and_uniform(tmp_path):
     path = tmp_path / "qa.jsonl"
     path.write_text("".join(json.dumps(record(f"r{i}", None, "Q", "A")) + "\n" for i in range(500)))
     samples = []
@@ -384,7 +405,7 @@ def test_the_sample_is_seeded_and_even(tmp_path):
     assert 235 < np.mean(samples) < 265 and {i // 50 for i in np.ravel(samples)} == set(range(10))
 
 
-def test_pictures_outside_the_sample_are_looked_for_too(tmp_path):
+def test_missing_images_are_found_outside_the_sample_too(tmp_path):
     (tmp_path / "good").write_bytes(b"x")
     (tmp_path / "empty").write_bytes(b"")
     rows = [record(f"r{i}", path, Q, A) for i, path in enumerate(("good", "empty", "gone", ".", "good"))]
@@ -397,7 +418,7 @@ def test_pictures_outside_the_sample_are_looked_for_too(tmp_path):
     }
 
 
-def test_a_file_that_ends_early_keeps_what_was_found_before(tmp_path):
+def test_faults_found_before_a_cut_are_kept(tmp_path):
     values = [record("a", None, "Q", ""), record("b", None, "Q", "A")]
     path = tmp_path / "qa.json"
     path.write_text(json.dumps(values)[:-4])
@@ -416,15 +437,17 @@ def test_labels_that_are_not_the_answers_are_found(tmp_path):
     whole = chat_of().encode(found.sample[0][1].conversations)
     assert not found.wrong and lengths.tokens.tolist() == [len(whole.input_ids)]
     cut = chat_of().encode(found.sample[0][1].conversations, 60)
-    assert len(cut.input_ids) < len(whole.input_ids), "the share is that of what is trained on"
+    assert len(cut.input_ids) < len(whole.input_ids), "the share must be that of the cut conversation"
     assert lengths.supervised.tolist() == [cut.num_targets / len(cut.input_ids)]
 
-    class Shifted(ChatFormat):  # labels one token too early
+    class Shifted(ChatFormat):
+        """Labels one token too early."""
+
         def encode(self, turns, max_length=None):
             encoded = super().encode(turns, max_length)
             return type(encoded)(encoded.input_ids, [*encoded.labels[1:], -100], encoded.num_images)
 
-    shifted = Shifted(lambda text: list(text.encode())[:-1] or [0], 256, 257, 259, 258, 3, None)
+    shifted = chat_of(encode=lambda text: list(text.encode())[:-1] or [0], chat_class=Shifted)
     check_labels(found, shifted, decode, 60)
     assert [reason for _, reason in found.wrong.counts] == ["labels_are_not_the_answers"]
 
@@ -436,16 +459,17 @@ def test_a_histogram_counts_every_value_once():
     assert lines[0].split()[:3] == ["0", "-", "10"] and lines[0].count("█") == 36
 
 
-def test_what_a_row_says_cannot_break_a_terminal_or_a_file(tmp_path):
+def test_control_characters_in_a_row_are_escaped(tmp_path):
     rows = Rows()
-    rows.add(Place(tmp_path / "qa.jsonl", 3, 2, "a\x1b[31m\n\ud83d", ""), "wrong_type", "is \u202eback\x07.")
+    place = Place(file=tmp_path / "qa.jsonl", line=3, index=2, id="a\x1b[31m\n\ud83d", source="")
+    rows.add(place, "wrong_type", "is \u202eback\x07.")
     text = rows.text(tmp_path / "all")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e\ud800-\udfff]", text) and text.count("\n") == 2
     rows.write(tmp_path / "rows.jsonl")
     assert json.loads((tmp_path / "rows.jsonl").read_text("utf-8"))["detail"] == "is \u202eback\x07."
 
 
-def test_one_fault_keeps_its_words():
+def test_a_single_fault_is_reported_unchanged():
     findings = Findings(Path("nowhere"))
     findings.stop()
     with findings.collect():

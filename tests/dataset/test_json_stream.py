@@ -1,4 +1,4 @@
-"""Files of JSON as a stream of values. Run: python -m pytest tests/test_json_stream.py"""
+"""JSON files as streams of values. Run: python -m pytest tests/dataset/test_json_stream.py"""
 
 import json
 import re
@@ -20,7 +20,7 @@ json_values = st.recursive(
 
 
 def read(path, chunk: int, offsets: bool = False) -> tuple[list[Item], str]:
-    """(the items, the error that ended them or "")."""
+    """Return (items, message of the error that ended them, or "")."""
     items = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset.json_stream, "CHUNK_BYTES", chunk)
@@ -43,7 +43,7 @@ def read(path, chunk: int, offsets: bool = False) -> tuple[list[Item], str]:
     ascii_only=st.booleans(),
     bom=st.booleans(),
 )
-def test_a_list_is_read_exactly_whatever_the_chunks(tmp_path_factory, values, chunk, pretty, ascii_only, bom):
+def test_a_list_is_read_exactly_with_any_chunk_size(tmp_path_factory, values, chunk, pretty, ascii_only, bom):
     text = json.dumps(values, indent=1 if pretty else None, ensure_ascii=ascii_only) + "\n" * pretty
     data = (b"\xef\xbb\xbf" if bom else b"") + text.encode("utf-8", "backslashreplace")
     path = tmp_path_factory.mktemp("list") / "list.json"
@@ -55,8 +55,8 @@ def test_a_list_is_read_exactly_whatever_the_chunks(tmp_path_factory, values, ch
     assert [item.value for item in read(path, chunk)[0]] == values
 
 
-# Lists of objects as they are found, and as they should not be: blanks anywhere, text that looks like the end of a record,
-# keys in any order and twice, numbers and escapes that the two decoders do not read alike.
+# Typical and awkward lists of objects: blanks anywhere, text that looks like the end of a record, keys in any order and
+# repeated, numbers and escapes that the two decoders read differently.
 blanks = st.sampled_from(["", "", "", " ", "\n  ", "\t", "\r\n"])
 texts = st.lists(
     st.sampled_from(['"', "\\", "}", "]", "{", "[", ",", ":", " ", "\n", "a", "图", "😀", '"}, {"id": "', '"}]},{"id'])
@@ -69,7 +69,7 @@ scalars = texts | st.sampled_from(
 
 @st.composite
 def objects(draw, depth: int = 2) -> str:
-    """The text of a JSON object."""
+    """Draw the text of a JSON object."""
     space = draw(blanks)
     members = []
     for key in draw(st.lists(st.sampled_from(["id", "image", "id", "conversations"]), max_size=4)):
@@ -91,7 +91,7 @@ def lists_of_objects(draw) -> str:
 
 @settings(max_examples=120, deadline=None)
 @given(lists_of_objects(), st.sampled_from([20, 60, 200, 1000]))
-def test_the_fast_way_gives_the_values_of_the_exact_way(tmp_path_factory, text, chunk):
+def test_fast_reading_gives_the_same_values_as_exact_reading(tmp_path_factory, text, chunk):
     path = tmp_path_factory.mktemp("list") / "list.json"
     path.write_text(text, encoding="utf-8")
     items, error = read(path, chunk)
@@ -101,7 +101,7 @@ def test_the_fast_way_gives_the_values_of_the_exact_way(tmp_path_factory, text, 
 
 @settings(max_examples=120, deadline=None)
 @given(lists_of_objects(), st.sampled_from([20, 60, 200, 1000]), st.data())
-def test_damage_gives_the_same_values_and_the_same_error_in_either_way(tmp_path_factory, text, chunk, data):
+def test_fast_and_exact_reading_agree_on_a_damaged_file(tmp_path_factory, text, chunk, data):
     path = tmp_path_factory.mktemp("list") / "list.json"
     whole = text.encode()
     begin = data.draw(st.integers(0, len(whole)))
@@ -115,7 +115,7 @@ def test_damage_gives_the_same_values_and_the_same_error_in_either_way(tmp_path_
 
 
 def llava(count: int) -> list[dict]:
-    """As published: chats of several turns, in which every tenth record has its keys in another order."""
+    """Chats of several turns as LLaVA publishes them; every tenth record has its keys in another order."""
     records = []
     for i in range(count):
         turns = [{"from": "human", "value": "Is it }, { or ]?"}, {"from": "gpt", "value": 'It is "}]}, {"id".'}]
@@ -125,17 +125,18 @@ def llava(count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("layout", [{}, {"separators": (",", ":")}, {"indent": 2}])
-def test_a_list_of_records_is_read_the_fast_way(tmp_path, layout):
+def test_a_list_of_records_is_read_in_pieces(tmp_path, layout):
     records = llava(3000)
-    records[1500] |= {"id": 2**64, "bits": 10**30}  # orjson would round these,
-    records[2000] |= {"score": 1e999, "half": "\ud83d"}  # and refuse these
+    records[1500] |= {"id": 2**64, "bits": 10**30}  # orjson would round these
+    records[2000] |= {"score": 1e999, "half": "\ud83d"}  # and reject these
     path = tmp_path / "llava.json"
     path.write_text(json.dumps(records, **layout), encoding="utf-8")
     items = list(stream_json(path))
     assert [item.value for item in items] == records
-    assert type(items[1500].value["id"]) is int
+    big = items[1500].value
+    assert isinstance(big, dict) and type(big["id"]) is int
     assert [item.index for item in items] == list(range(3000))
-    assert sum(item.offset is None for item in items) > 0.8 * len(items)  # the exact way gives offsets
+    assert sum(item.offset is None for item in items) > 0.8 * len(items)  # exact reading gives offsets
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
@@ -173,7 +174,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.parametrize("offsets", [False, True])
-def test_a_malformed_list_is_an_error_never_a_shorter_list(tmp_path, text, chunk, offsets):
+def test_a_malformed_list_is_always_an_error(tmp_path, text, chunk, offsets):
     (tmp_path / "list.json").write_text(text)
     assert re.search(r"list\.json: .* near byte", read(tmp_path / "list.json", chunk, offsets)[1])
 
@@ -189,13 +190,13 @@ def test_a_malformed_list_is_an_error_never_a_shorter_list(tmp_path, text, chunk
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
-def test_a_list_that_is_not_utf8_is_an_error_after_what_is(tmp_path, data, good, chunk):
+def test_the_values_before_invalid_utf8_are_read(tmp_path, data, good, chunk):
     (tmp_path / "list.json").write_bytes(data)
     items, error = read(tmp_path / "list.json", chunk)
     assert len(items) == good and "not UTF-8" in error and f"after {good} values" in error
 
 
-def test_what_is_nested_too_deep_is_an_error_never_a_crash(tmp_path):
+def test_too_deep_nesting_is_an_error_not_a_crash(tmp_path):
     deep = "[" * 100_000 + "]" * 100_000
     (tmp_path / "list.json").write_text(f'[{{"a": {deep}}}]')
     with pytest.raises(InputError, match="malformed JSON"):
@@ -213,12 +214,12 @@ def test_what_is_nested_too_deep_is_an_error_never_a_crash(tmp_path):
     st.sampled_from(["\n", "\r\n"]),
     st.integers(1, 80),
 )
-def test_lines_are_read_as_the_standard_library_reads_them(tmp_path_factory, lines, end, chunk):
+def test_lines_give_the_values_of_the_standard_library(tmp_path_factory, lines, end, chunk):
     lines = ["null", *(line.replace("\n", "").replace("\r", "") for line in lines)]
-    encoded = [line.encode("utf-8", "surrogatepass") for line in lines]  # half a pair is not UTF-8
+    encoded = [line.encode("utf-8", "surrogatepass") for line in lines]  # an unpaired surrogate is not valid UTF-8
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     path.write_bytes(end.encode().join(encoded))
-    expected = []
+    expected: list[tuple[int, object]] = []
     for number, data in enumerate(encoded, start=1):
         if data.strip():
             try:
@@ -230,10 +231,10 @@ def test_lines_are_read_as_the_standard_library_reads_them(tmp_path_factory, lin
     assert [item.index for item in items] == list(range(len(items))) and not error
     whole = path.read_bytes()
     for item in items:
-        assert whole[item.offset :].startswith(encoded[item.line - 1])
+        assert item.line is not None and whole[item.offset :].startswith(encoded[item.line - 1])
 
 
-def test_lines_are_numbered_and_bad_ones_keep_their_place(tmp_path):
+def test_lines_are_numbered_including_invalid_ones(tmp_path):
     data = '\ufeff{"a": 1}\r\n\n{"a": \n'.encode() + b"\xff\n" + '{"a": "图"}'.encode()
     (tmp_path / "lines.jsonl").write_bytes(data)
     items = list(stream_json(tmp_path / "lines.jsonl"))
@@ -241,10 +242,10 @@ def test_lines_are_numbered_and_bad_ones_keep_their_place(tmp_path):
     assert [item.index for item in items] == [0, 1, 2, 3]
     assert [type(item.value) for item in items] == [dict, NotJson, NotJson, dict]
     assert json.loads(data[items[3].offset :]) == items[3].value == {"a": "图"}
-    assert "UTF-8" in items[2].value
+    assert "UTF-8" in str(items[2].value)
 
 
-def test_one_object_over_several_lines_is_one_error(tmp_path):
+def test_one_object_over_several_lines_is_a_single_error(tmp_path):
     path = tmp_path / "coco.json"
     for text in (
         json.dumps({"images": [{"id": 1}]}, indent=1),
@@ -256,11 +257,11 @@ def test_one_object_over_several_lines_is_one_error(tmp_path):
             InputError, match=r"coco\.json: a JSON object over several lines; expected a list of objects"
         ):
             list(stream_json(path))
-    path.write_text('{"a": \n{"a": 2}\n')  # a broken line is no such thing
+    path.write_text('{"a": \n{"a": 2}\n')  # a malformed first line alone is not this error
     assert [type(item.value) for item in stream_json(path)] == [NotJson, dict]
 
 
-def test_an_empty_file_holds_nothing_and_a_missing_one_is_an_error(tmp_path):
+def test_an_empty_file_has_no_values_and_a_missing_file_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
     assert list(stream_json(tmp_path / "empty.jsonl")) == []
     with pytest.raises(InputError, match="No such file"):

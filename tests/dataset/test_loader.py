@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from config import IGNORE_INDEX, InputError
 from dataset.conversation import ChatFormat
-from dataset.loader import REPLACEMENTS, QADataset, collate, make_loader, split_batch
+from dataset.loader import (REPLACEMENTS, QADataset, make_loader, split_batch)
+from dataset.batch import collate
 from dataset.order import SampleOrder, micro_batches
 from dataset.qa_file import QAFile
 from visual.images import ImageError
@@ -157,13 +158,13 @@ def same(a: list[dict], b: list[dict]) -> bool:
 def test_a_batch_is_padded_on_the_right_and_says_so(tmp_path):
     dataset = dataset_of(write_qa(tmp_path, MIXED))
     (batch,) = load(dataset, [[(0, i) for i in range(5)]])
-    assert batch["ids"] == ["one", "text", "three", "more text", "last"]
+    assert batch.ids == ["one", "text", "three", "more text", "last"]
     samples = [dataset[0, i] for i in range(5)]
-    longest = max(len(sample["input_ids"]) for sample in samples)
+    longest = max(len(sample.input_ids) for sample in samples)
     for name, padding in (("input_ids", PAD), ("labels", IGNORE_INDEX)):
         expected = [sample[name].tolist() + [padding] * (longest - len(sample[name])) for sample in samples]
         assert batch[name].tolist() == expected and batch[name].dtype == torch.long
-    assert batch["attention_mask"].tolist() == [[int(i != PAD) for i in row] for row in batch["input_ids"].tolist()]
+    assert batch.attention_mask.tolist() == [[int(i != PAD) for i in row] for row in batch.input_ids.tolist()]
 
 
 def test_every_image_stands_at_its_own_row_whatever_rows_surround_it(tmp_path):
@@ -173,16 +174,16 @@ def test_every_image_stands_at_its_own_row_whatever_rows_surround_it(tmp_path):
     images = {"one": [1], "text": [], "three": [2, 3, 2], "more text": [], "last": [4]}
     for rows in ([0, 1, 2, 3, 4], [1, 4, 3, 2, 0], [3, 0], [2], [4, 1]):
         (batch,) = load(dataset, [[(0, i) for i in rows]])
-        per_row = ((batch["input_ids"] == 258).sum(1) // 2).tolist()
-        assert per_row == [len(images[name]) for name in batch["ids"]]
-        expected = [i for name in batch["ids"] for i in images[name]]
-        assert batch["pixel_values"].shape == (len(expected), 3, 2, 2)
-        assert batch["pixel_values"][:, 0, 0, 0].tolist() == expected
+        per_row = ((batch.input_ids == 258).sum(1) // 2).tolist()
+        assert per_row == [len(images[name]) for name in batch.ids]
+        expected = [i for name in batch.ids for i in images[name]]
+        assert batch.pixel_values.shape == (len(expected), 3, 2, 2)
+        assert batch.pixel_values[:, 0, 0, 0].tolist() == expected
 
 
 def test_a_batch_of_text_has_no_pixels(tmp_path):
     (batch,) = load(dataset_of(write_qa(tmp_path, MIXED)), [[(0, 1), (0, 3)]])
-    assert batch["pixel_values"] is None
+    assert batch.pixel_values is None
     assert collate([dataset_of(QAFile(tmp_path / "qa.jsonl"))[0, 1]], PAD)["input_ids"].shape[0] == 1
 
 
@@ -194,7 +195,7 @@ def test_batches_do_not_depend_on_workers_and_leave_the_global_generator_alone(t
     assert torch.equal(torch.get_rng_state(), before)
     assert [len(run) for run in runs] == [8, 8, 8] and same(runs[0], runs[1]) and same(runs[0], runs[2])
     names = [record["id"] for record in MIXED]
-    assert [batch["ids"] for batch in runs[2]] == [[names[i] for _, i in batch] for batch in batches]
+    assert [batch.ids for batch in runs[2]] == [[names[i] for _, i in batch] for batch in batches]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -266,10 +267,10 @@ def test_it_is_said_whose_place_was_taken_and_why(tmp_path):
     dataset = replaced_dataset(tmp_path)
     batch = collate([dataset[0, i] for i in (0, 1, 2, 4)], PAD)
     qa, image = tmp_path / "qa.jsonl", tmp_path / "gone.png"
-    assert batch["replaced"] == [f'{qa} ("r{i}"): {image}: no such file.' for i in (1, 4)]
-    assert [batch["ids"][0], batch["ids"][2]] == ["r0", "r2"]
-    for row, name in enumerate(batch["ids"]):  # its own picture stands with it
-        assert batch["pixel_values"][row, 0, 0, 0] == int(name[1:])
+    assert batch.replaced == [f'{qa} ("r{i}"): {image}: no such file.' for i in (1, 4)]
+    assert [batch.ids[0], batch.ids[2]] == ["r0", "r2"]
+    for row, name in enumerate(batch.ids):  # its own picture stands with it
+        assert batch.pixel_values[row, 0, 0, 0] == int(name[1:])
     assert list(split_batch(batch, 2, PAD))[0]["replaced"] == [], "counted once, with the whole batch"
 
 
@@ -299,4 +300,4 @@ def test_workers_replace_as_the_process_itself_does(tmp_path, num_workers):
     batches = list(micro_batches(order_of([1] * 12), range(6), 2, 2, 0, 1))
     alone = load(dataset, batches)
     assert same(alone, load(dataset, batches, num_workers))
-    assert sum(len(batch["replaced"]) for batch in alone) == 4  # two epochs with two such records each
+    assert sum(len(batch.replaced) for batch in alone) == 4  # two epochs with two such records each

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from config import InputError
-from dataset.order import SampleOrder, micro_batches, share_out
+from dataset.order import SampleOrder, micro_batches, split_step
 
 UP_TO_8 = range(1, 9)
 
@@ -23,15 +23,15 @@ def test_a_step_is_shared_out_evenly_in_the_largest_micro_batches(processes):
             if samples % processes:
                 assert not fitting
                 with pytest.raises(InputError, match=f"{samples} samples .* which {processes} processes .* multiple"):
-                    share_out(batch_size, accumulation, processes)
+                    split_step(batch_size, accumulation, processes)
                 continue
-            size, count = share_out(batch_size, accumulation, processes)
+            size, count = split_step(batch_size, accumulation, processes)
             assert size * count == samples and count % processes == 0 and size == max(fitting) <= batch_size
 
 
 def test_what_fits_as_it_is_is_left_as_it_is():
-    assert share_out(2, 4, 1) == share_out(2, 4, 2) == share_out(2, 4, 4) == (2, 4)
-    assert share_out(2, 3, 1) == (2, 3) and share_out(4, 1, 2) == (2, 2) and share_out(4, 1, 4) == (1, 4)
+    assert split_step(2, 4, 1) == split_step(2, 4, 2) == split_step(2, 4, 4) == (2, 4)
+    assert split_step(2, 3, 1) == (2, 3) and split_step(4, 1, 2) == (2, 2) and split_step(4, 1, 4) == (1, 4)
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 4), (3, 4), (8, 3), (6, 2)])
@@ -39,7 +39,7 @@ def test_every_number_of_processes_takes_the_same_samples_of_each_step(shape):
     order = SampleOrder(np.arange(13), 3, np.ones(13))
     samples, steps = shape[0] * shape[1], range(2, 6)
     for processes in (n for n in UP_TO_8 if samples % n == 0):
-        size, count = share_out(*shape, processes)
+        size, count = split_step(*shape, processes)
         ranks = [list(micro_batches(order, steps, size, count, rank, processes)) for rank in range(processes)]
         each = count // processes
         assert {len(batches) for batches in ranks} == {each * len(steps)}

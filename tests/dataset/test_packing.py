@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from config import IGNORE_INDEX, InputError
-from dataset.loader import collate, count_tokens, split_batch
-from dataset.order import SampleOrder, micro_batches, shares
-from dataset.packing import bucket, pack
+from dataset.batch import collate
+from dataset.loader import count_tokens, split_batch
+from dataset.order import SampleOrder, micro_batches, packed_rows
+from dataset.order import bucket, pack
 from model.build import build_model, checkpoint_activations, load_processors
 from qwen import attention, load_language_model
 from qwen.attention import packed_sdpa
-from step import count_targets, on_device
+from training.step import count_targets, on_device
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe, write_qwen3, write_qwen3_moe
 from tests.toy_towers import write_clip
 
@@ -160,7 +161,7 @@ def samples_of(image_token: int, pictures=(1, 0, 3, 0, 1), seed: int = 0) -> lis
 def values(built, batch: dict) -> dict[str, torch.Tensor]:
     """The loss and every gradient."""
     built.model.zero_grad(set_to_none=True)
-    loss = built.model(**on_device(batch, CPU)).answers
+    loss = built.model(**batch.model_inputs(CPU)).answers
     loss.backward()
     grads = {name: parameter.grad for name, parameter in built.model.named_parameters() if parameter.requires_grad}
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
@@ -177,18 +178,18 @@ def assert_same(found: dict, expected: dict) -> None:
 def test_a_row_says_what_it_is_made_of_and_no_label_reaches_across():
     samples = samples_of(300)
     batch = collate(samples, PAD, packed=True)
-    sizes = [len(sample["input_ids"]) for sample in samples]
+    sizes = [len(sample.input_ids) for sample in samples]
     total = sum(sizes)
-    assert batch["attention_mask"] is None and batch["lengths"][:5] == sizes and count_tokens(batch) == total
-    assert batch["input_ids"].shape == batch["labels"].shape == (1, bucket(total)) and bucket(total) > total
-    assert sum(batch["lengths"]) == bucket(total) and max(batch["lengths"]) == max(sizes)
-    parts = zip(samples, *(batch[key][0].split(batch["lengths"]) for key in ("input_ids", "labels")), strict=False)
+    assert batch.attention_mask is None and batch.lengths[:5] == sizes and batch.num_tokens == total
+    assert batch.input_ids.shape == batch.labels.shape == (1, bucket(total)) and bucket(total) > total
+    assert sum(batch.lengths) == bucket(total) and max(batch.lengths) == max(sizes)
+    parts = zip(samples, *(batch[key][0].split(batch.lengths) for key in ("input_ids", "labels")), strict=False)
     for sample, ids, labels in parts:
-        assert torch.equal(ids, sample["input_ids"]) and torch.equal(labels[1:], sample["labels"][1:])
+        assert torch.equal(ids, sample.input_ids) and torch.equal(labels[1:], sample.labels[1:])
         assert labels[0] == IGNORE_INDEX
-    assert (batch["input_ids"][0, total:] == PAD).all() and (batch["labels"][0, total:] == IGNORE_INDEX).all()
+    assert (batch.input_ids[0, total:] == PAD).all() and (batch.labels[0, total:] == IGNORE_INDEX).all()
     assert samples[1]["labels"][0] != IGNORE_INDEX, "the sample itself is left as it is"
-    assert count_targets(batch) == count_targets(collate(samples, PAD))
+    assert batch.num_targets == count_targets(collate(samples, PAD))
 
 
 def test_what_fills_a_row_is_no_document_longer_than_a_sample():
@@ -198,8 +199,8 @@ def test_what_fills_a_row_is_no_document_longer_than_a_sample():
         short | {"id": str(i), "input_ids": torch.ones(9).long(), "labels": torch.ones(9).long()} for i in range(58)
     ]
     batch = collate(samples, PAD, packed=True)
-    assert len(batch["lengths"]) > 58 + 1 and max(batch["lengths"]) == 9
-    assert sum(batch["lengths"]) == batch["input_ids"].shape[1] == bucket(58 * 9)
+    assert len(batch.lengths) > 58 + 1 and max(batch.lengths) == 9
+    assert sum(batch.lengths) == batch.input_ids.shape[1] == bucket(58 * 9)
 
 
 def packed_and_padded(built) -> tuple[dict, dict]:
@@ -318,7 +319,7 @@ def test_flash_attention_is_told_where_each_document_starts(folders, monkeypatch
         calls.append(kwargs)
         starts = kwargs["cu_seq_lens_q"]
         assert attention_mask is None and starts.dtype == torch.int32 and torch.equal(starts, kwargs["cu_seq_lens_k"])
-        assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(batch["lengths"])
+        assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(batch.lengths)
         assert starts[0] == 0 and starts[-1] == query.shape[2]
         names = ("dropout", "scaling", "sliding_window")
         options = {name: kwargs[name] for name in names if name in kwargs}
@@ -327,7 +328,7 @@ def test_flash_attention_is_told_where_each_document_starts(folders, monkeypatch
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
     monkeypatch.setattr(built.model.causal_lm.config, "_attn_implementation_internal", "flash_attention_2")
     assert_same(values(built, batch), expected)
-    assert len(calls) == 2 and calls[0]["cu_seq_lens_q"].diff().tolist() == batch["lengths"]
+    assert len(calls) == 2 and calls[0]["cu_seq_lens_q"].diff().tolist() == batch.lengths
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -1,4 +1,4 @@
-"""The QA format and the reading of files of it. Run: python -m pytest tests/test_record.py"""
+"""The QA format and QA files. Run: python -m pytest tests/dataset/test_record.py"""
 
 import json
 import multiprocessing
@@ -16,14 +16,21 @@ import dataset.record
 from config import InputError
 from dataset import json_stream
 from dataset.qa_file import QAFile
-from dataset.record import IMAGE, IMAGE_MARK, Record, RecordError, Turn, check_record, parse_record
+from dataset.record import (
+    IMAGE,
+    IMAGE_MARK,
+    Record,
+    RecordError,
+    Turn,
+    check_record,
+    encode_refused_row,
+    parse_record,
+)
 
 QUESTION = {"role": "user", "content": "<image>\nWhat is this?"}
 ANSWER = {"role": "assistant", "content": "A cat."}
 TEXT = {"role": "text", "content": "Once upon a time."}
-
-
-PICTURE = {"type": "image"}
+IMAGE_PART = {"type": "image"}
 
 
 def words(text: object) -> dict:
@@ -57,7 +64,10 @@ def records(draw) -> Record:
         return tuple(turns)
 
     alternatives = tuple(conversation() for _ in range(draw(st.integers(0, 2))))
-    return Record(draw(filled), images, conversation(), draw(texts), draw(texts), alternatives)
+    name, first = draw(filled), conversation()
+    return Record(
+        id=name, images=images, conversations=first, source=draw(texts), type=draw(texts), alternatives=alternatives
+    )
 
 
 def json_of(one: Record) -> dict:
@@ -69,7 +79,7 @@ def json_of(one: Record) -> dict:
 
 
 @given(records())
-def test_a_record_survives_json(one):
+def test_a_record_round_trips_through_json(one):
     assert parse_record(json.loads(json.dumps(json_of(one))), "") == one
 
 
@@ -125,61 +135,62 @@ def answered(*parts: object) -> dict:
         ({"image": None}, "marks_and_pictures_disagree"),
         ({"image": ["a.jpg", "b.jpg"]}, "marks_and_pictures_disagree"),
         ({"alternatives": [[{"role": "user", "content": "No mark"}, ANSWER]]}, "marks_and_pictures_disagree"),
-        (asked(PICTURE, None), "wrong_type"),
-        (asked(PICTURE, ["What?"]), "wrong_type"),
-        (asked(PICTURE, {}), "wrong_type"),
-        (asked(PICTURE, {"type": ["text"], "text": "What?"}), "wrong_type"),
-        (asked(PICTURE, {"type": "video"}), "wrong_type"),
+        (asked(IMAGE_PART, None), "wrong_type"),
+        (asked(IMAGE_PART, ["What?"]), "wrong_type"),
+        (asked(IMAGE_PART, {}), "wrong_type"),
+        (asked(IMAGE_PART, {"type": ["text"], "text": "What?"}), "wrong_type"),
+        (asked(IMAGE_PART, {"type": "video"}), "wrong_type"),
         (asked({"type": "image", "image": "b.jpg"}), "wrong_type"),
-        (asked(PICTURE, {"type": "text"}), "wrong_type"),
-        (asked(PICTURE, {"type": "text", "content": "What?"}), "wrong_type"),
-        (asked(PICTURE, {"type": "text", "text": None}), "wrong_type"),
-        (asked(PICTURE, words("half \ud83d")), "bad_unicode"),
+        (asked(IMAGE_PART, {"type": "text"}), "wrong_type"),
+        (asked(IMAGE_PART, {"type": "text", "content": "What?"}), "wrong_type"),
+        (asked(IMAGE_PART, {"type": "text", "text": None}), "wrong_type"),
+        (asked(IMAGE_PART, words("half \ud83d")), "bad_unicode"),
         (asked(words("<image> What?")), "marks_and_pictures_disagree"),
-        (asked(PICTURE, PICTURE), "marks_and_pictures_disagree"),
-        (asked(PICTURE) | {"image": None}, "marks_and_pictures_disagree"),
+        (asked(IMAGE_PART, IMAGE_PART), "marks_and_pictures_disagree"),
+        (asked(IMAGE_PART) | {"image": None}, "marks_and_pictures_disagree"),
         (asked() | {"image": None}, "empty_question"),
         (asked(words(" "), words("\n")) | {"image": None}, "empty_question"),
         (answered(), "empty_answer"),
         (answered(words(""), words(" \n")), "empty_answer"),
-        (answered(PICTURE), "mark_outside_question"),
-        (answered(words("A cat."), PICTURE), "mark_outside_question"),
-        ({"conversations": [{"role": "system", "content": [PICTURE]}, QUESTION, ANSWER]}, "mark_outside_question"),
+        (answered(IMAGE_PART), "mark_outside_question"),
+        (answered(words("A cat."), IMAGE_PART), "mark_outside_question"),
+        ({"conversations": [{"role": "system", "content": [IMAGE_PART]}, QUESTION, ANSWER]}, "mark_outside_question"),
     ],
 )
-def test_a_bad_record_is_refused_with_its_reason(changes, reason):
-    parse_record(record(), "qa.jsonl line 1")  # good without the change
-    with pytest.raises(RecordError) as refusal:
+def test_an_invalid_record_is_rejected_with_its_reason(changes, reason):
+    parse_record(record(), "qa.jsonl line 1")  # valid without the change
+    with pytest.raises(RecordError) as parsed:
         parse_record(record(**changes), "qa.jsonl line 1")
-    assert refusal.value.reason == reason
-    assert str(refusal.value).startswith("qa.jsonl line 1")
+    assert parsed.value.reason == reason
+    assert str(parsed.value).startswith("qa.jsonl line 1")
     with pytest.raises(RecordError) as checked:
         check_record(record(**changes))
-    assert (checked.value.reason, checked.value.detail) == (reason, refusal.value.detail)
+    assert (checked.value.reason, checked.value.detail) == (reason, parsed.value.detail)
 
 
-def test_a_refusal_survives_the_way_out_of_a_worker():
-    refusal = RecordError("no_answer", "the conversation has no turns.", "qa.jsonl line 3")
-    copy = pickle.loads(pickle.dumps(refusal))
-    assert type(copy) is RecordError and vars(copy) == vars(refusal)
-    assert str(copy) == str(refusal) == "qa.jsonl line 3: the conversation has no turns."
+def test_a_record_error_can_be_pickled():
+    error = RecordError("no_answer", "the conversation has no turns.", "qa.jsonl line 3")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is RecordError and vars(copy) == vars(error)
+    assert str(copy) == str(error) == "qa.jsonl line 3: the conversation has no turns."
 
 
-def test_a_record_that_is_no_object_is_refused():
-    for obj in (None, [], "text", 3):
-        with pytest.raises(RecordError, match="line 4: a record is a JSON object"):
+def test_a_record_must_be_an_object():
+    not_objects: list[object] = [None, [], "text", 3]
+    for obj in not_objects:
+        with pytest.raises(RecordError, match="line 4: a record must be a JSON object"):
             parse_record(obj, "line 4")
 
 
-def test_the_message_says_what_where_and_what_to_do():
+def test_the_message_gives_place_fault_and_remedy():
     two_marks = [{"role": "user", "content": "<image> or <image>?"}, ANSWER]
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError) as caught:
         parse_record(record(id="coco_1183", conversations=two_marks), "qa.jsonl line 812")
     expected = 'qa.jsonl line 812 ("coco_1183"): 2 "<image>" marks but 1 image path; give one path per mark.'
-    assert str(refusal.value) == expected
+    assert str(caught.value) == expected
 
 
-def test_a_text_by_itself_is_a_record():
+def test_a_text_turn_alone_is_a_record():
     one = parse_record({"id": "t", "conversations": [TEXT]}, "")
     assert one.conversations == (Turn("text", "Once upon a time."),) and one.images == ()
     parts = TEXT | {"content": [{"type": "text", "text": "An <image> in HTML."}]}
@@ -187,38 +198,41 @@ def test_a_text_by_itself_is_a_record():
     check_record({"id": "t", "conversations": [TEXT]})
 
 
-def test_records_without_an_image_and_with_two_are_fine():
+def test_records_may_have_no_image_or_several():
     text_only = parse_record({"id": "t", "conversations": [{"role": "user", "content": "Hi"}, ANSWER]}, "")
     assert text_only.images == ()
     marks = [{"role": "user", "content": "<image>"}, ANSWER, {"role": "user", "content": "and <image>?"}, ANSWER]
     assert parse_record(record(image=["a.jpg", "b.jpg"], conversations=marks), "").images == ("a.jpg", "b.jpg")
 
 
-def test_what_is_nested_deep_is_refused_like_any_other_value():
+def test_a_deeply_nested_value_is_rejected_like_any_other():
     deep = json_stream.decode(b"[" * 1000 + b"]" * 1000)
     for changes in (
         {"id": deep},
         {"image": deep},
         {"conversations": deep},
         {"conversations": [QUESTION, {"role": deep, "content": "A cat."}]},
-        asked(PICTURE, {"type": deep}),
+        asked(IMAGE_PART, {"type": deep}),
         answered(deep),
     ):
-        for judge in (check_record, lambda obj: parse_record(obj, "line 1")):
-            with pytest.raises(RecordError) as refusal:
-                judge(record(**changes))
-            assert refusal.value.reason in ("wrong_type", "unknown_role")
+        for check in (check_record, lambda obj: parse_record(obj, "line 1")):
+            with pytest.raises(RecordError) as caught:
+                check(record(**changes))
+            assert caught.value.reason in ("wrong_type", "unknown_role")
     parse_record(record(extra=deep), "")
 
 
 # --- parts
 
 
-def test_in_parts_text_is_text_and_pictures_are_counted_from_parts_alone():
+def test_text_in_parts_is_literal_and_only_image_parts_count_as_images():
     literal = "<image> <|im_end|> <|extra_0|> <|endoftext|>"
     talk = [
         {"role": "system", "content": [words(literal)]},
-        {"role": "user", "content": [words(literal), words(""), words("!"), PICTURE, words(""), PICTURE, words("a")]},
+        {
+            "role": "user",
+            "content": [words(literal), words(""), words("!"), IMAGE_PART, words(""), IMAGE_PART, words("a")],
+        },
         {"role": "assistant", "content": [words(literal), words("?")]},
         {"role": "user", "content": "<image> and now?"},
         {"role": "assistant", "content": "A cat."},
@@ -231,38 +245,38 @@ def test_in_parts_text_is_text_and_pictures_are_counted_from_parts_alone():
         Turn("user", "<image> and now?"),
         Turn("assistant", "A cat."),
     )
-    assert pickle.loads(pickle.dumps(one)) == one  # as it goes to spawned workers
+    assert pickle.loads(pickle.dumps(one)) == one  # spawned workers receive it pickled
 
 
-def test_the_message_names_the_part_that_is_wrong():
+def test_the_message_names_the_invalid_part():
     for part, found in [
-        ("What?", "holds text for a part"),
-        ({"type": "video"}, 'holds a part of type "video"'),
-        ({"type": "image", "image": "b.jpg"}, 'holds a part with "type", "image"'),
+        ("What?", "contains text instead of a part"),
+        ({"type": "video"}, 'contains a part of type "video"'),
+        ({"type": "image", "image": "b.jpg"}, 'contains a part with "type", "image"'),
     ]:
         expected = f'line 1 ("r0"): turn 1 {found}; expected {{"type": "image"}} or {{"type": "text", "text": "..."}}.'
-        with pytest.raises(RecordError) as refusal:
-            parse_record(record(**asked(PICTURE, part)), "line 1")
-        assert str(refusal.value) == expected
+        with pytest.raises(RecordError) as caught:
+            parse_record(record(**asked(IMAGE_PART, part)), "line 1")
+        assert str(caught.value) == expected
 
 
 # --- the check
 
 
-def verdict(judge, obj: object) -> tuple[str, str] | None:
+def verdict(check, obj: object) -> tuple[str, str] | None:
     try:
-        judge(obj)
+        check(obj)
     except RecordError as error:
         return error.reason, error.detail
     return None
 
 
-# nearly good records: of each value sometimes a wrong one
+# Nearly valid records: each value is sometimes a wrong one.
 odd = st.sampled_from(
     [None, 0, 7, True, "", " ", "\u3000", "a", "<image>", "\ud83d", "图", [], ["a"], [""], [7], {}, {"a": "b"}]
 )
 part = st.sampled_from(
-    [PICTURE, words("a"), words("<image>"), words("\ud83d"), words(""), words(None), None, {"type": 1}]
+    [IMAGE_PART, words("a"), words("<image>"), words("\ud83d"), words(""), words(None), None, {"type": 1}]
 )
 content = st.sampled_from(["a", "<image>", "<image>\n图", "图", "\ud83d"]) | odd | st.lists(part, max_size=3)
 turn = st.fixed_dictionaries(
@@ -289,18 +303,18 @@ nearly_records = st.fixed_dictionaries(
 
 @settings(max_examples=400, deadline=None)
 @given(nearly_records | odd)
-def test_the_check_judges_exactly_as_the_parser(obj):
+def test_the_check_agrees_with_the_parser(obj):
     expected = verdict(lambda obj: parse_record(obj, ""), obj)
     assert verdict(check_record, obj) == expected
     assert expected is None or expected[0] and expected[1]
 
 
 @given(records())
-def test_the_check_refuses_no_good_record(one):
+def test_the_check_accepts_every_valid_record(one):
     check_record(json_of(one))
 
 
-def test_the_common_record_is_not_parsed_to_be_checked(monkeypatch):
+def test_a_common_record_is_checked_without_parsing(monkeypatch):
     def parse(_):
         raise AssertionError("parsed")
 
@@ -308,6 +322,32 @@ def test_the_common_record_is_not_parsed_to_be_checked(monkeypatch):
     check_record(record(source="coco", type="图", alternatives=[[QUESTION, ANSWER]]))
     check_record(record(image=["图.jpg", "b.jpg"], conversations=[QUESTION, ANSWER] * 2))
     check_record({"id": "t", "conversations": [{"role": "user", "content": "你好"}, ANSWER]})
+
+
+# --- the refused row
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "expected"),
+    [
+        (
+            3,
+            "r1",
+            b'{"source": "coco", "file": "a.json", "line": 3, "id": "r1", "reason": "bad", "detail": "\xe5\x9b\xbe"}',
+        ),
+        (
+            None,
+            7,
+            b'{"source": "coco", "file": "a.json", "index": 2, "id": 7, "reason": "bad", "detail": "\xe5\x9b\xbe"}',
+        ),
+        (3, "\ud83d", b'"line": 3, "id": "\\ud83d", '),
+        (3, None, b'"line": 3, "id": null, '),
+    ],
+)
+def test_a_refused_row_is_one_line_of_json(line, name, expected):
+    row = encode_refused_row(source="coco", file="a.json", line=line, index=2, id=name, reason="bad", detail="图")
+    assert expected in row and b"\n" not in row
+    assert json.loads(row)["id"] == name
 
 
 # --- alternatives
@@ -318,7 +358,7 @@ def captioned(number: int = 0) -> Record:
     return Record(f"r{number}", ("a.jpg",), captions[0], alternatives=tuple(captions[1:]))
 
 
-def test_five_epochs_see_five_captions_in_a_new_order_each_cycle():
+def test_each_cycle_of_epochs_uses_every_conversation_in_a_new_order():
     one = captioned()
     everything = {one.conversations, *one.alternatives}
     cycles = [tuple(one.at_epoch(3, epoch) for epoch in range(start, start + 5)) for start in range(0, 50, 5)]
@@ -326,16 +366,16 @@ def test_five_epochs_see_five_captions_in_a_new_order_each_cycle():
     assert len(set(cycles)) > 5
 
 
-def test_the_choice_depends_on_seed_epoch_and_id_alone():
+def test_the_conversation_depends_only_on_seed_epoch_and_id():
     first = [captioned(number).at_epoch(0, 0)[1].content for number in range(12)]
     assert first == [captioned(number).at_epoch(0, 0)[1].content for number in range(12)]
-    assert len(set(first)) > 2  # records do not move in step
+    assert len(set(first)) > 2  # records do not all choose the same one
     assert first != [captioned(number).at_epoch(1, 0)[1].content for number in range(12)]
-    golden = [4, 0, 1, 2, 3]  # a later version may not reshuffle a run that is resumed
+    golden = [4, 0, 1, 2, 3]  # a later version must not reorder a resumed run
     assert [captioned().at_epoch(0, epoch)[1].content for epoch in range(5)] == [f"caption {k}" for k in golden]
 
 
-def test_without_alternatives_every_epoch_is_the_same():
+def test_without_alternatives_every_epoch_uses_the_same_conversation():
     one = parse_record(record(), "")
     assert {one.at_epoch(0, epoch) for epoch in range(4)} == {one.conversations}
 
@@ -354,14 +394,14 @@ def expected(count: int = 7) -> list[Record]:
     return [parse_record(record(k, source="ab"[k % 2], type="图"), "") for k in range(count)]
 
 
-def test_lines_and_a_list_hold_the_same_records(tmp_path, qa_path):
+def test_lines_and_a_list_give_the_same_records(tmp_path, qa_path):
     objects = [json.loads(line) for line in qa_path.read_text(encoding="utf-8").splitlines()]
     listed = tmp_path / "qa.json"
     listed.write_text(json.dumps(objects, indent=2, ensure_ascii=False), encoding="utf-8-sig")
     spaced = tmp_path / "spaced.jsonl"
     spaced.write_text("\ufeff\n" + "\n\n".join(f" \t{json.dumps(obj)} " for obj in objects), encoding="utf-8")
     for path in (qa_path, listed, spaced):
-        for _ in range(2):  # with a new index, then with the one on disk
+        for _ in range(2):  # builds the index, then reads it from disk
             qa = QAFile(path)
             assert [qa[k] for k in range(len(qa))] == expected()
             assert qa[-1] == expected()[-1] and qa[np.int64(2)] == expected()[2]
@@ -370,8 +410,8 @@ def test_lines_and_a_list_hold_the_same_records(tmp_path, qa_path):
         QAFile(qa_path)[7]
 
 
-def test_what_only_the_standard_library_reads_is_read_back(tmp_path):
-    """Numbers and blanks in keys that are not read: the index is built and the record found again."""
+def test_json_that_only_the_standard_library_reads_is_accepted(tmp_path):
+    """A huge integer and NaN in ignored keys, and white space around records, do not disturb the index."""
     text = json.dumps(record(1, extra=10**30, score=float("nan")), indent=1) + " \n"
     listed, lines = tmp_path / "qa.json", tmp_path / "qa.jsonl"
     listed.write_text(f"[{text} , {text.replace('r1', 'r2')}]\n\n")
@@ -390,7 +430,7 @@ def refuse_to_scan(*_, **__):
     raise AssertionError("the file was scanned again")
 
 
-def test_the_index_is_used_and_a_stale_one_is_not(qa_path, monkeypatch):
+def test_the_index_is_used_unless_it_is_stale(qa_path, monkeypatch):
     QAFile(qa_path)
     with monkeypatch.context() as patch:
         patch.setattr(dataset.qa_file, "stream_json", refuse_to_scan)
@@ -407,15 +447,15 @@ def test_the_index_is_used_and_a_stale_one_is_not(qa_path, monkeypatch):
             QAFile(qa_path)
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(qa_path):
+def test_a_read_only_folder_is_no_obstacle(qa_path):
     blocked = qa_path.with_name("qa.jsonl.index.safetensors")
-    blocked.mkdir()  # stands where the index would go, so that writing fails for every user, root too
+    blocked.mkdir()  # a folder in place of the index makes writing fail for every user, including root
     qa = QAFile(qa_path)
     assert [qa[k] for k in range(7)] == expected()
     assert sorted(os.listdir(qa_path.parent)) == ["qa.jsonl", "qa.jsonl.index.safetensors"]
 
 
-def test_every_record_is_checked_when_the_file_is_first_opened(qa_path):
+def test_every_record_is_checked_at_the_first_opening(qa_path):
     with open(qa_path, "a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(record(8, image=None)) + "\n")
     with pytest.raises(RecordError, match=r'qa\.jsonl line 9 \("r8"\): 1 "<image>" mark but 0 image paths'):
@@ -427,7 +467,7 @@ def test_every_record_is_checked_when_the_file_is_first_opened(qa_path):
         QAFile(qa_path.with_name("none.jsonl"))
 
 
-def test_two_records_of_one_id_are_an_error_that_names_both(qa_path):
+def test_a_duplicate_id_is_an_error_that_names_both_records(qa_path):
     with open(qa_path, "a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(record(4)) + "\n" + json.dumps(record(1)) + "\n" + json.dumps(record(4)) + "\n")
     with pytest.raises(InputError, match=r'qa\.jsonl: lines 5 and 9 have the same id "r4"; give every record its own'):
@@ -439,12 +479,12 @@ def test_two_records_of_one_id_are_an_error_that_names_both(qa_path):
     assert not list(qa_path.parent.glob("*.safetensors"))
 
 
-def test_ids_that_only_look_equal_to_the_hash_are_fine(qa_path, monkeypatch):
-    monkeypatch.setattr(dataset.qa_file, "hash", len, raising=False)  # every id has the same
+def test_different_ids_with_equal_hashes_are_accepted(qa_path, monkeypatch):
+    monkeypatch.setattr(dataset.qa_file, "hash", len, raising=False)  # every id has the same hash
     assert len(QAFile(qa_path)) == 7
 
 
-def test_a_file_that_changes_in_use_is_an_error_not_other_records(qa_path):
+def test_a_file_that_changes_while_in_use_is_an_error(qa_path):
     qa = QAFile(qa_path)
     write_lines(qa_path, [record(k + 100) for k in range(7)])
     with pytest.raises(InputError, match="changed while it was in use"):
@@ -458,13 +498,13 @@ def read_all(qa: QAFile) -> list[Record]:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_read_the_same_records(qa_path, method):
     qa = QAFile(qa_path)
-    assert qa[0] == expected()[0]  # open before it is handed on
+    assert qa[0] == expected()[0]  # opens the file before the workers get it
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(read_all, [qa] * 4, chunksize=1) == [expected()] * 4
     assert read_all(pickle.loads(pickle.dumps(qa))) == expected()
 
 
-def test_memory_is_bytes_a_record(tmp_path):
+def test_memory_is_a_few_bytes_per_record(tmp_path):
     count = 20_000
     write_lines(tmp_path / "qa.jsonl", (record(k) for k in range(count)))
     QAFile(tmp_path / "qa.jsonl")
@@ -473,4 +513,4 @@ def test_memory_is_bytes_a_record(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(qa) == count
-    assert peak < 40 * count  # 12 are kept: an offset and a source; a Python object each would be hundreds
+    assert peak < 40 * count  # 12 bytes each for offset and source; a Python object would take hundreds

@@ -17,12 +17,12 @@ import torch
 import yaml
 from PIL import Image
 
-import assemble
+from training import run as assemble
 from config import IGNORE_INDEX, load_config, run_script
 from dataset import show
 from dataset.loader import make_loader
-from dataset.order import SampleOrder, micro_batches, shares
-from dataset.page import Row, Vocabulary, write_row
+from dataset.order import SampleOrder, micro_batches, packed_rows
+from dataset.show_page import Row, Vocabulary, write_row
 from tests.toy_project import write_project
 
 PROJECTS = [("clip", "qwen2"), ("dinov2", "qwen1")]
@@ -133,12 +133,12 @@ def test_the_page_counts_what_the_batches_hold(project):
     page = make_page(project, "--count", "6")
     batches = batches_of(project, 3)
     token = show.vocabulary(assemble.open_processors(load_config(project))).image_token_id
-    rows = [(batch, i) for batch in batches for i in range(len(batch["ids"]))]
+    rows = [(batch, i) for batch in batches for i in range(len(batch.ids))]
     assert len(page.articles) == len(rows) == 6
     padded = 0
     for article, (batch, i) in zip(page.articles, rows, strict=True):
-        ids, mask = batch["input_ids"][i], batch["attention_mask"][i] == 1
-        supervised = batch["labels"][i] != IGNORE_INDEX
+        ids, mask = batch.input_ids[i], batch.attention_mask[i] == 1
+        supervised = batch.labels[i] != IGNORE_INDEX
         expected = {
             "image": int((ids == token).sum()),
             "supervised": int(supervised.sum()),
@@ -147,7 +147,7 @@ def test_the_page_counts_what_the_batches_hold(project):
             "mislabelled": 0,
         }
         assert {kind: count_of(article, kind) for kind in expected} == expected
-        assert article["name"] == batch["ids"][i] and "source train" in article["text"]
+        assert article["name"] == batch.ids[i] and "source train" in article["text"]
         said = article["text"].replace(",", "")
         assert f"{int(mask.sum())} tokens" in said and "type colour" in said
         for kind in ("image", "prompt", "supervised"):
@@ -164,10 +164,10 @@ def test_a_packed_row_is_one_article_with_all_that_training_gets_in_it(project):
     batches = batches_of(project, 6, packed=True)
     token = show.vocabulary(assemble.open_processors(load_config(project))).image_token_id
     processor = assemble.open_processors(load_config(project)).image_processor
-    assert len(page.articles) == len(batches) == 6 and sum(len(batch["ids"]) for batch in batches) == 12
+    assert len(page.articles) == len(batches) == 6 and sum(len(batch.ids) for batch in batches) == 12
     for article, batch in zip(page.articles, batches, strict=True):
-        ids, labels, supervised = batch["input_ids"][0], batch["labels"][0], batch["labels"][0] != IGNORE_INDEX
-        padding = sum(batch["lengths"][len(batch["ids"]) :])
+        ids, labels, supervised = batch.input_ids[0], batch.labels[0], batch.labels[0] != IGNORE_INDEX
+        padding = sum(batch.lengths[len(batch.ids) :])
         expected = {
             "image": int((ids == token).sum()),
             "supervised": int(supervised.sum()),
@@ -176,13 +176,13 @@ def test_a_packed_row_is_one_article_with_all_that_training_gets_in_it(project):
             "mislabelled": 0,
         }
         assert {kind: count_of(article, kind) for kind in expected} == expected
-        assert article["name"] == "".join(batch["ids"]) and f"padding × {padding}" in article["text"]
-        for name, length, own in zip(batch["ids"], batch["lengths"], labels.split(batch["lengths"]), strict=False):
+        assert article["name"] == "".join(batch.ids) and f"padding × {padding}" in article["text"]
+        for name, length, own in zip(batch.ids, batch.lengths, labels.split(batch.lengths), strict=False):
             share = f"{int((own != IGNORE_INDEX).sum()) / length:.1%}"
             assert re.search(
                 rf"{name}source train · type colour · epoch \d{length} tokens, {share} learned", article["text"]
             )
-        shown = processor.denormalise(batch["pixel_values"]).numpy()
+        shown = processor.denormalise(batch.pixel_values).numpy()
         assert all(np.array_equal(a, b) for a, b in zip(article["pictures"], shown, strict=True))
     assert sum("position 0 " in tip for article in page.articles for _, tip, _ in article["tokens"]) == 12 + 6
 
@@ -359,7 +359,7 @@ def test_a_token_that_is_markup_by_itself_is_text():
 def test_count_is_how_many_and_the_order_is_the_runs(fresh, capsys):
     for count, rows in ((1, 1), (3, 3), (20, 20)):  # also within a micro-batch, and beyond the epoch
         page = make_page(fresh, "--count", str(count))
-        names = [name for batch in batches_of(fresh, 10) for name in batch["ids"]]
+        names = [name for batch in batches_of(fresh, 10) for name in batch.ids]
         assert [article["name"] for article in page.articles] == names[:rows]
         assert ("1 of the samples are shown" in html.unescape((fresh.parent / "page.html").read_text())) == (
             count % 2 == 1

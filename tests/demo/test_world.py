@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
 from config import InputError
-from dataprocess import demo_world as world
-from dataprocess import make_demo as maker
+from demo import world as world
+from demo import draw as maker
 from demo import language, vision
 
 DEMO = Path(__file__).parent.parent / "demo"

@@ -19,7 +19,8 @@ from PIL import Image
 from dataset.conversation import IMAGE
 from dataset.qa_file import QAFile
 from evaluation.page import write_page
-from evaluation.runlog import RunLog, draw_curves, read_rows
+from training.log import RunLog, read_rows
+from training.curves import draw_curves
 from evaluation.score import Question, is_correct, questions_of, score, score_table, swap_images
 
 

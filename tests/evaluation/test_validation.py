@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from config import IGNORE_INDEX
-from dataset.loader import collate
+from dataset.batch import collate
 from model.loss import balance_loss, count_right
-from step import on_device
+from training.step import on_device
 from tests.test_moe import build, folders  # noqa: F401 (a fixture)
 from tests.test_packing import CPU, PAD, samples_of
-from validate import Sums, Validation, add_up, of_sums
+from evaluation.validation import (Sums, Validation, add_up, of_sums)
 
 
 def plainly(model, samples) -> tuple[float, float]:
@@ -26,7 +26,7 @@ def plainly(model, samples) -> tuple[float, float]:
         inputs = on_device(collate([sample], PAD), CPU)
         features = None if inputs["pixel_values"] is None else model.encode_images(inputs["pixel_values"])
         logits = model.causal_lm(input_ids=inputs["input_ids"], image_features=features).logits[0, :-1].double()
-        targets = sample["labels"][1:]
+        targets = sample.labels[1:]
         wanted = targets != IGNORE_INDEX
         losses += F.cross_entropy(logits[wanted], targets[wanted], reduction="none").tolist()
         right += (logits[wanted].argmax(-1) == targets[wanted]).tolist()

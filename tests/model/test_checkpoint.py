@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import assemble
+from training import run as assemble
 import qwen
 from config import InputError, load_config
-from model.folder import latest_checkpoint, verify_folder, write_folder
+from model.checkpoint_folder import latest_checkpoint, verify_folder, write_folder
 from tests.toy_project import run_training, write_project
 
 

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen3Config
 
-from model import compiled, fused
-from model.compiled import compile_elementwise, use_liger
-from model.fused import FusedLoraLinear, FusedMLP, fuse_lora
+from model import elementwise, fused_lora
+from model.elementwise import compile_elementwise, use_liger
+from model.fused_lora import FusedLoraLinear, FusedMLP, fuse_lora
 from qwen.modeling import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

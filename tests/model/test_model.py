@@ -65,11 +65,11 @@ def test_loss_is_the_mean_of_the_full_logits_cross_entropy(folders, tower, langu
     built = build(folders, tower, language_model)
     batch = batch_for(built)
     loss = built.model(**batch).answers
-    features = built.model.encode_images(batch["pixel_values"])
+    features = built.model.encode_images(batch.pixel_values)
     logits = built.model.language_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], image_features=features
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, image_features=features
     ).logits
-    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_frozen_weights_do_not_change_in_a_step_and_trained_ones_do(folders):
 def test_swapping_the_image_changes_the_loss(folders):
     built = build(folders)
     batch = batch_for(built)
-    swapped = batch | {"pixel_values": batch["pixel_values"].flip(0)}
+    swapped = batch | {"pixel_values": batch.pixel_values.flip(0)}
     assert abs(built.model(**batch).answers - built.model(**swapped).answers) > 1e-4
 
 

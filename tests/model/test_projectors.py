@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import test
-from assemble import answerer, build, chat_format, open_processors
+from training.run import (answerer, build, chat_format, open_processors)
 from config import InputError, load_config, run_script
 from dataset.conversation import question_parts
 from model.answer import Request
 from model.build import read_pixels
-from model.projector import PROJECTORS, MLPProjector, build_projector, count_tokens, grid_positions
+from model.projector import (PROJECTORS, MLPProjector, build_projector, num_image_tokens, grid_positions)
 from tests.toy_project import run_training, write_project
 from tests.toy_towers import write_clip
 

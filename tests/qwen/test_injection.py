@@ -1,6 +1,6 @@
-"""A language model with image features equals transformers' LLaVA with the same weights, and generates as it should.
+"""A language model with image features equals transformers' LLaVA with the same weights, and generates correctly.
 
-Shapes: M images, N features each, D hidden size; B rows, L tokens.   pytest tests/test_injection.py
+Shapes: M images, N features each, D hidden size; B rows, L tokens.
 """
 
 import json
@@ -23,29 +23,29 @@ from transformers import (
 import qwen
 from tests.toy_language import HIDDEN, WRITERS
 
-N = 4  # features an image: 8x8 pixels, patches of 4
-TEXT = (0, 400)  # ids of ordinary text in every toy vocabulary
+N = 4  # features per image: 8x8 pixels, patches of 4
+TEXT = (0, 400)  # range of the ids of ordinary text in every toy vocabulary
 VISION = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4, "image_size": 8}
-TOWERS = {  # class, configuration, what LLaVA calls dropping the first token or not
+TOWERS = {  # class, configuration, LLaVA's word for dropping the first token ("default") or not ("full")
     "clip": (CLIPVisionModel, CLIPVisionConfig(intermediate_size=32, **VISION), "default"),
     "siglip": (SiglipVisionModel, SiglipVisionConfig(intermediate_size=32, **VISION), "full"),
     "dinov2": (Dinov2Model, Dinov2Config(mlp_ratio=2, **VISION), "default"),
 }
-LAYOUTS = [(1, 1, 1), (2, 2, 2), (2, 0, 1), (0, 1, 3)]  # images a row
+LAYOUTS = [(1, 1, 1), (2, 2, 2), (2, 0, 1), (0, 1, 3)]  # images per row
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """family -> a fresh model that knows its tokenizer."""
+    """A function: family -> a new model with its tokenizer attached."""
     folders = {family: write(tmp_path_factory.mktemp(family)) for family, write in WRITERS.items()}
 
     def load(family):
         model = qwen.load_language_model(folders[family])
         qwen.attach_tokenizer(model, qwen.load_tokenizer(folders[family]))
-        model.generation_config.eos_token_id = None  # these models are random: let them run to the end
+        model.generation_config.eos_token_id = None  # these models are random: generate the full length
         for (
             parameter
-        ) in model.parameters():  # mapped from a file they lie at odd addresses, where products round otherwise
+        ) in model.parameters():  # memory-mapped weights are not aligned, which changes the rounding of products
             parameter.data = parameter.data.clone()
         return model
 
@@ -58,10 +58,10 @@ def model(request, load):
 
 
 def make_batch(model, images_per_row, side="right", length=None, seed=0):
-    """Random prompts with `images_per_row` images -> input_ids, attention_mask [B, L] and image_features [M, N, D].
+    """Make random prompts with `images_per_row` images: input_ids, attention_mask [B, L] and image_features [M, N, D].
 
-    Rows differ in length and are padded on `side`, unless `length` fixes the length of all. The images stand near the
-    end, where these small random models still see them when they answer.
+    Rows differ in length and are padded on `side`, unless `length` fixes the length of all. The images are near the end,
+    where they still affect the answers of these small random models.
     """
     rng = torch.Generator().manual_seed(seed)
     image = [model.config.image_token_id] * N
@@ -80,19 +80,19 @@ def make_batch(model, images_per_row, side="right", length=None, seed=0):
         ids, mask = [row + pad for row, pad in zip(rows, pads, strict=True)], [ones + zeros for ones, zeros in real]
     else:
         ids, mask = [pad + row for row, pad in zip(rows, pads, strict=True)], [zeros + ones for ones, zeros in real]
-    # What an image's features have in common adds up, so that the answer depends on every image.
+    # The features of an image have a common part, which adds up, so that the answer depends on every image.
     features = torch.randn(sum(images_per_row), 1, HIDDEN, generator=rng)
     features = features + 0.3 * torch.randn(sum(images_per_row), N, HIDDEN, generator=rng)
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "image_features": features}
 
 
-# Against LLaVA.
+# Equality with LLaVA
 
 
 def as_llava(model, tower, projector, strategy):
-    """LlavaForConditionalGeneration with the weights of ours, under its own names."""
+    """Make a LlavaForConditionalGeneration with the weights of `model`."""
     text = model.config.to_dict()
-    if text.pop("model_type") == "qwen":  # as plain Qwen2: LLaVA knows no v1
+    if text.pop("model_type") == "qwen":  # LLaVA does not support v1: use plain Qwen2
         text = Qwen2Config(**text)
     else:
         text = type(model.config)(**text)
@@ -120,7 +120,7 @@ def as_llava(model, tower, projector, strategy):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tower_name", TOWERS)
-def test_logits_are_llavas(model, tower_name):
+def test_logits_equal_llavas(model, tower_name):
     torch.manual_seed(0)
     tower_class, config, strategy = TOWERS[tower_name]
     tower = tower_class(config).eval()
@@ -137,11 +137,11 @@ def test_logits_are_llavas(model, tower_name):
             assert torch.equal(ours, llava(**batch, pixel_values=pixel_values).logits)
 
 
-# What the features do, and do not do.
+# Effects of the features
 
 
 @torch.no_grad()
-def test_another_image_gives_other_logits_from_its_place_on(model):
+def test_another_image_changes_the_logits_from_its_position_on(model):
     batch = make_batch(model, [1, 1])
     logits = model(**batch).logits
     other = batch["image_features"].clone()
@@ -149,7 +149,7 @@ def test_another_image_gives_other_logits_from_its_place_on(model):
     changed = model(**batch | {"image_features": other}).logits
     start = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[0]
     assert (changed[0, start:] != logits[0, start:]).any(dim=-1).all()
-    # an expert's tokens are one product, wherever they stand, whose rounding depends on how many they are
+    # all tokens of an expert are one product, whose rounding depends on their number
     tolerance = 1e-5 if "moe" in model.config.model_type else 0.0
     for found, expected in ((changed[0, :start], logits[0, :start]), (changed[1], logits[1])):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -194,7 +194,7 @@ def test_a_new_image_token_without_an_embedding(model):
 
 
 @torch.no_grad()
-def test_an_image_token_in_a_decoding_step_does_no_harm(model):
+def test_an_image_token_in_a_decoding_step_is_harmless(model):
     cache = model(**make_batch(model, [1]), use_cache=True).past_key_values
     ids = torch.tensor([[model.config.image_token_id]])
     assert model(ids, past_key_values=cache, use_cache=True).logits.isfinite().all()
@@ -212,24 +212,24 @@ def test_several_tokens_after_a_filled_cache_need_their_features(model):
         return model(ids[:, cut:], mask, past_key_values=cache.past_key_values, use_cache=True, **features).logits
 
     assert torch.allclose(rest(image_features=features[1:]), whole[:, cut:], atol=1e-4)
-    with pytest.raises(ValueError, match=r"\[4\], 4 in all; image features: 0 images"):
+    with pytest.raises(ValueError, match=r"\[4\], 4 in total; image features: 0 images"):
         rest()
 
 
-def test_what_does_not_match_is_refused_with_the_numbers(model):
+def test_features_that_do_not_match_are_refused_with_the_numbers(model):
     batch = make_batch(model, [1, 2])
     features = batch.pop("image_features")
     for wrong in (features[:2], torch.cat([features, features]), features[:, :3], features[:0]):
-        with pytest.raises(ValueError, match=rf"\[4, 8\], 12 in all; image features: {len(wrong)} images"):
+        with pytest.raises(ValueError, match=rf"\[4, 8\], 12 in total; image features: {len(wrong)} images"):
             model(**batch, image_features=wrong)
-    with pytest.raises(ValueError, match="12 in all; image features: 0 images"):
+    with pytest.raises(ValueError, match="12 in total; image features: 0 images"):
         model(**batch)
     with pytest.raises(ValueError, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, HIDDEN), image_features=features)
-    # The totals agree, but the first image has lost a token to the second row.
+    # The totals agree, but one token of the first image is in the second row.
     image = model.config.image_token_id
     ids = torch.tensor([[1, 2, *[image] * 3, 5], [1, *[image] * 5]])
-    with pytest.raises(ValueError, match=r"\[3, 5\], 8 in all; image features: 2 images of 4, 8 in all"):
+    with pytest.raises(ValueError, match=r"\[3, 5\], 8 in total; image features: 2 images of 4, 8 in total"):
         model(ids, image_features=features[:2])
 
 
@@ -240,11 +240,11 @@ def test_features_without_an_image_token_are_refused(model):
         model(**batch)
 
 
-# Generation.
+# Generation
 
 
 def answer(model, batch, **settings):
-    """New ids only."""
+    """Generate and return the new ids only."""
     out = model.generate(**batch, **{"max_new_tokens": 8, "do_sample": False} | settings)
     return out[:, batch["input_ids"].shape[1] :]
 
@@ -255,12 +255,12 @@ def row_of(batch, images_per_row, row):
     return {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask")} | {"image_features": features}
 
 
-def test_cached_generation_is_uncached_generation(model):
+def test_generation_with_and_without_cache_is_equal(model):
     batch = make_batch(model, [2, 0, 1], "left")
     cached = answer(model, batch)
     assert torch.equal(cached, answer(model, batch, use_cache=False))
 
-    # And both are the argmax of one forward over the whole sequence.
+    # Both equal the argmax of one forward over the whole sequence.
     ids = torch.cat([batch["input_ids"], cached], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones_like(cached)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -269,15 +269,15 @@ def test_cached_generation_is_uncached_generation(model):
     assert torch.equal(logits[:, -cached.shape[1] - 1 : -1].argmax(-1), cached)
 
 
-def test_candidates_from_the_prompt_do_not_bring_its_image_tokens(model):
-    """Prompt lookup feeds several tokens at once after a filled cache, without features."""
+def test_prompt_lookup_works_with_image_tokens_in_the_prompt(model):
+    """Prompt lookup passes several tokens at once after a filled cache, without features."""
     batch = make_batch(model, [2])
     assert torch.equal(answer(model, batch, prompt_lookup_num_tokens=6), answer(model, batch))
 
 
-def test_a_prompt_with_images_is_not_read_in_chunks(model):
+def test_chunked_prefill_of_a_prompt_with_images_is_refused(model):
     batch = make_batch(model, [1, 1])
-    with pytest.raises(ValueError, match="prefill_chunk_size: a prompt with images is not read in chunks"):
+    with pytest.raises(ValueError, match="prefill_chunk_size: a prompt with images cannot be read in chunks"):
         answer(model, batch, prefill_chunk_size=4)
     text = make_batch(model, [0, 0], length=12)
     assert torch.equal(answer(model, text, prefill_chunk_size=4), answer(model, text))
@@ -286,23 +286,23 @@ def test_a_prompt_with_images_is_not_read_in_chunks(model):
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_beams_keep_each_rows_own_images(model, settings):
     images_per_row = [2, 0, 1]
-    batch = make_batch(model, images_per_row, length=12)  # no padding: a row alone is computed the same way
+    batch = make_batch(model, images_per_row, length=12)  # no padding, so that a row alone is computed in the same way
     together = answer(model, batch, **settings)
     alone = [answer(model, row_of(batch, images_per_row, row), **settings) for row in range(3)]
     assert torch.equal(together, torch.cat(alone))
-    # It matters: with its first image twice, the first row gets another answer.
+    # The answer depends on the images: with its first image twice, the first row's answer changes.
     batch["image_features"] = batch["image_features"][[0, 0, 2]]
     assert not torch.equal(answer(model, batch, **settings)[0], together[0])
 
 
 def test_samples_keep_each_rows_own_images(model):
     batch = make_batch(model, [2, 0, 1], length=12)
-    # The most likely token alone may be drawn, so every sample of a row is its greedy answer.
+    # Only the most likely token can be sampled, so every sample of a row is its greedy answer.
     sampled = answer(model, batch, do_sample=True, top_k=1, num_return_sequences=3)
     assert torch.equal(sampled, answer(model, batch).repeat_interleave(3, dim=0))
 
 
-def test_batched_answers_are_single_answers(model):
+def test_batched_answers_equal_single_answers(model):
     images_per_row = [1, 0, 2]
     batch = make_batch(model, images_per_row, "left")
     together = answer(model, batch)
@@ -328,13 +328,13 @@ def test_the_image_token_is_never_generated(model):
     assert (answer(model, batch, logits_processor=prefer) != image).all()  # ... and the suppression wins
 
 
-# Training.
+# Training
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])
-def test_every_mixture_of_dtypes_trains(load, model_dtype, features_dtype, autocast):
+def test_every_combination_of_dtypes_trains(load, model_dtype, features_dtype, autocast):
     model = load("qwen")
     batch = make_batch(model, [2, 0, 1])
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -353,7 +353,7 @@ def test_every_mixture_of_dtypes_trains(load, model_dtype, features_dtype, autoc
         assert (value - reference).norm() < 0.05 * reference.norm()
 
 
-def test_gradient_checkpointing_changes_nothing(model):
+def test_gradient_checkpointing_keeps_loss_and_gradients(model):
     batch = make_batch(model, [2, 0, 1])
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     batch["image_features"].requires_grad_()
@@ -381,7 +381,7 @@ def test_replaced_embeddings_get_no_gradient(model):
     assert set(used) <= set(batch["input_ids"].unique().tolist()) - {model.config.image_token_id}
 
 
-def test_peft_around_it_takes_features_too(model):
+def test_a_peft_model_takes_features_too(model):
     batch = make_batch(model, [2, 0, 1], "left")
     logits, ids = model(**batch).logits, answer(model, batch)
     beams = answer(model, batch, num_beams=3)
@@ -393,8 +393,8 @@ def test_peft_around_it_takes_features_too(model):
     assert torch.equal(answer(adapted, batch, num_beams=3), beams)
 
 
-def test_released_sampling_settings_are_not_taken_over(tmp_path):
-    """Qwen's chat models are released with sampling and a repetition penalty; a model built from one answers greedily."""
+def test_released_sampling_settings_are_dropped(tmp_path):
+    """Qwen's chat models are released with sampling and a repetition penalty; models here answer greedily."""
     folder = WRITERS["qwen2"](tmp_path / "lm")
     released = {"do_sample": True, "top_p": 0.8, "temperature": 0.7, "repetition_penalty": 1.5, "eos_token_id": 1}
     (folder / "generation_config.json").write_text(json.dumps(released))

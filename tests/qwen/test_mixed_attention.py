@@ -1,5 +1,5 @@
-"""Mixed attention: the tokens of one image see each other, text is causal, no image sees what comes after it. Padded,
-packed, generated, with several images. `sh tests/run.sh tests/test_mixed_attention.py`
+"""Mixed attention: tokens of one image attend to each other, text is causal, and no image attends to later tokens. Padded,
+packed and generated, with several images.
 
 Shapes: M images, N features each, D hidden size; B rows, L tokens.
 """
@@ -19,9 +19,9 @@ from model.model import VisionLanguageModel
 from model.projector import build_projector
 from qwen.attention import document_masks
 from qwen.injection import number_images
-from tests.test_answer_speed import NEW, SHARED, Tower, make_prompts, one_at_a_time, pictures_of
-from tests.test_injection import LAYOUTS, N, answer, make_batch
-from tests.toy_language import HIDDEN, WRITERS, write_qwen2
+from tests.model.test_answer import NEW, SHARED, Tower, make_prompts, one_at_a_time, pictures_of
+from tests.qwen.test_injection import LAYOUTS, N, answer, make_batch
+from tests.toy_language import HIDDEN, WRITERS, scratch_sizes, write_qwen2
 from tests.toy_project import SIZES
 
 IMAGE, TEXT = 999, 5
@@ -37,7 +37,9 @@ def load(folders, family: str, kind: str = "mixed", **options):
     qwen.set_image_attention(model, kind)
     qwen.attach_tokenizer(model, qwen.load_tokenizer(folders[family]))
     model.generation_config.eos_token_id = None
-    for parameter in model.parameters():  # mapped from a file they lie at odd addresses, where products round otherwise
+    for (
+        parameter
+    ) in model.parameters():  # memory-mapped weights are not aligned, which changes the rounding of products
         parameter.data = parameter.data.clone()
     return model
 
@@ -48,13 +50,13 @@ def model(request, folders):
 
 
 def assert_unchanged(model, found, expected):
-    """To the last bit; where there are experts, whose tokens are one product whatever row they are from, to rounding."""
+    """Bit for bit; with experts only up to rounding, because all tokens of an expert are one product."""
     tolerance = 2e-6 if model.config.model_type.endswith("_moe") else 0.0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def explicit_mask(ids: list[int], is_real: list[int], image: int) -> list[list[bool]]:
-    """By its definition, token by token: which keys each of a row's tokens sees."""
+    """The mask of one row by its definition, token by token: True where the query attends to the key."""
     numbers, seen = [], 0
     for token in ids:
         numbers.append(seen // N if token == image else -1)
@@ -68,8 +70,8 @@ def explicit_mask(ids: list[int], is_real: list[int], image: int) -> list[list[b
 # --- which tokens are one image
 
 
-def test_features_need_ids_here_too():
-    model = qwen.new_language_model(300, 0, **SIZES)
+def test_features_need_ids():
+    model = qwen.new_language_model(scratch_sizes(**SIZES), vocab_size=300, seed=0)
     qwen.set_image_attention(model, "mixed")
     model.config.image_token_id = 7
     with pytest.raises(ValueError, match="image_features need input_ids"):
@@ -79,24 +81,24 @@ def test_features_need_ids_here_too():
         )
 
 
-def test_images_are_told_apart_also_side_by_side():
+def test_adjacent_images_get_different_numbers():
     ids = torch.tensor([[TEXT, *[IMAGE] * 6, TEXT, *[IMAGE] * 3], [*[IMAGE] * 3, *[TEXT] * 5, *[IMAGE] * 3]])
     expected = [[-1, 0, 0, 0, 1, 1, 1, -1, 2, 2, 2], [0, 0, 0, -1, -1, -1, -1, -1, 1, 1, 1]]
     assert number_images(ids, IMAGE, 3).tolist() == expected
 
 
-def test_a_documents_mask_is_the_explicit_one():
+def test_document_masks_equal_the_definition():
     rows = [[TEXT, *[IMAGE] * 2 * N, TEXT, TEXT], [TEXT] * 3, [*[IMAGE] * N, TEXT, *[IMAGE] * N]]
     numbers = number_images(torch.tensor([sum(rows, [])]), IMAGE, N)[0]
     masks = document_masks(numbers, [len(row) for row in rows])
     assert [mask.tolist() for mask in masks] == [explicit_mask(row, [1] * len(row), IMAGE) for row in rows]
 
 
-# --- against transformers with an explicit mask
+# --- equality with transformers and an explicit mask
 
 
 def plain(folder):
-    """transformers' own class with the same weights."""
+    """Load transformers' own class with the same weights."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
     ).eval()
@@ -108,7 +110,7 @@ def plain(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", [family for family in WRITERS if family != "qwen"])
-def test_logits_are_transformers_with_the_explicit_mask(folders, family, side):
+def test_logits_equal_transformers_with_the_explicit_mask(folders, family, side):
     ours, theirs = load(folders, family), plain(folders[family])
     for images_per_row in LAYOUTS:
         batch = make_batch(ours, images_per_row, side)
@@ -121,7 +123,7 @@ def test_logits_are_transformers_with_the_explicit_mask(folders, family, side):
         found = ours(**batch, use_cache=False).logits
         assert torch.equal(found[padding.bool()], expected[padding.bool()])
         causal = theirs(inputs_embeds=embeds, attention_mask=padding, use_cache=False).logits
-        assert (found - causal)[padding.bool()].abs().max() > 0.1  # the mask matters
+        assert (found - causal)[padding.bool()].abs().max() > 0.1  # the mask has an effect
 
 
 # --- leaks
@@ -129,14 +131,14 @@ def test_logits_are_transformers_with_the_explicit_mask(folders, family, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_later_token_and_no_later_image_reaches_what_stands_before_it(model, packed):
-    """Two images, then an answer. Each token of the answer, changed, changes nothing before it; the second image changes
-    nothing before itself, least of all the first one."""
+def test_later_tokens_and_images_do_not_change_earlier_states(model, packed):
+    """Two images, then an answer. A changed token changes no state before it, and the second image changes no state before
+    itself, so not the first image's."""
     batch = make_batch(model, [2], length=28)
     ids, features = batch["input_ids"], batch["image_features"]
 
     def hidden(ids, features):
-        if packed:  # the same text twice in a row, and the first one's states
+        if packed:  # the same text twice in one row; return the states of the first
             twice = {"input_ids": ids.repeat(1, 2), "lengths": [28, 28], "image_features": features.repeat(2, 1, 1)}
             return model.model(**twice, use_cache=False).last_hidden_state[0, :28]
         return model.model(input_ids=ids, image_features=features, use_cache=False).last_hidden_state[0]
@@ -148,7 +150,7 @@ def test_no_later_token_and_no_later_image_reaches_what_stands_before_it(model, 
         changed[0, place] = (ids[0, place] + 1) % 400
         after = hidden(changed, features)
         assert_unchanged(model, after[:place], before[:place])
-        assert (after[place:] - before[place:]).abs().amax(-1).min() > 1e-6  # and everything from there on
+        assert (after[place:] - before[place:]).abs().amax(-1).min() > 1e-6  # and all states from there on
     places = (ids[0] == model.config.image_token_id).nonzero().flatten().tolist()
     other = features.clone()
     other[1] += torch.randn(N, HIDDEN)
@@ -156,7 +158,7 @@ def test_no_later_token_and_no_later_image_reaches_what_stands_before_it(model, 
 
 
 @torch.no_grad()
-def test_the_tokens_of_an_image_see_each_other_and_only_with_mixed_attention(model):
+def test_tokens_of_an_image_attend_to_each_other_only_with_mixed_attention(model):
     batch = make_batch(model, [2], length=24)
     other = batch["image_features"].clone()
     other[0, -1] += torch.randn(HIDDEN)  # the last token of the first image
@@ -178,7 +180,7 @@ def test_the_tokens_of_an_image_see_each_other_and_only_with_mixed_attention(mod
 
 
 @torch.no_grad()
-def test_packed_documents_are_what_each_is_alone(model):
+def test_packed_documents_equal_each_document_alone(model):
     batches = [make_batch(model, [images], seed=seed) for seed, images in enumerate((1, 0, 3, 2))]
     alone = [model.model(**batch, use_cache=False).last_hidden_state[0] for batch in batches]
     packed = model.model(
@@ -191,12 +193,12 @@ def test_packed_documents_are_what_each_is_alone(model):
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_packed_rows_have_the_gradients_of_padded_ones(folders, family):
-    """In float64, to 1e-9."""
+def test_packed_and_padded_rows_have_equal_gradients(folders, family):
+    """In float64, up to 1e-9."""
     model = load(folders, family).double()
     layout = (1, 0, 3, 2)
     padded = make_batch(model, layout)
-    lengths = padded["attention_mask"].sum(1).tolist()
+    lengths = padded.attention_mask.sum(1).tolist()
     weight = torch.randn(HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
     def gradients(batch, rows) -> list[torch.Tensor]:
@@ -208,7 +210,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(folders, family):
 
     mask = {key: padded[key] for key in ("input_ids", "attention_mask")}
     expected = gradients(mask, lambda states: [row[:length] for row, length in zip(states, lengths, strict=True)])
-    ids = torch.cat([row[:length] for row, length in zip(padded["input_ids"], lengths, strict=True)])[None]
+    ids = torch.cat([row[:length] for row, length in zip(padded.input_ids, lengths, strict=True)])[None]
     found = gradients({"input_ids": ids, "lengths": lengths}, lambda states: list(states[0].split(lengths)))
     assert len(found) == len(expected) > 20
     for one, other in zip(found, expected, strict=True):
@@ -216,7 +218,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(folders, family):
 
 
 @torch.no_grad()
-def test_packed_text_alone_needs_no_mask(model, monkeypatch):
+def test_packed_text_without_images_needs_no_mask(model, monkeypatch):
     monkeypatch.setattr("qwen.injection.document_masks", lambda *_: pytest.fail("a mask was made"))
     ids = torch.randint(0, 400, (1, 20), generator=torch.Generator().manual_seed(0))
     found = model.model(input_ids=ids, lengths=[12, 8], use_cache=False).last_hidden_state
@@ -228,11 +230,11 @@ def test_packed_text_alone_needs_no_mask(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_tokens_with_the_cache_are_those_without(model):
+def test_generation_with_and_without_cache_is_equal(model):
     batch = make_batch(model, [2, 0, 1], "left")
     with_cache = answer(model, batch)
     assert torch.equal(answer(model, batch, use_cache=False), with_cache)
-    for row, images in enumerate((2, 0, 1)):  # and those of the row alone, without padding
+    for row, images in enumerate((2, 0, 1)):  # and equal to the row alone, without padding
         real = batch["attention_mask"][row].bool()
         first = sum((2, 0, 1)[:row])
         alone = {
@@ -248,8 +250,8 @@ def test_tokens_with_the_cache_are_those_without(model):
 
 
 @torch.no_grad()
-def test_an_image_behind_what_the_cache_holds_sees_itself_whole(model):
-    """A second question with another picture, read on top of the first one's cache."""
+def test_tokens_of_an_image_after_a_filled_cache_attend_to_each_other(model):
+    """A second question with another image, read after the cached first one."""
     whole = make_batch(model, [2], length=30)
     ids, features = whole["input_ids"], whole["image_features"]
     cut = int((ids[0] == model.config.image_token_id).nonzero()[N]) - 1  # just before the second image
@@ -261,7 +263,7 @@ def test_an_image_behind_what_the_cache_holds_sees_itself_whole(model):
 
 @pytest.mark.parametrize("shapes", SHARED.values(), ids=SHARED)
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_moe"])
-def test_a_shared_picture_changes_no_token(folders, family, shapes):
+def test_a_shared_image_changes_no_token(folders, family, shapes):
     lm = load(folders, family)
     torch.manual_seed(0)
     vlm = VisionLanguageModel(Tower(), build_projector("mlp", 16, HIDDEN, HIDDEN), lm).eval()
@@ -284,7 +286,7 @@ def test_eager_attention_makes_the_same_mask(folders, family):
 # --- refusals
 
 
-def test_what_cannot_be_mixed_is_refused(folders, tmp_path):
+def test_unsupported_combinations_are_refused(folders, tmp_path):
     model = load(folders, "qwen2")
     batch = make_batch(model, [1])
     with pytest.raises(ValueError, match="makes its own mask"):
@@ -304,5 +306,5 @@ def test_what_cannot_be_mixed_is_refused(folders, tmp_path):
     config |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     config["layer_types"] = ["full_attention", "sliding_attention"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="only the last 8 tokens"):
+    with pytest.raises(InputError, match="attends to only the last 8 tokens"):
         qwen.set_image_attention(qwen.load_language_model(folder), "mixed")

@@ -1,7 +1,6 @@
-"""A mixture of experts: the layer is transformers' own, the balance loss reaches the routers and is counted apart.
-`sh tests/run.sh tests/test_moe.py`
+"""Mixtures of experts: the layer is transformers' own, and the balance loss trains the routers and is logged separately.
 
-T tokens, E experts of which a token passes k, D hidden size.
+Shapes: T tokens, E experts, k experts per token, D hidden size.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ from transformers.models.qwen2_moe import modeling_qwen2_moe
 
 import qwen
 from config import IGNORE_INDEX, InputError
-from dataset.loader import collate
+from dataset.batch import collate
 from model.build import build_model, checkpoint_activations, load_processors
 from model.loss import balance_loss
-from step import count_targets, kept_bytes, on_device
 from tests.test_packing import CPU, PAD, samples_of
 from tests.test_training import assert_equal_files, rows
-from tests.toy_language import write_qwen2_moe, write_qwen3_moe
+from tests.toy_language import scratch_sizes, write_qwen2_moe, write_qwen3_moe
 from tests.toy_project import run_training, write_project
 from tests.toy_towers import write_clip
+from training.memory import kept_bytes
+from training.step import on_device
 
 WRITERS = {"qwen2_moe": write_qwen2_moe, "qwen3_moe": write_qwen3_moe}
 SIZES = {
@@ -61,7 +61,10 @@ def routers(model) -> dict[str, torch.Tensor]:
 
 
 def by_hand(block, tokens: torch.Tensor) -> torch.Tensor:
-    """[T, D] -> [T, D], token by token: the k likeliest experts by their share of probability, and the shared one."""
+    """The layer computed token by token: the k most likely experts weighted by probability, and the shared expert.
+
+    tokens [T, D] -> [T, D].
+    """
     found = []
     for token in tokens:
         probabilities = (block.gate.weight @ token).softmax(0)
@@ -84,20 +87,20 @@ def by_hand(block, tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*WRITERS, "from scratch"])
-def test_the_layer_is_the_sum_that_it_is_said_to_be(folders, family):
+def test_the_layer_is_the_weighted_sum_of_its_experts(folders, family):
     if family == "from scratch":
-        model = qwen.new_language_model(500, 0, **SIZES)
+        model = qwen.new_language_model(scratch_sizes(**SIZES), vocab_size=500, seed=0)
     else:
         model = qwen.load_language_model(folders / family, torch.float32)
     block, width = model.model.layers[1].mlp.double(), model.config.hidden_size
     tokens = 2 * torch.randn(1, 30, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    # the library takes the shares of the chosen experts in float32
+    # the library computes the weights of the chosen experts in float32
     torch.testing.assert_close(block(tokens)[0], by_hand(block, tokens[0]), rtol=1e-6, atol=5e-6)
 
 
 @torch.no_grad()
-def test_a_new_layer_is_transformers_own():
-    ours = qwen.new_language_model(500, 0, **SIZES)
+def test_a_new_layer_equals_transformers():
+    ours = qwen.new_language_model(scratch_sizes(**SIZES), vocab_size=500, seed=0)
     theirs = modeling_qwen2_moe.Qwen2MoeForCausalLM(type(ours.config).from_dict(ours.config.to_dict())).eval()
     theirs.load_state_dict(ours.state_dict())
     ids = torch.randint(0, 500, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -112,7 +115,7 @@ def test_a_new_layer_is_transformers_own():
 
 
 def balance_by_hand(logits: tuple, is_read: list[bool], top_k: int) -> float:
-    """E times the sum over experts of (tokens that chose it, a token) x (its mean probability), over all layers together."""
+    """E times the sum over experts of (share of tokens that chose it) x (its mean probability), over all layers together."""
     experts = logits[0].shape[1]
     chosen, probability, count = [0.0] * experts, [0.0] * experts, 0
     for layer in logits:
@@ -127,11 +130,11 @@ def balance_by_hand(logits: tuple, is_read: list[bool], top_k: int) -> float:
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_the_balance_loss_is_transformers_own_and_the_formula(folders, family):
-    """Of a padded batch, whose padding does not count."""
+def test_the_balance_loss_equals_transformers_and_the_formula(folders, family):
+    """For a padded batch, whose padding is not counted."""
     built = build(folders, family)
     batch = collate(samples_of(built.chat_values()["image_token_id"], pictures=(0, 0, 0)), PAD)
-    inputs = on_device(batch, CPU)
+    inputs = batch.model_inputs(CPU)
     found = built.model(**inputs).balance
     theirs = AutoModelForCausalLM.from_pretrained(folders / family, dtype=torch.float32, experts_implementation="eager")
     output = theirs(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_router_logits=True)
@@ -143,24 +146,24 @@ def test_the_balance_loss_is_transformers_own_and_the_formula(folders, family):
 
 
 @pytest.mark.parametrize("attention", ["causal", "mixed"])
-def test_packed_and_padded_batches_have_the_same_balance_loss_and_gradients_of_it(folders, attention):
-    """What fills a packed row up does not count either."""
+def test_packed_and_padded_batches_have_the_same_balance_loss_and_gradients(folders, attention):
+    """The tokens that fill up a packed row are not counted either."""
     built = build(folders, attention=attention)
     samples = samples_of(built.chat_values()["image_token_id"])
     found = []
     for packed in (True, False):
         built.model.zero_grad()
         batch = collate(samples, PAD, packed)
-        assert not packed or len(batch["lengths"]) > len(samples)  # there is something that fills it
-        loss = built.model(**on_device(batch, CPU)).balance
+        assert not packed or len(batch.lengths) > len(samples)  # there are tokens that fill up the row
+        loss = built.model(**batch.model_inputs(CPU)).balance
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in routers(built.model).values())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def test_even_use_of_the_experts_costs_k_and_the_use_of_the_same_ones_costs_more():
-    config = qwen.new_language_model(500, 0, **SIZES).config
+def test_the_balance_loss_is_k_for_evenly_used_experts_and_higher_otherwise():
+    config = qwen.new_language_model(scratch_sizes(**SIZES), vocab_size=500, seed=0).config
     even = torch.tensor([[9.0, 9, 0, 0], [0, 0, 9, 9], [9, 0, 9, 0], [0, 9, 0, 9]])
     assert float(balance_loss((even, even), None, config)) == pytest.approx(2.0)
     assert float(balance_loss((even[:1], even[:1]), None, config)) == pytest.approx(4.0, rel=1e-3)
@@ -169,7 +172,7 @@ def test_even_use_of_the_experts_costs_k_and_the_use_of_the_same_ones_costs_more
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_of_the_balance_loss_reaches_every_router_and_lowers_it(folders, precision, checkpointing):
-    """Of that loss alone; in half precision as well, and where the layers are computed twice."""
+    """The gradient of the balance loss only, also in half precision and with activation checkpointing."""
     built = build(folders)
     if checkpointing:
         checkpoint_activations(built.model)
@@ -177,7 +180,7 @@ def test_the_gradient_of_the_balance_loss_reaches_every_router_and_lowers_it(fol
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return built.model(**on_device(batch, CPU)).balance
+            return built.model(**batch.model_inputs(CPU)).balance
 
     weights = routers(built.model)
     favour_one_expert(built, batch)
@@ -195,18 +198,18 @@ def test_the_gradient_of_the_balance_loss_reaches_every_router_and_lowers_it(fol
 
 
 def favour_one_expert(built, batch) -> None:
-    """Turn the first expert's row of each router towards what the tokens of the batch have in common."""
+    """Change each router so that the first expert is more likely: add the mean of the batch's tokens to its row."""
     gates = [layer.mlp.gate for layer in built.model.causal_lm.model.layers]
     means = {}
     hooks = [gate.register_forward_hook(lambda gate, args, _: means.update({gate: args[0].mean(0)})) for gate in gates]
     with torch.no_grad():
-        built.model(**on_device(batch, CPU))
+        built.model(**batch.model_inputs(CPU))
         for gate, hook in zip(gates, hooks, strict=True):
             hook.remove()
             gate.weight[0] += 0.1 * means[gate]
 
 
-def test_checkpointed_layers_give_the_same_gradients_of_both_losses(folders):
+def test_activation_checkpointing_keeps_the_gradients_of_both_losses(folders):
     found = []
     for checkpointing in (False, True):
         built = build(folders)
@@ -218,23 +221,27 @@ def test_checkpointed_layers_give_the_same_gradients_of_both_losses(folders):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_a_dense_model_has_no_balance_loss_and_what_is_right_is_counted_when_no_gradient_is_wanted(folders):
+def test_right_tokens_are_counted_without_gradients_and_a_dense_model_has_no_experts(folders):
     built = build(folders)
     batch = collate(samples_of(built.chat_values()["image_token_id"]), PAD, packed=True)
-    assert built.model(**on_device(batch, CPU)).right is None
+    assert built.model(**batch.model_inputs(CPU)).right is None
     with torch.no_grad():
-        right = built.model(**on_device(batch, CPU)).right
-        inputs = on_device(batch, CPU)
+        right = built.model(**batch.model_inputs(CPU)).right
+        inputs = batch.model_inputs(CPU)
         hidden = built.model.causal_lm.model(
             input_ids=inputs["input_ids"], lengths=inputs["lengths"],
             image_features=built.model.encode_images(inputs["pixel_values"]), use_cache=False,
         ).last_hidden_state  # fmt: skip
         guess = built.model.causal_lm.lm_head(hidden).argmax(-1)[:, :-1]
-    wanted = batch["labels"][:, 1:]
-    assert int(right) == int(((guess == wanted) & (wanted != IGNORE_INDEX)).sum()) <= count_targets(batch)
+    wanted = batch.labels[:, 1:]
+    assert int(right) == int(((guess == wanted) & (wanted != IGNORE_INDEX)).sum()) <= batch.num_targets
 
     dense = qwen.new_language_model(
-        500, 0, architecture="qwen2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+        scratch_sizes(
+            architecture="qwen2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+        ),
+        vocab_size=500,
+        seed=0,
     )
     built.model.language_model = dense
     assert not built.model.has_experts
@@ -245,7 +252,7 @@ def test_a_dense_model_has_no_balance_loss_and_what_is_right_is_counted_when_no_
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A project with Qwen1.5-MoE, all of whose language model trains."""
+    """A project that trains the whole language model, Qwen1.5-MoE."""
     path = write_project(tmp_path_factory.mktemp("project"))
     write_qwen2_moe(path.parent / "moe")
     return path
@@ -261,13 +268,13 @@ def train(project, monkeypatch):
     return lambda *overrides: run_training(project, *MOE, *overrides)
 
 
-def test_the_balance_loss_is_logged_apart_and_learned_from_as_much_as_the_config_says(train, tmp_path):
+def test_the_balance_loss_is_logged_separately_and_weighted_by_the_config(train, tmp_path):
     logged = {}
     for factor in (0, 5):
         train(f"output_dir={tmp_path / str(factor)}", f"train.router_aux_loss_coef={factor}", "train.max_steps=8")
         logged[factor] = rows(tmp_path / str(factor))
     losses = {factor: [row for row in found if "loss" in row] for factor, found in logged.items()}
-    assert losses[0][0]["loss"] == losses[5][0]["loss"]  # it is no part of the loss of the answers
+    assert losses[0][0]["loss"] == losses[5][0]["loss"]  # the loss of the answers does not contain it
     assert losses[0][0]["balance_loss"] == losses[5][0]["balance_loss"] > 2
     assert losses[5][-1]["balance_loss"] < losses[0][-1]["balance_loss"] - 0.01
     validations = [row for row in logged[5] if "val_loss" in row]
@@ -276,7 +283,7 @@ def test_the_balance_loss_is_logged_apart_and_learned_from_as_much_as_the_config
     assert {"loss", "perplexity", "token_accuracy", "balance_loss"} <= scores.keys()
 
 
-def test_a_run_that_was_interrupted_ends_the_same(train, tmp_path):
+def test_an_interrupted_run_ends_the_same(train, tmp_path):
     train(f"output_dir={tmp_path / 'whole'}")
     train(f"output_dir={tmp_path / 'parts'}", "train.max_steps=6", "--resume", "none")
     for name in ("final", "best", "checkpoint-6"):
@@ -291,7 +298,7 @@ def test_a_run_that_was_interrupted_ends_the_same(train, tmp_path):
     assert_equal_files(tmp_path / "whole" / "checkpoint-6", tmp_path / "parts" / "checkpoint-6", ["state.safetensors"])
 
 
-def test_without_the_factor_the_models_own_is_used_and_a_dense_model_takes_none(train, tmp_path):
+def test_the_default_factor_is_the_models_own_and_a_dense_model_refuses_one(train, tmp_path):
     train(f"output_dir={tmp_path / 'own'}", "train.max_steps=2", "train.eval_steps=null")
     train(
         f"output_dir={tmp_path / 'said'}",
@@ -305,7 +312,7 @@ def test_without_the_factor_the_models_own_is_used_and_a_dense_model_takes_none(
         train(f"output_dir={tmp_path / 'dense'}", "model.language_model=lm", "train.router_aux_loss_coef=0.5")
 
 
-def test_lora_on_a_mixture_of_experts_is_on_its_attention_and_goes_on(train, tmp_path):
+def test_lora_on_a_mixture_of_experts_adapts_the_attention_only(train, tmp_path):
     lora = ("train.trainable.language_model=lora", "train.language_model_lr=null", "train.lora_lr=1e-3")
     train(f"output_dir={tmp_path}", *lora)
     adapter = load_file(tmp_path / "final" / "adapter_model.safetensors")
@@ -314,13 +321,13 @@ def test_lora_on_a_mixture_of_experts_is_on_its_attention_and_goes_on(train, tmp
         train(f"output_dir={tmp_path / 'mlp'}", *lora, "lora.target_modules=[q_proj, up_proj]")
 
 
-def test_liger_and_fused_parts_keep_away_from_experts(train, tmp_path):
+def test_liger_kernels_are_refused_with_experts(train, tmp_path):
     with pytest.raises(InputError, match="dense language models only"):
         train(f"output_dir={tmp_path}", "train.liger_kernels=on")
 
 
-def test_what_experts_keep_of_a_token_is_what_it_passes(folders):
-    """Two experts of 48 and one of 64, and each way there and back; twice as many experts would keep no more."""
+def test_kept_bytes_of_a_token_count_the_experts_that_it_uses(folders):
+    """Two experts of 48 and one of 64, each forward and back; twice as many experts do not keep more."""
     built = build(folders)
     config = built.model.causal_lm.config
     before = kept_bytes(built.model)

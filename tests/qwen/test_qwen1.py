@@ -1,7 +1,7 @@
-"""Qwen v1 in the Qwen2 network equals the original code, bit for bit, and refuses what it would get wrong.
+"""Qwen v1 in the Qwen2 network equals the original code bit for bit, and unsupported checkpoints are refused.
 
-`fixtures/qwen1-tiny` is a tiny random checkpoint as Qwen published them; `golden.safetensors` in it was computed by
-Qwen's own modeling_qwen.py in fp32.   pytest tests/test_qwen1.py
+`fixtures/qwen1-tiny` is a tiny random checkpoint in the published layout. Its `golden.safetensors` was computed by Qwen's
+own modeling_qwen.py in fp32.
 """
 
 import json
@@ -24,7 +24,7 @@ from qwen.configuration import QWenConfig
 from qwen.modeling import QWenModel
 from tests.toy_language import WRITERS
 
-TINY = Path(__file__).parent / "fixtures" / "qwen1-tiny"
+TINY = Path(__file__).parent.parent / "fixtures" / "qwen1-tiny"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def released_weights():
 
 
 def copy_with(folder, **changes):
-    """The tiny checkpoint in `folder`, with `changes` in its config.json (None removes a key)."""
+    """Copy the tiny checkpoint to `folder` with `changes` in its config.json (None removes a key)."""
     shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -50,25 +50,25 @@ def copy_with(folder, **changes):
 
 
 @torch.no_grad()
-def test_logits_and_loss_are_the_originals(model, golden):
+def test_logits_and_loss_equal_the_originals(model, golden):
     output = model(golden["input_ids"], attention_mask=golden["attention_mask"], labels=golden["labels"])
     assert torch.equal(output.logits, golden["logits"])
     assert torch.equal(output.loss, golden["loss"][0])
 
 
 @torch.no_grad()
-def test_logits_without_a_mask_are_the_originals(model, golden):
+def test_logits_without_a_mask_equal_the_originals(model, golden):
     assert torch.equal(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
 
 
 @torch.no_grad()
-def test_left_padded_logits_are_the_originals(model, golden):
+def test_left_padded_logits_equal_the_originals(model, golden):
     mask = golden["attention_mask_left"]
     logits = model(golden["input_ids_left"], attention_mask=mask).logits
     assert torch.equal(logits[mask.bool()], golden["logits_left"][mask.bool()])
 
 
-def test_generated_ids_are_the_originals(model, golden):
+def test_generated_ids_equal_the_originals(model, golden):
     ids, mask = golden["input_ids_left"], golden["attention_mask_left"]
     out = model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0)
     assert torch.equal(out[:, ids.shape[1] :], golden["generated"])
@@ -83,7 +83,7 @@ def test_auto_classes_load_a_v1_folder_without_remote_code(golden):
     assert torch.equal(model.lm_head(base(golden["input_ids"][:1])[0]), golden["logits_nomask_row0"])
 
 
-def test_a_saved_model_is_a_v1_checkpoint_again(model, tmp_path):
+def test_a_saved_model_is_a_v1_checkpoint(model, tmp_path):
     model.save_pretrained(tmp_path)
     saved, released = load_file(tmp_path / "model.safetensors"), released_weights()
     assert saved.keys() == released.keys()
@@ -94,13 +94,13 @@ def test_a_saved_model_is_a_v1_checkpoint_again(model, tmp_path):
     assert {key: config.get(key) for key in original if key not in renewed} == {
         key: value for key, value in original.items() if key not in renewed
     }
-    assert "auto_map" not in config  # the code that it names is not in this folder
+    assert "auto_map" not in config  # the code that it would name is not in this folder
 
     ids = torch.arange(20)[None]
     assert torch.equal(qwen.load_language_model(tmp_path)(ids).logits, model(ids).logits)
 
 
-def test_a_configuration_survives_every_way_to_write_it(tmp_path):
+def test_a_saved_configuration_loads_unchanged(tmp_path):
     config = QWenConfig.from_pretrained(copy_with(tmp_path / "m", rotary_emb_base=1000000, layer_norm_epsilon=1e-5))
     assert config.rope_parameters["rope_theta"] == 1000000 and config.rms_norm_eps == 1e-5
     assert (config.max_position_embeddings, config.intermediate_size) == (2048, 128)
@@ -110,11 +110,11 @@ def test_a_configuration_survives_every_way_to_write_it(tmp_path):
         assert (again.max_position_embeddings, again.intermediate_size) == (2048, 128)
 
 
-# Past the trained length.
+# Beyond the trained length
 
 
 @torch.no_grad()
-def test_longer_than_seq_length_is_refused(model, golden):
+def test_input_longer_than_seq_length_is_refused(model, golden):
     ids = golden["long_input_ids"]
     with pytest.raises(InputError, match="2304 tokens, but seq_length is 2048"):
         model(ids)
@@ -139,7 +139,7 @@ def test_generate_refuses_before_the_first_token(model):
 
 
 @torch.no_grad()
-def test_packed_documents_count_one_by_one(tmp_path):
+def test_seq_length_applies_to_each_packed_document(tmp_path):
     model = qwen.load_language_model(copy_with(tmp_path / "m", seq_length=16))
     ids = torch.arange(30)[None]
     packed = torch.cat([torch.arange(16), torch.arange(14)])[None]
@@ -149,7 +149,7 @@ def test_packed_documents_count_one_by_one(tmp_path):
         model(ids, position_ids=torch.cat([torch.arange(13), torch.arange(17)])[None], use_cache=False)
 
 
-# Refusals.
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_packed_documents_count_one_by_one(tmp_path):
         ({"seq_length": None, "rotary_emb_base": None}, "seq_length, rotary_emb_base missing"),
     ],
 )
-def test_a_v1_configuration_that_is_another_network_is_refused(tmp_path, changes, message):
+def test_a_v1_configuration_of_another_network_is_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         qwen.load_language_model(copy_with(tmp_path / "m", **changes))
 
@@ -171,19 +171,19 @@ def test_a_v1_configuration_that_is_another_network_is_refused(tmp_path, changes
 def test_quantised_weights_are_refused_in_every_family(tmp_path, family):
     path = WRITERS[family](tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(InputError, match="quantization_config.*Take the unquantised release"):
+    with pytest.raises(InputError, match="quantization_config.*Use the unquantised release"):
         qwen.load_language_model(tmp_path)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "fast"])
-def test_an_attention_that_is_not_there_is_refused(attention):
+def test_an_unavailable_attention_is_refused(attention):
     """The first needs a package and a GPU (ImportError in transformers), the second does not exist (ValueError)."""
     with pytest.raises(InputError, match="qwen1-tiny: cannot be loaded. .*[aA]ttention"):
         qwen.load_language_model(TINY, attn_implementation=attention)
 
 
 def resave(folder, change):
-    """Writes the tiny model's weights after `change` as the only shard of a copy in `folder`."""
+    """Copy the tiny model to `folder`, with its weights after `change` in a single file."""
     copy_with(folder)
     for file in [*folder.glob("model-*"), folder / "model.safetensors.index.json"]:
         file.unlink()
@@ -228,7 +228,7 @@ def write_bin(folder, content):
     return folder
 
 
-def convert_as_told(folder):
+def convert_as_advised(folder):
     with pytest.raises(InputError, match="never opened; in its folder") as refusal:
         qwen.load_language_model(folder)
     command = re.search(r'python -c "(.*)"$', str(refusal.value)).group(1)
@@ -238,7 +238,7 @@ def convert_as_told(folder):
 
 @torch.no_grad()
 def test_a_pickled_file_is_refused_with_the_command_that_converts_it(tmp_path, golden):
-    model = convert_as_told(write_bin(tmp_path / "good", released_weights()))
+    model = convert_as_advised(write_bin(tmp_path / "good", released_weights()))
     assert torch.equal(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
 
 
@@ -256,13 +256,13 @@ def test_the_command_converts_several_files_and_shared_tensors(tmp_path):
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00002.bin")}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     ids = torch.arange(20)[None]
-    assert torch.equal(convert_as_told(folder)(ids).logits, model(ids).logits)
+    assert torch.equal(convert_as_advised(folder)(ids).logits, model(ids).logits)
 
 
-def test_a_hub_model_is_downloaded_before_it_is_converted(monkeypatch):
+def test_the_advice_for_a_hub_model_is_to_download_and_convert(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    told = "in the place of Qwen/Nothing: hf download Qwen/Nothing --local-dir Nothing && cd Nothing && python -c"
-    with pytest.raises(InputError, match=told):
+    advice = "instead of Qwen/Nothing: hf download Qwen/Nothing --local-dir Nothing && cd Nothing && python -c"
+    with pytest.raises(InputError, match=advice):
         qwen.load_language_model("Qwen/Nothing")
 
 
@@ -276,8 +276,8 @@ def test_no_code_in_a_pickled_file_runs(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_paths_and_types_that_cannot_be_loaded(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no such folder"):
+def test_paths_and_types_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="folder does not exist"):
         qwen.load_language_model(tmp_path / "nowhere")
     with pytest.raises(InputError, match="config.json"):
         qwen.load_language_model(tmp_path)
@@ -298,16 +298,16 @@ def test_paths_and_types_that_cannot_be_loaded(tmp_path, monkeypatch):
         qwen.load_language_model("Qwen/Nothing")
 
 
-def test_dtype_and_attention_are_what_was_asked_for(model):
+def test_dtype_and_attention_are_as_requested(model):
     assert model.dtype == torch.float32 and not model.training
     other = qwen.load_language_model(TINY, dtype=torch.bfloat16, attn_implementation="eager")
     assert other.dtype == torch.bfloat16 and other.config._attn_implementation == "eager"
 
 
-# LoRA's names.
+# Names for LoRA
 
 
-def test_v1_lora_names_mean_what_they_became(model):
+def test_v1_lora_names_are_translated(model):
     def names(*written):
         return qwen.lora_target_modules(model, list(written))
 
@@ -333,7 +333,7 @@ def test_all_linear_is_every_linear_of_a_decoder_layer(family, tmp_path):
     model = qwen.load_language_model(WRITERS[family](tmp_path))
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     adapted = get_peft_model(model, LoraConfig(target_modules=qwen.lora_target_modules(model, ["all-linear"])))
-    inside = {"self_attn"} if family.endswith("_moe") else {"self_attn", "mlp"}  # experts are no linear layers
+    inside = {"self_attn"} if family.endswith("_moe") else {"self_attn", "mlp"}  # experts are not linear layers
     expected = {name for name in linears - {"lm_head"} if name.split(".")[3] in inside}
     assert set(adapted.targeted_module_names) == expected
 

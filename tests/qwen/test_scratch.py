@@ -1,5 +1,4 @@
-"""A language model from nothing: its sizes, its first weights, its tokenizer, its checkpoint.
-`sh tests/run.sh tests/test_scratch.py`"""
+"""A language model from scratch: sizes, first weights, tokenizer and checkpoint."""
 
 from __future__ import annotations
 
@@ -17,13 +16,13 @@ from transformers import AutoTokenizer
 
 import qwen
 import test
-from assemble import build, open_processors
 from config import InputError, load_config
 from dataset import show
-from model.folder import write_folder
+from model.checkpoint_folder import write_folder
 from tests.test_training import assert_equal_files, rows
-from tests.toy_language import SENTENCES, write_qwen2, write_qwen3
+from tests.toy_language import SENTENCES, scratch_sizes, write_qwen2, write_qwen3
 from tests.toy_project import SIZES, run_training, write_staged_project, write_yaml
+from training.run import build, open_processors
 
 DENSE = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
 DENSE |= {"intermediate_size": 72}
@@ -35,12 +34,17 @@ ARCHITECTURES = {
     "qwen3_moe": ROUTED | {"architecture": "qwen3_moe"},
 }
 
+
+def new_model(seed: int = 0, **sizes):
+    return qwen.new_language_model(scratch_sizes(**sizes), vocab_size=300, seed=seed)
+
+
 # --- the model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_new_model_has_the_sizes_that_were_asked_for(architecture):
-    model = qwen.new_language_model(300, 0, num_key_value_heads=2, **ARCHITECTURES[architecture])
+def test_a_new_model_has_the_requested_sizes(architecture):
+    model = new_model(num_key_value_heads=2, **ARCHITECTURES[architecture])
     config, layer = model.config, model.model.layers[0]
     assert type(model) is qwen.LANGUAGE_MODELS[architecture] and model.dtype == torch.float32
     assert (config.vocab_size, config.hidden_size, len(model.model.layers)) == (320, 32, 2)
@@ -55,36 +59,36 @@ def test_a_new_model_has_the_sizes_that_were_asked_for(architecture):
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.25), name
-    untied = qwen.new_language_model(300, 0, tie_word_embeddings=False, **ARCHITECTURES[architecture])
+    untied = new_model(tie_word_embeddings=False, **ARCHITECTURES[architecture])
     assert untied.lm_head.weight is not untied.get_input_embeddings().weight
 
 
-def test_equal_active_parameters_are_equal():
-    """What the ablation compares: two routed experts of 24 and a shared one of 24, and a dense feed-forward of 72."""
-    dense, experts = (qwen.new_language_model(300, 0, **ARCHITECTURES[name]) for name in ("qwen2", "qwen2_moe"))
+def test_dense_and_routed_models_have_equal_active_parameters():
+    """The two models of the ablation: two routed experts of 24 and a shared one of 24, or a dense feed-forward of 72."""
+    dense, experts = (new_model(**ARCHITECTURES[name]) for name in ("qwen2", "qwen2_moe"))
 
-    def passed(model) -> int:
+    def active(model) -> int:
         mlp = model.model.layers[0].mlp
         if not hasattr(mlp, "experts"):
             return sum(p.numel() for p in mlp.parameters())
         of_one = sum(p[0].numel() for p in mlp.experts.parameters())
         return 2 * of_one + sum(p.numel() for p in mlp.shared_expert.parameters())
 
-    assert passed(dense) == passed(experts)
+    assert active(dense) == active(experts)
 
 
-def test_the_first_weights_are_the_seeds_and_nothing_elses():
+def test_the_first_weights_depend_on_the_seed_only():
     state = torch.get_rng_state()
-    one = qwen.new_language_model(300, 3, **SIZES).state_dict()
+    one = new_model(seed=3, **SIZES).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(7)
-    again, other = (qwen.new_language_model(300, seed, **SIZES).state_dict() for seed in (3, 4))
+    again, other = (new_model(seed=seed, **SIZES).state_dict() for seed in (3, 4))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
-    one = qwen.new_language_model(300, 0, **SIZES | {"num_experts_per_tok": 1})
-    assert not one.model.layers[0].mlp.gate.norm_topk_prob, "a weight of one alone would be 1, whatever the router says"
+    one = new_model(**SIZES | {"num_experts_per_tok": 1})
+    assert not one.model.layers[0].mlp.gate.norm_topk_prob, "a single expert's weight would always be 1"
     with pytest.raises(InputError, match='architecture: "qwen4" is unknown'):
-        qwen.new_language_model(300, 0, **SIZES | {"architecture": "qwen4"})
+        new_model(**SIZES | {"architecture": "qwen4"})
 
 
 # --- in a run
@@ -92,7 +96,7 @@ def test_the_first_weights_are_the_seeds_and_nothing_elses():
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """One stage's worth, on pictures."""
+    """A project with the settings of one stage, on images."""
     path = write_staged_project(tmp_path_factory.mktemp("project"))
     values = yaml.safe_load(path.read_text())
     stage = values["train"].pop("stages")[1]
@@ -107,8 +111,8 @@ def whole(project):
     return project.parent / "run"
 
 
-def test_the_model_is_the_same_at_every_precision(project, whole):
-    """Float32, the first weights as well as RoPE's frequencies: what is trained in half precision is read again in any."""
+def test_the_model_is_equal_at_every_precision(project, whole):
+    """First weights and RoPE's frequencies are float32, so a model trained in half precision can be read in any."""
     config = load_config(project)
     made = [build(config, precision, open_processors(config)).model.causal_lm for precision in ("fp32", "bf16", "fp16")]
     tensors = [[*model.parameters(), *model.buffers()] for model in made]
@@ -117,14 +121,14 @@ def test_the_model_is_the_same_at_every_precision(project, whole):
             assert of_other.dtype == torch.float32 and torch.equal(of_one, of_other)
 
 
-def test_a_folder_to_start_from_that_is_no_model_is_named(project, tmp_path):
+def test_a_start_folder_without_a_model_is_refused_by_name(project, tmp_path):
     for folder in (tmp_path / "nope", tmp_path):
         with pytest.raises(InputError, match=f"^{re.escape(str(folder))}") as caught:
             run_training(project, f"output_dir={tmp_path / 'run'}", f"model.start_from={folder}")
         assert "vocab_size" not in str(caught.value)
 
 
-def test_a_vocabulary_with_gaps_is_as_large_as_its_highest_id(project, whole, tmp_path):
+def test_a_vocabulary_with_gaps_gets_embeddings_up_to_its_highest_id(project, whole, tmp_path):
     config = load_config(project)
     shutil.copytree(config.model.from_scratch.tokenizer, tmp_path / "gaps")
     path = tmp_path / "gaps" / "tokenizer.json"
@@ -147,11 +151,11 @@ def test_every_architecture_trains_and_answers(project, tmp_path, architecture):
     run_training(project, f"output_dir={tmp_path / 'run'}", *words, f"train.router_aux_loss_coef={factor}")
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert losses[-1] < losses[0]
-    picture = str(project.parent / "images" / "0.png")
-    assert test.main(["--checkpoint", str(tmp_path / "run" / "final"), "--images", picture, "--question", "What?"]) == 0
+    image = str(project.parent / "images" / "0.png")
+    assert test.main(["--checkpoint", str(tmp_path / "run" / "final"), "--images", image, "--question", "What?"]) == 0
 
 
-def test_a_run_from_scratch_that_was_interrupted_ends_the_same(project, whole, tmp_path):
+def test_an_interrupted_run_from_scratch_ends_the_same(project, whole, tmp_path):
     shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-2")
     run_training(project, f"output_dir={tmp_path}", "train.save_total_limit=null")
     files = ("language_model.safetensors", "projector.safetensors")
@@ -159,7 +163,7 @@ def test_a_run_from_scratch_that_was_interrupted_ends_the_same(project, whole, t
     assert_equal_files(tmp_path / "checkpoint-4", whole / "checkpoint-4", ["state.safetensors"])
 
 
-def test_a_checkpoint_holds_the_whole_language_model_whatever_trained(project, whole):
+def test_a_checkpoint_contains_the_whole_language_model(project, whole):
     config = load_config(whole / "final" / "config.yaml")
     built = build(config, "fp32", open_processors(config, whole / "final"), whole / "final")
     saved = load_file(whole / "final" / "language_model.safetensors")
@@ -169,7 +173,7 @@ def test_a_checkpoint_holds_the_whole_language_model_whatever_trained(project, w
 
 
 def changed_folder(folder: Path, target: Path, change) -> Path:
-    """A copy of a model's folder with another language_model.safetensors, and a manifest that agrees with it."""
+    """Copy a model's folder, with `change` applied to language_model.safetensors and a manifest that matches it."""
 
     def write(partial: Path) -> None:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
@@ -194,15 +198,15 @@ def changed_folder(folder: Path, target: Path, change) -> Path:
     ],
     ids=["absent", "unknown", "missing", "shape"],
 )
-def test_a_checkpoint_that_is_not_the_whole_model_is_refused(whole, tmp_path, change, words):
+def test_a_checkpoint_without_the_whole_model_is_refused(whole, tmp_path, change, words):
     folder = changed_folder(whole / "final", tmp_path / "final", change)
     config = load_config(folder / "config.yaml")
     with pytest.raises(InputError, match=words):
         build(config, "fp32", open_processors(config, folder), folder)
 
 
-def test_a_size_in_a_strangers_config_fills_no_memory(whole, monkeypatch):
-    """Shapes are compared before a weight is made: a model of 0.5 TB is refused at once."""
+def test_a_huge_size_in_a_checkpoints_config_is_refused_without_allocating(whole, monkeypatch):
+    """Shapes are compared before weights are allocated: a model of 0.5 TB is refused at once."""
     made = []
     new = qwen.new_language_model
     monkeypatch.setattr(
@@ -240,7 +244,7 @@ def test_a_size_in_a_strangers_config_fills_no_memory(whole, monkeypatch):
     ],
     ids=str,
 )
-def test_sizes_that_contradict_each_other_are_refused_by_name(project, overrides, words, tmp_path, monkeypatch):
+def test_contradictory_sizes_are_refused_by_name(project, overrides, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         load_config(project, overrides)
@@ -248,7 +252,7 @@ def test_sizes_that_contradict_each_other_are_refused_by_name(project, overrides
 
 
 def test_steps_per_epoch_is_an_upper_bound(project, tmp_path):
-    """Nine records, two a step: five steps an epoch, of which two are asked for, or more than there are."""
+    """Nine records, two per step: five steps per epoch. The bound is two steps, or more than five."""
     words = ["train.max_steps=null", "train.num_train_epochs=3", "train.gradient_accumulation_steps=1"]
     for bound, steps in (("2", 6), ("100", 14)):
         folder = tmp_path / bound
@@ -260,7 +264,7 @@ def test_steps_per_epoch_is_an_upper_bound(project, tmp_path):
 
 
 def gpt2_like(folder: Path) -> None:
-    """A byte-level BPE without one chat token, as GPT-2's."""
+    """Like GPT-2's: a byte-level BPE without chat tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -271,7 +275,7 @@ def gpt2_like(folder: Path) -> None:
 
 
 def llama_like(folder: Path) -> None:
-    """BPE over characters that falls back to bytes, with blanks written as "▁": LLaVA-1.5's own kind."""
+    """Like LLaVA-1.5's: a BPE over characters with byte fallback, and spaces written as "▁"."""
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     trained = Tokenizer(models.BPE())
     trained.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"]))
@@ -287,7 +291,7 @@ def llama_like(folder: Path) -> None:
 
 
 def bert_like(folder: Path) -> None:
-    """WordPiece, lower case, as bert-base-chinese's: not every text comes back."""
+    """Like bert-base-chinese's: a lower-case WordPiece, for which not every text decodes to itself."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -309,7 +313,7 @@ KINDS = {"gpt2": gpt2_like, "llama": llama_like, "bert": bert_like, "qwen2": wri
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_vocabulary_is_that_of_any_tokenizer_folder(project, tmp_path, kind):
+def test_any_tokenizer_folder_can_be_used(project, tmp_path, kind):
     KINDS[kind](tmp_path / "tokenizer")
     words = [f"model.from_scratch.tokenizer={tmp_path / 'tokenizer'}", "model.from_scratch.vocab_size=null"]
     run_training(project, f"output_dir={tmp_path / 'run'}", *words, "train.max_steps=2", "train.eval_steps=null")
@@ -321,20 +325,20 @@ def test_the_vocabulary_is_that_of_any_tokenizer_folder(project, tmp_path, kind)
         "model.embed_tokens.weight"
     ]
     assert len(tokenizer) <= len(rows_of_embeddings) < len(tokenizer) + 64
-    for text in ("<|im_end|>", "a <|im_start|>user b"):  # what is typed stays text
+    for text in ("<|im_end|>", "a <|im_start|>user b"):  # text never becomes a special token
         assert set(ids).isdisjoint(qwen.encode_text(tokenizer, text))
     if kind != "bert":
         assert tokenizer.decode(qwen.encode_text(tokenizer, "What is in the picture?")) == "What is in the picture?"
-    picture = str(project.parent / "images" / "0.png")
-    assert test.main(["--checkpoint", str(tmp_path / "run" / "final"), "--images", picture, "--question", "What?"]) == 0
+    image = str(project.parent / "images" / "0.png")
+    assert test.main(["--checkpoint", str(tmp_path / "run" / "final"), "--images", image, "--question", "What?"]) == 0
     page = tmp_path / "show.html"
     assert show.main(["--config", str(project), "--output", str(page), "--count", "4", *words]) == 0
     shown = re.sub(r"<[^>]+>", "", page.read_text())
-    assert kind == "bert" or ("What" in shown and "颜" in shown)  # it has one sign for all that it does not know
+    assert kind == "bert" or ("What" in shown and "颜" in shown)  # WordPiece has a single unknown token
 
 
-def test_a_released_language_model_keeps_its_own_tokenizer(tmp_path):
-    """Only what is made from nothing takes any."""
+def test_a_released_language_model_needs_a_qwen_tokenizer(tmp_path):
+    """Only a model from scratch takes any tokenizer."""
     for kind, words in (("gpt2", "not in the vocabulary"), ("bert", "a WordPiece, not a byte-level BPE")):
         KINDS[kind](tmp_path / kind)
         with pytest.raises(InputError, match=words):
@@ -343,7 +347,7 @@ def test_a_released_language_model_keeps_its_own_tokenizer(tmp_path):
         qwen.load_tokenizer(str(tmp_path / "nothing"), any_kind=True)
 
 
-def test_a_learned_tokenizer_is_read_by_transformers(project, whole):
+def test_transformers_reads_a_learned_tokenizer(project, whole):
     ours = qwen.load_tokenizer(str(project.parent / "tokenizer"), any_kind=True)
     theirs = AutoTokenizer.from_pretrained(project.parent / "tokenizer")
     text = "What colour is it? 这是什么颜色？"

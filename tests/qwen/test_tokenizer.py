@@ -1,7 +1,6 @@
-"""The v1 tokenizer gives tiktoken's ids, text never becomes a special token, and a saved tokenizer stays the same.
+"""The v1 tokenizer gives tiktoken's ids, text never becomes a special token, and a saved tokenizer reloads unchanged.
 
-The vocabulary is Qwen's own `qwen.tiktoken`, which the test-only package dashscope carries.
-pytest tests/test_tokenizer.py
+The vocabulary is Qwen's own `qwen.tiktoken`, which is part of the test-only package dashscope.
 """
 
 import base64
@@ -53,7 +52,7 @@ def reference(folder):
 
 
 def hard_strings(count: int) -> list[str]:
-    """Seeded strings of everything that pulls tokenizers apart."""
+    """Make seeded strings of everything on which tokenizers tend to differ."""
     rng = random.Random(0)
     assigned = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
     cjk = [chr(i) for i in range(0x4E00, 0x9FA6)]
@@ -89,7 +88,7 @@ def hard_strings(count: int) -> list[str]:
     return ["".join(rng.choice(pieces)() for _ in range(rng.randint(1, 12))) for _ in range(count)]
 
 
-def test_ids_are_tiktokens_on_thousands_of_hard_strings(tokenizer, reference):
+def test_ids_equal_tiktokens_on_thousands_of_hard_strings(tokenizer, reference):
     for text in hard_strings(6000):
         expected = reference.encode(unicodedata.normalize("NFC", text), disallowed_special=())
         assert qwen.encode_text(tokenizer, text) == expected, repr(text)
@@ -110,9 +109,11 @@ def test_single_tokens_decode_to_their_bytes(tokenizer, reference):
         assert tokenizer.decode([index]) == reference.decode([index])
 
 
-def test_the_real_v1_tokenizer_reloads_by_autotokenizer(tokenizer, folder, tmp_path):
+def test_autotokenizer_reads_the_saved_v1_tokenizer(tokenizer, folder, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    shutil.copy(folder / "config.json", tmp_path)  # beside a v1 model, whose model_type must not mislead it
+    shutil.copy(
+        folder / "config.json", tmp_path
+    )  # in a v1 model's folder, whose model_type must not confuse AutoTokenizer
     again = AutoTokenizer.from_pretrained(tmp_path)
     texts = [*hard_strings(200), "<|im_start|>user\nhi<|extra_0|><|im_end|>"]
     assert again(texts).input_ids == tokenizer(texts).input_ids
@@ -120,7 +121,7 @@ def test_the_real_v1_tokenizer_reloads_by_autotokenizer(tokenizer, folder, tmp_p
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_a_saved_tokenizer_reloads_by_autotokenizer_offline(family, tmp_path, monkeypatch):
+def test_autotokenizer_reads_a_saved_tokenizer_offline(family, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     tokenizer = qwen.load_tokenizer(WRITERS[family](tmp_path / "toy"))
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -131,7 +132,7 @@ def test_a_saved_tokenizer_reloads_by_autotokenizer_offline(family, tmp_path, mo
         assert qwen.image_token_id(again) == qwen.image_token_id(tokenizer)
 
 
-# Text is data.
+# Text is data
 
 
 @pytest.mark.parametrize("family", [*WRITERS, "real"])
@@ -145,13 +146,13 @@ def test_text_never_becomes_a_special_token(family, tokenizer, tmp_path):
             ids = qwen.encode_text(tokenizer, text)
             assert special.isdisjoint(ids)
             assert tokenizer.decode(ids) == text
-            # A special token that is meant is still one token, before and after.
+            # An intended special token is still a single token.
             assert tokenizer("<|im_end|>").input_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_every_added_token_can_be_written_as_text(family, tmp_path):
-    """Added tokens need not be special: Qwen2.5 and 3 have "<tool_call>" and "<think>"."""
+def test_added_tokens_in_text_are_encoded_as_characters(family, tmp_path):
+    """Also added tokens that are not special: Qwen2.5 and 3 have "<tool_call>" and "<think>"."""
     tokenizer = qwen.load_tokenizer(WRITERS[family](tmp_path))
     added = {token: index for index, token in tokenizer.backend_tokenizer.get_added_tokens_decoder().items()}
     plain = [token for token in added if not token.special]
@@ -169,20 +170,20 @@ def test_text_decodes_to_itself_in_nfc(tokenizer):
     assert qwen.encode_text(tokenizer, "") == []
 
 
-def test_an_earlier_call_with_truncation_leaves_no_trace(tokenizer):
+def test_an_earlier_call_with_truncation_has_no_effect(tokenizer):
     text = "What is in the picture? " * 20
     expected = qwen.encode_text(tokenizer, text)
     tokenizer(["short", text], truncation=True, max_length=5, padding=True)
     assert qwen.encode_text(tokenizer, text) == expected
 
 
-# The image token and its companions.
+# The image token
 
 
 def test_the_image_token_of_each_generation(tokenizer, tmp_path):
     assert (qwen.image_token(tokenizer), qwen.image_token_id(tokenizer)) == ("<|extra_0|>", 151646)
 
-    old = qwen.load_tokenizer(write_qwen2(tmp_path / "2"))  # has none: one is added, behind the others
+    old = qwen.load_tokenizer(write_qwen2(tmp_path / "2"))  # has none: it is added after the others
     assert (qwen.image_token(old), qwen.image_token_id(old)) == ("<|image_pad|>", len(old) - 1)
     assert old("a<|image_pad|>").input_ids[-1] == len(old) - 1
 
@@ -193,7 +194,7 @@ def test_the_image_token_of_each_generation(tokenizer, tmp_path):
     assert {kind.pad_token for kind in (tokenizer, old, new)} == {"<|endoftext|>"}
 
 
-def test_attaching_tells_the_model_its_ids(tmp_path):
+def test_attaching_a_tokenizer_sets_the_models_ids(tmp_path):
     model, tokenizer = qwen.load_language_model(write_qwen1(tmp_path)), qwen.load_tokenizer(tmp_path)
     qwen.attach_tokenizer(model, tokenizer)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
@@ -203,13 +204,13 @@ def test_attaching_tells_the_model_its_ids(tmp_path):
     assert model.config.image_token_id == model.model.config.image_token_id == qwen.image_token_id(tokenizer)
 
 
-def test_attaching_a_strangers_tokenizer_is_refused(tokenizer, tmp_path):
+def test_attaching_another_models_tokenizer_is_refused(tokenizer, tmp_path):
     model = qwen.load_language_model(write_qwen2(tmp_path))
     with pytest.raises(InputError, match="up to 151850, but the language model has 640 embeddings"):
         qwen.attach_tokenizer(model, tokenizer)
 
 
-# Refusals.
+# Refusals
 
 
 def test_a_damaged_vocabulary_is_refused(tmp_path):
@@ -225,7 +226,7 @@ def test_a_damaged_vocabulary_is_refused(tmp_path):
             qwen.load_tokenizer(tmp_path)
 
 
-def test_paths_that_hold_no_qwen_tokenizer_are_refused(tmp_path, monkeypatch):
+def test_paths_without_a_qwen_tokenizer_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "nowhere", "Qwen/Nothing"):

@@ -19,11 +19,11 @@ from accelerate import PartialState, debug_launcher
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-import resume
+from training import resume
 from config import InputError, load_config
-from evaluation.provenance import git_commit
-from model import folder as folders
-from model.folder import latest_checkpoint, prune_checkpoints, recover, verify_folder, write_folder
+from training.provenance import git_commit
+from model import checkpoint_folder as folders
+from model.checkpoint_folder import (latest_checkpoint, prune_checkpoints, recover, verify_folder, write_folder)
 from tests.toy_project import run_training, write_project
 
 
@@ -405,7 +405,7 @@ class Opened:
     """What resume.py's functions use of a Run, around a trained model."""
 
     def __init__(self, config):
-        import assemble
+        from training import run as assemble
 
         self.config = config
         self.built = assemble.build(config, "fp32", assemble.open_processors(config))

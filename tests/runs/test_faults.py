@@ -26,19 +26,20 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
-import assemble
-import step as step_module
+from training import run as assemble
+from training import step as step_module
 import test
 import train
 from config import InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
 from dataset import loader
-from dataset.loader import collate
-from evaluation import runlog
-from evaluation.runlog import RunLog
+from dataset.batch import collate
+from training import log
+from training.log import RunLog
 from model import answer
 from model.model import VisionLanguageModel
-from step import Stepper, is_out_of_memory, memory_advice, on_device
+from training.step import Stepper, on_device
+from training.memory import is_out_of_memory, memory_advice
 from tests.toy_project import run_training, write_project
 
 QUICK = ("train.eval_steps=null", "train.score_samples=1", "train.save_total_limit=null")
@@ -220,7 +221,7 @@ def exit_status(config: Path, monkeypatch, *arguments: str) -> int:
     with monkeypatch.context() as patched, fresh_accelerate():
         patched.setattr(sys, "argv", ["train.py", "--config", str(config), *arguments])
         with pytest.raises(SystemExit) as ended:
-            run_script(train.main_within_memory)
+            run_script(train.main_with_messages)
     return ended.value.code
 
 
@@ -256,7 +257,7 @@ def test_fp16s_scaler_goes_on_after_a_bad_step(project, monkeypatch):
         accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(wrapped.optimizer)
         stepper = Stepper(model, optimizer, accelerator, contextlib.nullcontext, 1, 1.0, pad_token_id=0)
         batch = make_batch(project)
-        broken = batch | {"pixel_values": batch["pixel_values"] * math.nan}
+        broken = batch | {"pixel_values": batch.pixel_values * math.nan}
         micros = [batch, broken, broken, *[batch] * 6]
         outcomes = [stepper(i, [micro], [1e-3], False)[0] for i, micro in enumerate(micros)]
     # the scale falls from 8 to 2 with the two losses, then to 1 with the first of the gradients, and on
@@ -331,8 +332,8 @@ def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_else(
 
     def patched(self, **batch):
         if self.training:
-            sizes.append(len(batch["input_ids"]))
-        count = len(batch["input_ids"])
+            sizes.append(len(batch.input_ids))
+        count = len(batch.input_ids)
         if where == "backward":
             losses = forward(self, **batch)
             return losses._replace(answers=Crowd.apply(losses.answers, count, limit if len(sizes) == 2 else 4))
@@ -362,8 +363,8 @@ def test_a_packed_row_that_is_too_long_is_cut_into_shorter_ones(project, roomy, 
 
     def patched(self, **batch):
         if self.training:
-            assert len(batch["input_ids"]) == 1
-            sizes.append(len(batch["pixel_values"]))
+            assert len(batch.input_ids) == 1
+            sizes.append(len(batch.pixel_values))
             if sizes[-1] > 2:
                 raise cuda_is_full()
         return forward(self, **batch)
@@ -451,7 +452,7 @@ def saved_by_layers(model: VisionLanguageModel, batch: dict) -> tuple[int, torch
         layer.register_forward_hook(lambda *_: inside.__setitem__(0, False))
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**on_device(batch, torch.device("cpu"))).answers
+        loss = model(**batch.model_inputs(torch.device("cpu"))).answers
     return sum(storage.nbytes() for storage in kept.values()), loss
 
 
@@ -686,6 +687,6 @@ def test_answering_without_memory_is_one_message(monkeypatch, capsys):
 
     monkeypatch.setattr(test, "main", full)
     with pytest.raises(SystemExit) as stopped:
-        run_script(test.main_within_memory)
+        run_script(test.main_with_messages)
     assert stopped.value.code == 2
     assert "memory is full (CUDA out of memory" in (told := capsys.readouterr().err) and "test.batch_size" in told

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import test as script
 from config import InputError, run_script
 from model.checkpoint import load_adapter, load_trained
-from model.folder import MANIFEST, verify_folder
+from model.checkpoint_folder import MANIFEST, verify_folder
 from tests.toy_project import run_training, write_project
 
 ROOT = Path(__file__).parent.parent

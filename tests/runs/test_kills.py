@@ -15,7 +15,7 @@ import pytest
 import train
 from dataset.loader import QADataset
 from dataset.order import SampleOrder, micro_batches
-from model.folder import verify_folder
+from model.checkpoint_folder import verify_folder
 from tests.starts import At, Start
 from tests.toy_project import run_training, write_project
 

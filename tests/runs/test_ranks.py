@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import assemble
+from training import run as assemble
 from config import load_config, run_script
 from dataprocess.process_image import prepare_from_config
-from evaluation import runlog
+from training import log
 from model.model import VisionLanguageModel
 from tests.toy_project import run_training, write_project
 

@@ -1,4 +1,4 @@
-"""Every recipe in configs/, with tiny checkpoints of the same families, prepares its data and takes a step."""
+"""Every recipe in recipes/, with tiny checkpoints of the same families, prepares its data and takes a step."""
 
 from __future__ import annotations
 

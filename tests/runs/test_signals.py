@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from model.folder import checkpoints, step_of, verify_folder
+from model.checkpoint_folder import checkpoints, step_of, verify_folder
 from tests.starts import SECONDS, At, Start
 from tests.test_kills import assert_same_end, copied
 from tests.toy_project import write_project

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataset.loader import QADataset, collate
-from model import features as module
-from model.features import CachedEncoder
+from dataset.loader import QADataset
+from dataset.batch import collate
+from training import cached_features as module
+from training.cached_features import CachedEncoder
 from model.model import VisionLanguageModel
-from step import on_device
+from training.step import on_device
 from tests.toy_project import run_training, write_pictures, write_project
 from visual.encoders import VisionTower
 from visual.feature_cache import FeatureCache
@@ -89,7 +90,7 @@ def test_stored_and_new_pictures_stand_in_reading_order(encoder, pictures):
     tower = encoder.model.vision_tower
     assert numbers(encoder(batch_of(encoder, pictures, [5, 1], [3]))) == [5, 1, 3]
     mixed = batch_of(encoder, pictures, [2, 1, 7], [], [3, 4], [2])
-    assert mixed["is_cached"] == [False, True, False, True, False, False]
+    assert mixed.is_cached == [False, True, False, True, False, False]
     assert numbers(encoder(mixed)) == [2, 1, 7, 3, 4, 2]
     assert tower.calls == [[5, 1, 3], [2, 7, 4]]
     stored = batch_of(encoder, pictures, [7], [2, 5])
@@ -99,7 +100,7 @@ def test_stored_and_new_pictures_stand_in_reading_order(encoder, pictures):
 
 def test_a_batch_without_pictures_has_no_features(encoder, pictures):
     batch = batch_of(encoder, pictures, [], [])
-    assert encoder(batch) is None and on_device(batch, CPU, encoder)["patch_features"] is None
+    assert encoder(batch) is None and batch.model_inputs(CPU, encoder)["patch_features"] is None
 
 
 def test_what_the_model_is_given_are_features_instead_of_pixels(encoder, pictures):

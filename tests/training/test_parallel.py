@@ -23,18 +23,10 @@ from torch.distributed.tensor import DTensor
 from config import IGNORE_INDEX, InputError
 from model.build import autocast, build_model, checkpoint_activations, load_processors
 from model.checkpoint import load_state, save_state, save_trained
-from model.folder import write_folder
+from model.checkpoint_folder import write_folder
 from model.generate import Prompt, generate
-from model.parallel import (
-    check_equal_weights,
-    clip_grad_norm,
-    gathered,
-    idle_batch,
-    laid_out_as,
-    shard,
-    sum_gradients,
-    whole,
-)
+from training.parallel import check_equal_weights, clip_grad_norm, sum_gradients
+from training.sharding import (gathered_for_inference, idle_batch, laid_out_as, shard, gathered_for_saving)
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe
 from tests.toy_towers import write_clip
 
@@ -91,7 +83,7 @@ def one_step(model, parameters, optimizer, step: int) -> tuple[float, float, dic
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     is_sharded = isinstance(parameters[0], DTensor)
     every = [micro_batch(step, micro, model.causal_lm.config.image_token_id) for micro in range(len(STEPS[step]))]
-    targets = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in every)
+    targets = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in every)
     mine = every[rank::world]
     if is_sharded:
         mine += [idle_batch(CPU)] * (-(-len(every) // world) - len(mine))

@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-import assemble
-import speed
+from training import run as assemble
+from training import speed
 from config import FREE_KEYS, InputError, load_config
 from dataprocess.process_image import prepare_from_config
 from qwen.attention import PACKED_SDPA
-from speed import Choice, activation_checkpointing, attention, attention_name, feature_cache, packing, table
+from training.speed import (Choice, activation_checkpointing, attention, attention_name, feature_cache, packing, table)
 from tests.toy_project import run_training, write_project
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

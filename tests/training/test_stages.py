@@ -21,8 +21,8 @@ import train as train_script
 from config import InputError, load_config, to_yaml
 from dataprocess import process_image
 from dataset import show
-from model.folder import verify_folder, weights_digest
-from step import Stepper
+from model.checkpoint_folder import verify_folder, weights_digest
+from training.step import Stepper
 from tests.test_training import ROOT, assert_equal_files, rows, without_times
 from tests.toy_project import run_training, write_staged_project, write_yaml
 
@@ -328,7 +328,7 @@ def test_two_processes_train_the_same_stages(project, whole, tmp_path):
 
 def test_the_page_of_what_the_model_gets_is_that_of_a_stage(project, whole, tmp_path):
     for name, words in (
-        ("text", ["texts:", "no picture", "&lt;|endoftext|&gt;"]),
+        ("text", ["texts:", "no image", "&lt;|endoftext|&gt;"]),
         ("vision", ["data:image/png", "r0"]),
     ):
         page = tmp_path / f"{name}.html"

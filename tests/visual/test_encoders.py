@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from config import InputError
 from tests import toy_towers
-from visual.encoders import ENCODERS, count_image_tokens, load_vision_tower
+from visual.encoders import ENCODERS, num_image_tokens, load_vision_tower
 from visual.processor import load_image_processor
 
 torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def test_features_are_the_patches_of_transformers_hidden_states(folders, referen
     features = tower(pixels)
     assert torch.equal(features, hidden_states[feature_layer][:, prefix:])
     assert features.shape == (2, patches, toy_towers.HIDDEN_SIZE) == (2, tower.num_image_tokens, tower.hidden_size)
-    assert count_image_tokens(folders[name]) == patches
+    assert num_image_tokens(folders[name]) == patches
 
 
 @every_tower
@@ -233,7 +233,7 @@ def test_dino_takes_other_multiples_of_its_patch(folders, references, name, size
     assert pixels.shape[1:3] == (size, size)
     features = tower(random_pixels(size))
     assert tower.num_image_tokens == tokens == features.shape[1]
-    assert count_image_tokens(folders[name], size) == tokens
+    assert num_image_tokens(folders[name], size) == tokens
     with torch.no_grad():
         expected = references[name](random_pixels(size), output_hidden_states=True).hidden_states[-2]
     assert torch.equal(features, expected[:, -tokens:])

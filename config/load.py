@@ -1,0 +1,128 @@
+"""Read a config: YAML file and overrides -> Config, and back to YAML; compare two configs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from config.errors import InputError
+from config.rules import (
+    OF_ALL_STAGES,
+    STAGE_SECTIONS,
+    drop_unused_rates,
+    refuse_contradictions,
+    refuse_stage_contradictions,
+    refuse_unused_learning_rates,
+    stage_entries,
+)
+from config.schema import STAGES_FOLDER, Config, StageConfig, TrainableConfig
+from config.typed_yaml import apply_override, build, kind_of, merge, read_yaml
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "config.yaml"  # what train.sh and test.sh read
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), check everything. Relative paths in the
+    file are relative to its folder, those in overrides to the current one. Raises InputError that names the key.
+
+    With `train.stages`, each has a whole Config of its own: what the file says for all, with the stage's own words over
+    it, with the command line over both. What is returned is the last stage's, with all of them in `train.stages`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file; name one with --config, for example config.yaml.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+    values = read_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys and values, found {kind_of(values)}.")
+    folder = path.resolve().parent
+    of_stages = [word for word in overrides if word.partition("=")[0].strip().split(".")[:2] == ["train", "stages"]]
+    for override in of_stages:
+        apply_override(values, override)
+    of_all = [word for word in overrides if word not in of_stages]
+    train = values.get("train")
+    if not isinstance(train, dict) or not train.get("stages"):
+        for override in of_all:
+            apply_override(values, override)
+        config = build(Config, values, folder)
+        refuse_contradictions(config)
+        return config
+    entries = stage_entries(train.pop("stages"))
+    stages = [_stage(values, entry, i, of_all, folder) for i, entry in enumerate(entries)]
+    refuse_stage_contradictions(stages)
+    for override in of_all:
+        apply_override(values, override)
+    refuse_unused_learning_rates([key for key, rate in values["train"].items() if rate is not None], stages)
+    last = stages[-1].config
+    train = dataclasses.replace(last.train, stages=tuple(stages))
+    return dataclasses.replace(last, output_dir=last.output_dir.parent.parent, train=train)
+
+
+def _stage(values: dict, entry: dict, number: int, overrides: Sequence[str], folder: Path) -> StageConfig:
+    """A stage: the file's `values` with the entry's words over them."""
+    name = entry["name"]
+    words = copy.deepcopy({key: value for key, value in entry.items() if key != "name"})
+    merged = merge(copy.deepcopy(values), words)
+    try:
+        for override in overrides:
+            apply_override(merged, override)
+        if isinstance(merged.get("train"), dict):
+            drop_unused_rates(merged["train"], words.get("train", {}), dataclasses.asdict(TrainableConfig()))
+        config = build(Config, merged, folder)
+        refuse_contradictions(config, random=set())  # what is random by then, the stages before decide
+        return StageConfig(name, dataclasses.replace(config, output_dir=config.output_dir / STAGES_FOLDER / name))
+    except InputError as error:
+        raise InputError(f'stage "{name}" (train.stages.{number}): {error}') from None
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML text that `load_config` reads back to an equal config (paths are absolute by then)."""
+
+    def plain(value):
+        if isinstance(value, StageConfig):
+            values = plain(value.config)
+            for key in ("stages", *OF_ALL_STAGES):
+                values["train"].pop(key)
+            return {"name": value.name, **{section: values[section] for section in STAGE_SECTIONS}}
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, (Path, str)) else value
+
+    return yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False)
+
+
+# keys that may change between the parts of a run that was interrupted: they change nothing that is learned
+FREE_KEYS = (
+    "output_dir test.* data.max_refused data.demo_folder data.on_bad_image model.start_from train.max_bad_steps "
+    "train.freeze_random train.fsdp train.num_threads train.num_workers "
+    "train.logging_steps train.eval_steps train.eval_samples train.score_samples train.save_steps train.save_total_limit "
+    "train.report_to train.packing train.cache_features train.fused_lora train.compile train.activation_checkpointing "
+    "train.attn_implementation train.liger_kernels"
+).split()
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key that differs and bears on what is learned."""
+
+    def flat(value, prefix=""):
+        if not dataclasses.is_dataclass(value):
+            return {prefix: value}
+        parts = [flat(getattr(value, f.name), f"{prefix}.{f.name}".lstrip(".")) for f in dataclasses.fields(value)]
+        return {key: value for part in parts for key, value in part.items()}
+
+    before, after = flat(old), flat(new)
+    free = [key for key in before if key in FREE_KEYS or f"{key.split('.')[0]}.*" in FREE_KEYS]
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and key not in free
+    ]

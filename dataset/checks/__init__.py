@@ -1,0 +1,1 @@
+"""Check a QA file before training, and report what it contains."""

@@ -1,0 +1,248 @@
+"""Open a run: lock its folder, check its data, build its model, find its position; or report every fault at once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from config import STAGES_FOLDER, Config, InputError, to_yaml
+from dataprocess.train_tokenizer import learn_if_missing
+from dataset.checks.findings import Findings
+from dataset.open import file_sha256, sample_order
+from dataset.order import split_step
+from model.build import PRECISIONS, Built, autocast, resolve_precision
+from model.model import VisionLanguageModel
+from model.trainable import param_groups, trainable_table
+from training.log import RunLog
+from training.parallel import check_equal_weights
+from training.prepare import check_checkpoints, check_data, prepare_data
+from training.processes import on_main, print_main
+from training.resume import (
+    RunLock,
+    find_checkpoint,
+    is_finished,
+    load_position,
+    lowest_val_loss,
+    move_aside,
+    record_start,
+)
+from training.run import Run, open_answerer, open_model, open_processors, open_qa_file
+from training.sharding import shard
+from training.speed import apply_speed_choices, attention, attention_name, choices_table
+from training.state import Position
+from training.step import Stepper
+
+
+@contextlib.contextmanager
+def open_run(config: Config, arguments: argparse.Namespace) -> Iterator[Run | None]:
+    """Yield the run of `config`, ready to train from its position; None if it is finished already.
+
+    arguments: train.py's command line. Its folder is locked until the context ends. Raises InputError with everything that is
+    wrong.
+    """
+    accelerator, precision = _start_accelerator(config)
+    with RunLock(config.output_dir):
+        resume_from, run = _assemble(config, arguments, accelerator, precision)
+        if arguments.resume == "none":
+            move_aside(config.output_dir)
+        if arguments.resume != "none" and is_finished(run, resume_from):
+            yield None
+        else:
+            _start_trackers(run)
+            _start_training(run, resume_from)
+            yield run
+            for tracker in accelerator.trackers:
+                tracker.finish()
+    accelerator.free_memory()  # it holds the optimizer, and with it the weights; another stage may follow
+
+
+def check_run(config: Config, arguments: argparse.Namespace) -> None:
+    """Check config, data, checkpoints and model of a run, and print what would train. Trains nothing.
+
+    Raises InputError with everything that is wrong.
+    """
+    accelerator, precision = _start_accelerator(config)
+    _assemble(config, arguments, accelerator, precision)
+    print_main("Checked: config, data and model fit together. Nothing was trained.")
+    accelerator.free_memory()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise InputError for a tracker of train.report_to that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f'"train.report_to" names {name}, which is not installed: pip install {name}, or leave it out.'
+            )
+
+
+def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
+    """Return the accelerator and the precision."""
+    precision = resolve_precision(config.train.precision, PartialState().device)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # each stage reports its own peak
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(config.train.report_to) or None,
+        project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
+    )
+    if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise InputError(
+            f"{accelerator.distributed_type} is not supported: launch with torchrun, without FSDP or DeepSpeed."
+        )
+    train = config.train
+    # reject a step that cannot be shared evenly before anything is opened
+    split_step(train.per_device_train_batch_size, train.gradient_accumulation_steps, accelerator.num_processes)
+    return accelerator, precision
+
+
+def _assemble(
+    config: Config, arguments: argparse.Namespace, accelerator: Accelerator, precision: str
+) -> tuple[Path | None, Run]:
+    """Prepare and check the data, build the model. Returns (the checkpoint to resume from, the run)."""
+    findings = Findings(config.output_dir / "findings.jsonl")
+    resume_from = processors = built = left_out = None
+    with findings.collect():
+        resume_from = find_checkpoint(config, arguments.resume)
+    if arguments.check:
+        check_checkpoints(config.output_dir, findings)
+    # a resumed run keeps the records that it began with, even if image files have changed
+    prepare_data(config, resumes=resume_from is not None, check=arguments.check)
+    if size := on_main(lambda: learn_if_missing([config])):
+        assert config.model.from_scratch is not None
+        print_main(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
+    with findings.collect():
+        processors = open_processors(config, resume_from)
+    if accelerator.is_main_process:
+        left_out = check_data(config, processors, findings, thorough=arguments.check)
+        findings.save()
+    left_out, findings = broadcast_object_list([left_out, findings])
+    if not arguments.check:
+        findings.stop()  # before weights are read, which takes long
+    flash = None
+    if processors is not None:
+        with findings.collect():
+            flash = attention(config, accelerator.device, precision)
+            built = open_model(config, precision, processors, resume_from, attention_name(flash))
+            router_loss_factor(config, built.model)
+    findings.stop()
+    assert built is not None and flash is not None and left_out is not None
+    run = _run(config, accelerator, precision, built, left_out)
+    print_main(trainable_table(run.model, config.train))
+    print_main(choices_table(apply_speed_choices(run, flash)))
+    print_main(
+        f"{len(run.order.kept):,} records, {run.order.epoch_length:,} samples an epoch; {run.total_steps:,} steps of "
+        f"{run.samples_per_step} samples; {precision} on {accelerator.device}; results in {config.output_dir}"
+    )
+    return resume_from, run
+
+
+def _run(
+    config: Config, accelerator: Accelerator, precision: str, built: Built, left_out: dict[Path, np.ndarray]
+) -> Run:
+    """Open the data and put the run together. left_out: file -> its records that cannot be used."""
+    train, data = config.train, config.data
+    train_set = open_qa_file(config, built, data.qa_file, left_out[data.qa_file])
+    samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    epoch_limit = None if train.steps_per_epoch is None else train.steps_per_epoch * samples_per_step
+    validation_set, validation_records = None, np.empty(0, dtype=np.int64)
+    if data.validation_file is not None:
+        validation_set = open_qa_file(config, built, data.validation_file, left_out[data.validation_file])
+        validation_records = np.random.default_rng(config.seed).permutation(validation_set.kept)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        precision=precision,
+        built=built,
+        train_set=train_set,
+        order=sample_order(train_set, data, seed=config.seed, epoch_limit=epoch_limit),
+        validation_set=validation_set,
+        validation_records=validation_records,
+        answerer=open_answerer(config, built, precision, accelerator.device),
+        fingerprint={
+            "qa_sha256": file_sha256(data.qa_file),
+            "records": len(train_set.kept),
+            "precision": precision,
+        },
+    )
+
+
+def _start_training(run: Run, resume_from: Path | None) -> None:
+    """Move the model to its device, make the optimizer, load the position, open the log."""
+    config, accelerator, model = run.config, run.accelerator, run.model
+    check_equal_weights(model)
+    if config.train.fsdp:
+        shard(model, accelerator.device, PRECISIONS[run.precision])
+    model.to(accelerator.device)
+    groups = [group | {"base_lr": group["lr"]} for group in param_groups(model, config.train)]
+    run.optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0))
+    run.position = load_position(run, resume_from) if resume_from else Position()
+    record_start(run, resume_from, sys.argv)
+    run.log = RunLog(
+        config.output_dir,
+        run.position.step,
+        logging_steps=config.train.logging_steps,
+        writes=accelerator.is_main_process,
+        processes=accelerator.num_processes,
+        track=accelerator.log,
+    )
+    run.position.lowest_val_loss = lowest_val_loss(config.output_dir)
+    run.stepper = Stepper(
+        model=model,
+        optimizer=run.optimizer,
+        accelerator=accelerator,
+        autocast=autocast(run.precision, accelerator.device),
+        seed=config.seed,
+        max_grad_norm=config.train.max_grad_norm,
+        encoder=run.encoder,
+        balance_factor=router_loss_factor(config, model),
+    )
+
+
+def router_loss_factor(config: Config, model: VisionLanguageModel) -> float:
+    """Return the coefficient of the experts' balance loss: the config's, or the model's own.
+
+    Raises InputError if the config sets it for a model without experts.
+    """
+    factor = config.train.router_aux_loss_coef
+    if model.has_experts:
+        return model.causal_lm.config.router_aux_loss_coef if factor is None else factor
+    if factor is not None:
+        raise InputError(
+            f'"train.router_aux_loss_coef" is {factor}, but the language model has no experts to balance; set it to null.'
+        )
+    return 0.0
+
+
+def _start_trackers(run: Run) -> None:
+    """Start TensorBoard in <run>/tensorboard and wandb in <run>/wandb."""
+    if not run.config.train.report_to:
+        return
+    folder = run.config.output_dir
+    folder.mkdir(parents=True, exist_ok=True)  # wandb would write elsewhere if it did not exist
+    name, group = folder.name, None
+    if folder.parent.name == STAGES_FOLDER:
+        group = folder.parent.parent.name
+        name = f"{group}-{folder.name}"
+    wandb = {"dir": str(folder), "name": name, "group": group}
+    values = _flatten(yaml.safe_load(to_yaml(run.config)))
+    run.accelerator.init_trackers("vision-language-model", values, {"wandb": wandb})
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    """Return nested keys as dotted ones with values as text, as trackers take them."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat
