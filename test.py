@@ -56,14 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     built = open_model(config, precision, open_processors(config, checkpoint), checkpoint)
     built.model.to(device).eval()
     answerer = open_answerer(config, built, precision, device)
+    title, table = "Answers", ""
+    unreadable: list[dict] = []
     if qa is not None:
+        title = f"Scores on {qa.path.name}"
         validation = validate(qa, config, built, precision)
         rows, table = score_questions(qa, answerer, validation, config, output)
-        title, unreadable = f"Scores on {qa.path.name}", []
     else:
         questions = arguments.question or list(config.test.questions)
         rows, unreadable = answer_questions(answerer, images, questions, config.test.batch_size, output)
-        title, table = "Answers", ""
     about = f"{len(rows)} answers by {checkpoint}"
     write_page(output / "answers.html", title, about, rows, unreadable=unreadable, table=table)
     if unreadable and not rows:

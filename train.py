@@ -139,7 +139,8 @@ def log_step(run: Run, outcome: Outcome, micro_batches: list[Batch]) -> dict:
 
 
 def log_skipped(run: Run, outcome: Outcome, micro_batches: list[Batch]) -> None:
-    """Log replaced records and a bad step's records to skipped.jsonl. Raises InputError after too many bad steps in a row."""
+    """Log replaced records and a bad step's records to skipped.jsonl. Raises InputError after too many bad steps in a
+    row."""
     step, limit = run.position.step, run.config.train.max_bad_steps
     if outcome.replaced:
         records = gather_object([text for batch in micro_batches for text in batch.replaced])
@@ -163,7 +164,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a vision-language model as a config says.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
     parser.add_argument(
-        "--resume", default="auto", help="auto: resume from the newest checkpoint; none: start over; or a checkpoint folder"
+        "--resume",
+        default="auto",
+        help="auto: resume from the newest checkpoint; none: start over; or a checkpoint folder",
     )
     parser.add_argument("--stage", metavar="NAME", help="train this stage alone (default: all stages, in order)")
     parser.add_argument("--check", action="store_true", help="check config, data and model; train nothing")

@@ -80,9 +80,9 @@ def measure(name: str, folder: Path, precision: str, pictures: int, new_tokens: 
     """Seconds, memory above that of the loaded model at the highest (MiB), and the answers, of one way of asking."""
     import torch
 
-    from training.run import answerer, build, open_processors
     from benchmarks.data import Clock
     from config import load_config
+    from training.run import answerer, build, open_processors
 
     torch.set_num_threads(threads)
     config = load_config(folder / "config.yaml", [f"test.max_new_tokens={new_tokens}"])

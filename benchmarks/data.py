@@ -68,10 +68,10 @@ def prepare_ours(folder: Path) -> dict:
 
 def prepare_again(folder: Path) -> dict:
     """With what the last run wrote: if nothing changed, nothing is done."""
-    from config import SourceConfig
+    from config import DataConfig, SourceConfig
     from dataprocess.process_image import prepare
 
-    sources = [
+    sources = tuple(
         SourceConfig(
             name=source.name,
             annotations=source.annotations(folder),
@@ -80,17 +80,17 @@ def prepare_again(folder: Path) -> dict:
             captions="one_per_epoch" if source.name == "captions" else "all",
         )
         for source in SOURCES
-    ]
-    clock = Clock()
-    report = prepare(
-        sources=sources,
+    )
+    data = DataConfig(
         qa_file=folder / "ours" / "qa.jsonl",
+        sources=sources,
         validation_file=folder / "ours" / "validation.jsonl",
         validation_fraction=VALIDATION_FRACTION,
-        seed=SEED,
         max_refused=0.01,
         verify_images=False,
     )
+    clock = Clock()
+    report = prepare(data, seed=SEED)
     return clock.read() | {"kept": report["kept"]}
 
 

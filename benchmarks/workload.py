@@ -1,122 +1,149 @@
-"""The workload of `benchmarks.data`: raw annotations as LLaVA and AI Challenger publish them, their pictures, a QA file.
+"""The workload of `benchmarks.training`, `limits` and `answering`: a folder with models of random weights, photos, questions and
+a config, made from a seed.
 
-Everything comes from a seed. The pictures are empty files, as the measurements open none.
+The weights are there twice: `tower` and `lm` as this project reads them, and `llava` as transformers'
+LlavaForConditionalGeneration does. `first.safetensors` holds the projector and the LoRA matrices that a run of ours begins
+with, so that the peers begin with them too.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import random
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-SEED = 1
-MISSING_EVERY = 1000  # one record of so many names a picture that is not there, as in every real collection
-
-
-class Source(NamedTuple):
-    name: str
-    share: int  # raw records, of 418,000
-    pairs: tuple[int, int]  # of a question and an answer; fewest and most
-    sentences: tuple[int, int]  # in an answer
-
-    def annotations(self, folder: Path) -> Path:
-        return folder / "raw" / f"{self.name}.json"
-
-    def images(self, folder: Path) -> Path:
-        return folder / "images" / (self.name if self.name in ("mix", "captions") else "train2017")
-
-
-SOURCES = (
-    Source("detail", 23_000, (1, 1), (6, 10)),
-    Source("reasoning", 77_000, (1, 1), (7, 13)),
-    Source("conversation", 58_000, (2, 6), (1, 3)),
-    Source("mix", 50_000, (1, 7), (1, 3)),
-    Source("captions", 210_000, (5, 5), (1, 1)),
-)
-ALL_RECORDS = sum(source.share for source in SOURCES)
-MIX_FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")
-TEXT_ONLY = 0.06  # of the mix
-WORDS = (
-    "a the this one two several red blue green wooden small large old café naïve dog cat man woman child bench table "
-    "street river boat kitchen window bicycle ball hat umbrella sign train plate stands sits runs holds watches carries "
-    'near under behind beside and with while because suggests perhaps clearly towards "stop" people\'s'
-).split()
-CHINESE = (
-    ("一个穿着红色衣服的女人", "两个戴着帽子的男人", "一群孩子", "一只棕色的狗", "球场上一个运动员"),
-    ("在河边的长椅上", "在宽阔的马路上", "在明亮的房间里", "在绿油油的草地上", "在人来人往的商场里"),
-    ("看着远处", "拿着一把雨伞", "开心地笑着", "跑向他的朋友", "和旁边的人说话"),
+import numpy as np
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
+from benchmarks.annotations import PLAIN_WORDS, SEED
+from benchmarks.models import FEATURE_LAYER, SIZES, TRAIN, Sizes, answer_length
+from config import load_config
+from training.run import open_model, open_processors
 
-def make_workload(folder: Path, records: int, qa_records: int) -> None:
-    """Raw annotations with their pictures, and a QA file; nothing if `folder` already holds these."""
-    stamp = folder / "workload.json"
-    wanted = json.dumps({"version": 1, "records": records, "qa_records": qa_records})
-    if stamp.is_file() and stamp.read_text() == wanted:
-        return
-    chance = random.Random(SEED)
-    sentences = [" ".join(chance.choices(WORDS, k=chance.randint(6, 16))).capitalize() + ". " for _ in range(4096)]
-    (folder / "raw").mkdir(parents=True, exist_ok=True)
-    for source in SOURCES:
-        count = max(1, source.share * records // ALL_RECORDS)
-        pictures = [*_picture_names(source.name, count)]
-        _touch(source.images(folder), pictures)
-        if source.name == "captions":
-            rows = [_caption_row(chance, i, name) for i, name in enumerate(pictures)]
-        else:
-            rows = [_llava_row(chance, source, i, chance.choice(pictures), sentences) for i in range(count)]
-        for row in rows[MISSING_EVERY // 2 :: MISSING_EVERY]:
-            row["image_id" if "image_id" in row else "image"] = "not_there.jpg"
-        indent = None if source.name == "captions" else 2  # as published
-        source.annotations(folder).write_text(json.dumps(rows, indent=indent))
+VERSION = 1  # of the files that `write_workload` writes
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
+QUESTION_WORDS = 32
+PHOTO = (640, 480)  # pixels
+
+
+def write_workload(folder: Path, name: str, records: int) -> None:
+    """Write the workload of SIZES[name] with `records` records, unless `folder` holds one with at least so many."""
+    stamp, sizes = folder / "workload.json", SIZES[name]
+    wanted = {"version": VERSION, "name": name}
+    if stamp.is_file():
+        found = json.loads(stamp.read_text())
+        if found.pop("records") >= records and found == wanted:
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "images").mkdir(parents=True)
+    tokenizer = new_tokenizer()
+    tokenizer.save_pretrained(folder / "lm")
+    side = sizes.image_size
+    image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    image_processor.save_pretrained(folder / "tower")
+    write_models(folder, sizes, tokenizer)
+    chance = np.random.default_rng(SEED)
     with open(folder / "qa.jsonl", "w", encoding="utf-8") as file:
-        for i in range(qa_records):
-            file.write(json.dumps(_qa_record(chance, i, sentences), ensure_ascii=False) + "\n")
-    stamp.write_text(wanted)
+        for i in range(records):
+            photo(chance).save(folder / "images" / f"{i}.jpg", quality=88)
+            file.write(json.dumps(record(chance, i)) + "\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_values(sizes)))
+    write_first_weights(folder)
+    stamp.write_text(json.dumps(wanted | {"records": records}))
 
 
-def _picture_names(source: str, count: int) -> Iterator[str]:
-    for i in range(count):
-        if source == "captions":
-            yield f"{i * 2_654_435_761 % 2**64:040x}.jpg"
-        elif source == "mix":
-            yield f"{MIX_FOLDERS[i % len(MIX_FOLDERS)]}/{i:012d}.jpg"
-        else:
-            yield f"{i * 7:012d}.jpg"
+def new_tokenizer() -> Qwen2Tokenizer:
+    """Make a byte-level BPE with one token for each of PLAIN_WORDS after a space, and for each role's name."""
+    words = ["Ġ" + word for word in PLAIN_WORDS]
+    # A word grows from its left end. Words come before roles, and only a word's first letter follows "Ġ", so no other
+    # merge comes in between.
+    grown = [(whole[:end], whole[end]) for whole in (*words, "user", "assistant") for end in range(1, len(whole))]
+    merges = list(dict.fromkeys(grown))
+    tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
 
 
-def _touch(folder: Path, names: list[str]) -> None:
-    for parent in {os.path.dirname(name) for name in names}:
-        os.makedirs(folder / parent, exist_ok=True)
-    for name in names:
-        open(folder / name, "ab").close()
+def write_models(folder: Path, sizes: Sizes, tokenizer: Qwen2Tokenizer) -> None:
+    """Write `llava` and its two halves in bfloat16, as released models are."""
+    eos, pad, image = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        whole: Any = LlavaForConditionalGeneration(sizes.llava_config(image, pad, eos)).to(torch.bfloat16)
+    whole.save_pretrained(folder / "llava")
+    with torch.device("meta"):
+        tower, lm = CLIPVisionModel(sizes.vision_config()), Qwen2ForCausalLM(sizes.text_config(pad, eos))
+    tower.load_state_dict(whole.model.vision_tower.state_dict(), assign=True)
+    lm.model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
+    lm.lm_head.load_state_dict(whole.lm_head.state_dict(), assign=True)
+    tower.save_pretrained(folder / "tower")
+    lm.save_pretrained(folder / "lm")
 
 
-def _llava_row(chance: random.Random, source: Source, number: int, picture: str, sentences: list[str]) -> dict:
-    turns = []
-    for _ in range(chance.randint(*source.pairs)):
-        turns.append({"from": "human", "value": chance.choice(sentences)[:-2] + "?"})
-        turns.append({"from": "gpt", "value": "".join(chance.choices(sentences, k=chance.randint(*source.sentences)))})
-    if source.name == "mix" and chance.random() < TEXT_ONLY:
-        return {"id": f"text_{number}", "conversations": turns}
-    question = turns[0]["value"]
-    turns[0]["value"] = question + "\n<image>" if source.name == "detail" else "<image>\n" + question
-    return {"id": Path(picture).stem, "image": picture, "conversations": turns}
+def photo(chance: np.random.Generator) -> Image.Image:
+    """Draw smooth noise from coarse to fine, some shapes and a little grain: compresses and decodes as a photo does."""
+    pixels = np.zeros((PHOTO[1], PHOTO[0], 3), np.float32)
+    for cells, strength in ((6, 110), (24, 50), (96, 25)):
+        small = Image.fromarray(chance.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8))
+        pixels += (np.asarray(small.resize(PHOTO, Image.Resampling.BICUBIC), np.float32) / 255 - 0.5) * strength
+    pixels += chance.normal(0, 4, pixels.shape)
+    image = Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        left, top, width, height = (int(value) for value in chance.integers((0, 0, 30, 30), (560, 400, 200, 160)))
+        shape = draw.ellipse if chance.random() < 0.5 else draw.rectangle
+        shape((left, top, left + width, top + height), tuple(int(value) for value in chance.integers(0, 256, 3)))
+    return image
 
 
-def _caption_row(chance: random.Random, number: int, picture: str) -> dict:
-    captions = ["".join(map(chance.choice, CHINESE)) for _ in range(5)]
-    return {"url": f"http://pictures.example/{number:08d}.jpg", "image_id": picture, "caption": captions}
+def record(chance: np.random.Generator, number: int) -> dict:
+    """Make a question about a photo with one answer. On average, three tenths of its tokens are the answer's."""
+    length = answer_length(chance)
+    question, answer = (" ".join(chance.choice(PLAIN_WORDS, count)) for count in (QUESTION_WORDS, length))
+    turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
+    return {"id": f"photo:{number}", "image": f"images/{number}.jpg", "conversations": turns}
 
 
-def _qa_record(chance: random.Random, number: int, sentences: list[str]) -> dict:
-    turns = []
-    for _ in range(chance.randint(1, 3)):
-        turns.append({"role": "user", "content": chance.choice(sentences)})
-        turns.append({"role": "assistant", "content": "".join(chance.choices(sentences, k=chance.randint(1, 3)))})
-    turns[0]["content"] = "<image>\n" + turns[0]["content"]
-    source = SOURCES[number % len(SOURCES)].name
-    return {"id": f"{source}:{number}", "image": f"images/{number:012d}.jpg", "conversations": turns, "source": source}
+def config_values(sizes: Sizes) -> dict:
+    """Return the config.yaml of our run: only what the workload is. Everything about speed is left to the defaults."""
+    return {
+        "seed": SEED,
+        "output_dir": "run",
+        "data": {"qa_file": "qa.jsonl", "max_length": 2048, "system_prompt": None},
+        "model": {"vision_tower": "tower", "language_model": "lm", "vision_feature_layer": FEATURE_LAYER},
+        "lora": {"r": sizes.lora_rank, "alpha": 2 * sizes.lora_rank, "dropout": 0.0},
+        "train": {
+            "projector_lr": TRAIN.projector_lr,
+            "lora_lr": TRAIN.lora_lr,
+            "num_train_epochs": 0,
+            "max_steps": 24,
+            "per_device_train_batch_size": sizes.batch_size,
+            "warmup_ratio": 0.0,
+            "logging_steps": 1,
+            "save_steps": None,
+        },
+    }
+
+
+def write_first_weights(folder: Path) -> None:
+    config = load_config(folder / "config.yaml")
+    model = open_model(config, "fp32", open_processors(config)).model
+    trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    save_file(trained, folder / "first.safetensors")

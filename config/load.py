@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,11 +27,13 @@ DEFAULT_CONFIG = Path(__file__).parent.parent / "config.yaml"  # what train.sh a
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), check everything. Relative paths in the
-    file are relative to its folder, those in overrides to the current one. Raises InputError that names the key.
+    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), and check everything.
 
-    With `train.stages`, each has a whole Config of its own: what the file says for all, with the stage's own words over
-    it, with the command line over both. What is returned is the last stage's, with all of them in `train.stages`.
+    Paths in the file are relative to its folder, those in overrides to the current folder. Raises InputError that names the
+    key.
+
+    With `train.stages`, each stage has a complete Config: the file's values, replaced by the stage's own, replaced by the
+    command line's. The result is the last stage's config, with all stages in `train.stages`.
     """
     path = Path(path)
     try:
@@ -43,49 +46,52 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, found {kind_of(values)}.")
     folder = path.resolve().parent
-    of_stages = [word for word in overrides if word.partition("=")[0].strip().split(".")[:2] == ["train", "stages"]]
-    for override in of_stages:
+    for_stages = [word for word in overrides if word.partition("=")[0].strip().split(".")[:2] == ["train", "stages"]]
+    for override in for_stages:
         apply_override(values, override)
-    of_all = [word for word in overrides if word not in of_stages]
+    for_all = [word for word in overrides if word not in for_stages]
     train = values.get("train")
     if not isinstance(train, dict) or not train.get("stages"):
-        for override in of_all:
+        for override in for_all:
             apply_override(values, override)
         config = build(Config, values, folder)
         refuse_contradictions(config)
         return config
     entries = stage_entries(train.pop("stages"))
-    stages = [_stage(values, entry, i, of_all, folder) for i, entry in enumerate(entries)]
+    stages = [_stage(values, entry, i, for_all, folder) for i, entry in enumerate(entries)]
     refuse_stage_contradictions(stages)
-    for override in of_all:
+    for override in for_all:
         apply_override(values, override)
     refuse_unused_learning_rates([key for key, rate in values["train"].items() if rate is not None], stages)
     last = stages[-1].config
-    train = dataclasses.replace(last.train, stages=tuple(stages))
-    return dataclasses.replace(last, output_dir=last.output_dir.parent.parent, train=train)
+    return dataclasses.replace(
+        last,
+        output_dir=last.output_dir.parent.parent,
+        train=dataclasses.replace(last.train, stages=tuple(stages)),
+    )
 
 
 def _stage(values: dict, entry: dict, number: int, overrides: Sequence[str], folder: Path) -> StageConfig:
-    """A stage: the file's `values` with the entry's words over them."""
+    """Return a stage: the file's `values`, replaced by those of its entry under train.stages."""
     name = entry["name"]
-    words = copy.deepcopy({key: value for key, value in entry.items() if key != "name"})
-    merged = merge(copy.deepcopy(values), words)
+    own = copy.deepcopy({key: value for key, value in entry.items() if key != "name"})
+    merged = merge(copy.deepcopy(values), own)
     try:
         for override in overrides:
             apply_override(merged, override)
         if isinstance(merged.get("train"), dict):
-            drop_unused_rates(merged["train"], words.get("train", {}), dataclasses.asdict(TrainableConfig()))
+            drop_unused_rates(merged["train"], own.get("train", {}), dataclasses.asdict(TrainableConfig()))
         config = build(Config, merged, folder)
-        refuse_contradictions(config, random=set())  # what is random by then, the stages before decide
+        refuse_contradictions(config, random=set())  # the stages before decide what is still random
         return StageConfig(name, dataclasses.replace(config, output_dir=config.output_dir / STAGES_FOLDER / name))
     except InputError as error:
         raise InputError(f'stage "{name}" (train.stages.{number}): {error}') from None
 
 
 def to_yaml(config: Config) -> str:
-    """The config as YAML text that `load_config` reads back to an equal config (paths are absolute by then)."""
+    """Return the config as YAML text with absolute paths, which `load_config` reads back to an equal config."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, StageConfig):
             values = plain(value.config)
             for key in ("stages", *OF_ALL_STAGES):
@@ -100,7 +106,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False)
 
 
-# keys that may change between the parts of a run that was interrupted: they change nothing that is learned
+# keys that may change when an interrupted run resumes: they do not change what is learned
 FREE_KEYS = (
     "output_dir test.* data.max_refused data.demo_folder data.on_bad_image model.start_from train.max_bad_steps "
     "train.freeze_random train.fsdp train.num_threads train.num_workers "
@@ -111,9 +117,9 @@ FREE_KEYS = (
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """`key: old -> new` for every key that differs and bears on what is learned."""
+    """Return `key: old -> new` for every key that differs and changes what is learned."""
 
-    def flat(value, prefix=""):
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not dataclasses.is_dataclass(value):
             return {prefix: value}
         parts = [flat(getattr(value, f.name), f"{prefix}.{f.name}".lstrip(".")) for f in dataclasses.fields(value)]

@@ -1,5 +1,6 @@
-"""What in a config cannot be meant, as far as it can be seen without opening a model or a data file: one InputError that
-names the key, what was found and what to do. For config.py, whose dataclasses it is handed.
+"""Find contradictory settings in a config, without opening a model or a data file.
+
+Each is an InputError that names the key, what was found and what to do.
 """
 
 from __future__ import annotations
@@ -7,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from config.typed_yaml import (InputError, Trainable, kind_of, nearest)
+from config.typed_yaml import InputError, Trainable, kind_of, nearest
 
 if TYPE_CHECKING:
     from config.schema import Config, DataConfig, ScratchConfig, StageConfig
 
-CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions a picture
+CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions an image
 
-# (a part, what of it trains: its word up to the colon) -> the key of the learning rate that it trains at
+# (part, kind of its word under train.trainable) -> the config key of its learning rate
 RATE_KEYS = {
     ("vision_tower", "full"): "vision_tower_lr",
     ("vision_tower", "top"): "vision_tower_lr",
@@ -28,12 +29,20 @@ RATE_KEYS = {
     ("embeddings", "full"): "embeddings_lr",
 }
 
-STAGE_SECTIONS = ("data", "lora", "train")  # in which a stage may have words of its own
-OF_ALL_STAGES = ("precision", "fsdp", "num_threads", "report_to")  # keys of `train`: one process trains all stages
+STAGE_SECTIONS = ("data", "lora", "train")  # the sections in which a stage may set keys
+OF_ALL_STAGES = (
+    "precision",
+    "fsdp",
+    "num_threads",
+    "report_to",
+)  # keys of `train` that stages share, because one process trains them all
 
 
 def refuse_contradictions(config: Config, random: set[str] | None = None) -> None:
-    """random: the parts whose weights are random before this config trains; None: what the config itself says of that."""
+    """Raise InputError for the first contradiction.
+
+    random: the parts whose weights are random before this config trains; None: derived from the config itself.
+    """
     train, parts = config.train, config.train.trainable
     allowed = {f.name: ["frozen"] for f in dataclasses.fields(parts)}
     for part, kind in RATE_KEYS:
@@ -60,7 +69,7 @@ def refuse_contradictions(config: Config, random: set[str] | None = None) -> Non
     for key, value in (("train.max_grad_norm", train.max_grad_norm), ("lora.alpha", config.lora.alpha)):
         if value == 0:
             raise InputError(
-                f'"{key}" is 0, with which nothing would be learned; use a positive number'
+                f'"{key}" is 0, so nothing would be learned; use a positive number'
                 + (", or null for no clipping." if key == "train.max_grad_norm" else ".")
             )
     _refuse_language_model(config)
@@ -99,17 +108,17 @@ def _refuse_source_contradictions(data: DataConfig) -> None:
     for i, source in enumerate(data.sources):
         where = f"data.sources.{i}"
         if names.count(source.name) > 1:
-            raise InputError(f'"{where}.name": "{source.name}" names two sources; names must differ.')
+            raise InputError(f'"{where}.name": "{source.name}" is the name of two sources; names must differ.')
         if source.captions == "one_per_epoch" and source.format not in ("auto", *CAPTION_FORMATS):
             raise InputError(
-                f'"{where}.captions": one_per_epoch needs several captions a picture; {source.format} has none.'
+                f'"{where}.captions": one_per_epoch needs several captions an image; {source.format} has none.'
             )
         if source.split == "validation" and data.validation_file is None:
             raise InputError(f'"{where}.split" is validation, but "data.validation_file" is not set.')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The language model: read or made
+# The language model: released or from scratch
 
 
 def _refuse_language_model(config: Config) -> None:
@@ -134,7 +143,7 @@ def _refuse_language_model(config: Config) -> None:
             )
     if model.attention == "mixed" and config.train.attn_implementation == "flash_attention_2":
         raise InputError(
-            '"train.attn_implementation" is flash_attention_2, whose kernels know no attention but causal, and '
+            '"train.attn_implementation" is flash_attention_2, whose kernels compute causal attention only, and '
             '"model.attention" is mixed; set one of them to auto or causal.'
         )
 
@@ -143,7 +152,7 @@ def _refuse_sizes(sizes: ScratchConfig) -> None:
     where = "model.from_scratch"
     if sizes.vocab_size is not None and not os.path.isabs(sizes.tokenizer):
         raise InputError(
-            f'"{where}.tokenizer" is {sizes.tokenizer}, which reads as a name on the hub, but "vocab_size" says to learn '
+            f'"{where}.tokenizer" is {sizes.tokenizer}, which looks like a hub name, but "vocab_size" says to learn '
             f"it; write ./{sizes.tokenizer} for a folder, or set vocab_size to null."
         )
     has_experts = sizes.architecture.endswith("_moe")
@@ -161,7 +170,7 @@ def _refuse_sizes(sizes: ScratchConfig) -> None:
             raise InputError(f'"{where}.{key}" is missing; {sizes.architecture} has that size.')
         if not is_wanted and value is not None:
             raise InputError(f'"{where}.{key}" is {value}, but {sizes.architecture} has no such size; set it to null.')
-    if has_experts and sizes.num_experts_per_tok > sizes.num_experts:
+    if sizes.num_experts and sizes.num_experts_per_tok and sizes.num_experts_per_tok > sizes.num_experts:
         raise InputError(
             f'"{where}.num_experts_per_tok" is {sizes.num_experts_per_tok}, more than there are experts '
             f"({sizes.num_experts})."
@@ -169,35 +178,36 @@ def _refuse_sizes(sizes: ScratchConfig) -> None:
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads or sizes.num_attention_heads
     if sizes.hidden_size % (2 * heads):
         raise InputError(
-            f'"{where}.hidden_size" is {sizes.hidden_size}, which {heads} heads of an even width do not add up to; make it '
-            f"a multiple of {2 * heads}."
+            f'"{where}.hidden_size" is {sizes.hidden_size}, which cannot be divided into {heads} heads of an even width; '
+            f"make it a multiple of {2 * heads}."
         )
     if heads % groups:
         raise InputError(f'"{where}.num_key_value_heads" is {groups}, which does not divide the {heads} heads.')
 
 
 def random_parts(config: Config) -> set[str]:
-    """The parts whose weights are random where nothing has been trained yet."""
+    """Return the parts whose weights are random before anything has trained."""
     return {"projector"} | ({"language_model", "embeddings"} if config.model.from_scratch else set())
 
 
-def trained_parts(words: dict[str, str]) -> set[str]:
-    """The parts that train as a whole: `lora` and `top:N` leave weights as they are."""
+def trained_parts(words: Mapping[str, str]) -> set[str]:
+    """Return the parts that train completely; `lora` and `top:N` leave weights unchanged. words: part -> its word."""
     return {part for part, word in words.items() if word == "full"}
 
 
 def frozen_error(part: str, word: str) -> InputError:
-    """Of a part whose random weights would stay as they are."""
-    rest = "" if word == "frozen" else " and leaves weights of it as they are"
+    """Return the error for a part whose random weights would stay random."""
+    rest = "" if word == "frozen" else ", which leaves some of its weights unchanged"
     return InputError(
         f'"train.trainable.{part}" is {word}{rest}, but the {part.replace("_", " ")} would be random: nothing has trained '
-        f'it. Train it (full), or begin with a trained one ("model.start_from"); or say that this is meant: add {part} to '
+        f'it. Train it (full), or start from a trained one ("model.start_from"). If a random one is intended, add {part} to '
         "train.freeze_random."
     )
 
 
 def _refuse_random_and_frozen(config: Config, random: set[str]) -> set[str]:
-    """The parts of `random` that are random still after the run. InputError where one would be frozen unasked."""
+    """Return the parts of `random` that are still random after the run. Raises InputError if one would be frozen without
+    train.freeze_random."""
     words = dataclasses.asdict(config.train.trainable)
     for part in config.train.freeze_random:
         if part in trained_parts(words):
@@ -215,7 +225,7 @@ def _refuse_random_and_frozen(config: Config, random: set[str]) -> set[str]:
 
 
 def stage_entries(written: object) -> list[dict]:
-    """What stands under train.stages, as it is written: a list of {name, data, lora, train}."""
+    """Check the form of train.stages and return it: a list of {name, data, lora, train}."""
     if not isinstance(written, list):
         raise InputError(f'"train.stages": expected a list, found {kind_of(written)}.')
     names: list[str] = []
@@ -236,7 +246,7 @@ def stage_entries(written: object) -> list[dict]:
                 f'"{where}.name": expected a name for its folder, of letters, digits, "-" and "_"; found {kind_of(name)}.'
             )
         if name.lower() in (other.lower() for other in names):
-            raise InputError(f'"{where}.name": "{name}" names two stages; names must differ.')
+            raise InputError(f'"{where}.name": "{name}" is the name of two stages; names must differ.')
         names.append(name)
         for section in STAGE_SECTIONS:
             if section in entry and not isinstance(entry[section], dict):
@@ -249,9 +259,11 @@ def stage_entries(written: object) -> list[dict]:
 
 
 def drop_unused_rates(train: dict, own: dict, defaults: dict[str, str]) -> None:
-    """Take the learning rates out of `train` that the file gives for all stages and this one has no use for: those it
-    gives itself (`own`) stay, and are refused if nothing uses them. defaults: part -> its word where none is written. In
-    place; what is not as it should be is left alone."""
+    """Remove from `train`, in place, the learning rates that the file sets for all stages and this stage does not use.
+
+    Rates that the stage sets itself (`own`) stay, and are refused later if nothing uses them. defaults: part -> its word if
+    the file sets none. Malformed values are left for later checks.
+    """
     parts = train.get("trainable")
     words = defaults | (parts if isinstance(parts, dict) else {})
     for key in set(RATE_KEYS.values()) - own.keys():
@@ -261,18 +273,18 @@ def drop_unused_rates(train: dict, own: dict, defaults: dict[str, str]) -> None:
 
 
 def refuse_unused_learning_rates(given: Sequence[str], stages: Sequence[StageConfig]) -> None:
-    """InputError for a learning rate among the keys `given` for all stages, if no stage trains what it is for."""
+    """Raise InputError for a learning rate among the keys `given` for all stages that no stage uses."""
     for key in sorted(set(RATE_KEYS.values())):
         if key in given and all(getattr(stage.config.train, key) is None for stage in stages):
             raise InputError(
-                f'"train.{key}" is given, but no stage trains its part so; set it to null, or '
+                f'"train.{key}" is set, but no stage uses it; set it to null, or '
                 f'"train.trainable.{_part_at(key)}" of a '
                 f"stage to {' or '.join(_kinds_at(key)).replace('top', 'top:N')}."
             )
 
 
 def refuse_stage_contradictions(stages: Sequence[StageConfig]) -> None:
-    """What stages say against each other, found before the first of them trains."""
+    """Raise InputError for contradictions between stages, before the first of them trains."""
     random = set() if stages[0].config.model.start_from else random_parts(stages[0].config)
     lora_of: StageConfig | None = None
     for i, stage in enumerate(stages):
@@ -284,7 +296,7 @@ def refuse_stage_contradictions(stages: Sequence[StageConfig]) -> None:
         has_lora = config.train.trainable.language_model == "lora"
         if lora_of is not None and (not has_lora or config.lora != lora_of.config.lora):
             raise InputError(
-                f'{where}: stage "{lora_of.name}" before it trains LoRA, which goes on in every stage after it; set '
+                f'{where}: stage "{lora_of.name}" before it trains LoRA, which every later stage must keep; set '
                 '"train.trainable.language_model" to lora, with the same "lora" section.'
             )
         lora_of = lora_of or (stage if has_lora else None)
@@ -293,7 +305,7 @@ def refuse_stage_contradictions(stages: Sequence[StageConfig]) -> None:
 
 
 def _refuse_shared_files(where: str, data: DataConfig, other_name: str, other: DataConfig) -> None:
-    """A file that two stages make must be made of the same, and for the same use."""
+    """A QA file that two stages write must have the same sources and the same use in both."""
     for key in ("qa_file", "validation_file"):
         for its_key in ("qa_file", "validation_file"):
             path = getattr(data, key)
@@ -301,7 +313,7 @@ def _refuse_shared_files(where: str, data: DataConfig, other_name: str, other: D
                 continue
             if key == its_key and (_made_of(data) == _made_of(other) or not (data.sources or other.sources)):
                 continue
-            what = "makes of other data" if key == its_key else f'has for its "data.{its_key}"'
+            what = "makes from other data" if key == its_key else f'uses as its "data.{its_key}"'
             raise InputError(f'{where}: "data.{key}" is {path}, which {other_name} {what}; give each its own file.')
 
 

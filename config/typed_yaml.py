@@ -1,4 +1,7 @@
-"""YAML text and `key=value` overrides -> frozen dataclasses, with one message for every mistake. Knows no key of ours."""
+"""Build frozen dataclasses from YAML text and `key=value` overrides, with one message for every mistake.
+
+This module knows no key of the config.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from config.errors import InputError, is_hub_name, nearest
 
 
 class FolderOrHub(str):
-    """A model: a folder on this disk or the name of a repository on the hub (`openai/clip-vit-large-patch14-336`)."""
+    """A model: a local folder or the name of a hub repository (`openai/clip-vit-large-patch14-336`)."""
 
 
 class Trainable(str):
@@ -38,18 +41,19 @@ class Trainable(str):
 
 
 class Switch(str):
-    """auto, on or off. YAML 1.1 reads on and off as true and false, which mean the same here."""
+    """auto, on or off. YAML 1.1 reads on and off as true and false, which are accepted too."""
 
     WORDS = ("auto", "on", "off")
 
 
 def bounds(default=dataclasses.MISSING, low=None, high=None, **kwargs):
-    """A field that must lie in [low, high]; either end may be open (None). Without a default the config must give it."""
+    """Declare a dataclass field that must lie in [low, high]; either end may be open (None). Without a default it is
+    required."""
     return field(default=default, metadata={"low": low, "high": high}, **kwargs)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice in one mapping, where YAML would let the last one win."""
+    """A SafeLoader that refuses duplicate keys, where YAML would keep the last one."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -60,20 +64,23 @@ class _UniqueKeys(yaml.SafeLoader):
                     None, None, f"the key {key!r} is not a word", key_node.start_mark
                 )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'"{key}" stands twice', key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f'"{key}" is given twice', key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):  # a few lines of aliases can stand for gigabytes
+        if self.check_event(yaml.events.AliasEvent):  # a few lines of aliases can expand to gigabytes
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "an alias (*name); write the value out", mark)
         return super().compose_node(parent, index)
 
 
-def read_yaml(text: str, where: str):
-    """The value that a YAML text stands for. PyYAML reads its own tags with bare conversions (month 13 of a date is a
-    ValueError, `!!bool maybe` a KeyError), so more than its own error can come out of it."""
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML text. Raises InputError with `where` for any fault.
+
+    PyYAML converts its own tags without checks (month 13 is a ValueError, `!!bool maybe` a KeyError), so it raises more than
+    its own errors.
+    """
     try:
         return yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -81,7 +88,7 @@ def read_yaml(text: str, where: str):
 
 
 class Typed(str):
-    """Text from the command line: a path in it is relative to where the command was given, not to the YAML file."""
+    """Text from the command line. A path in it is relative to the current folder, not to the YAML file."""
 
 
 def _as_typed(value):
@@ -111,7 +118,7 @@ def apply_override(values: dict, override: str) -> None:
 
 
 def _descend(here, name: str, key: str):
-    """The mapping or list under `name`, made if it is absent; None where a plain value stands."""
+    """Return the mapping or list under `name`, created if absent; None if it is a plain value."""
     if isinstance(here, list):
         child = here[_list_index(here, name, key)]
     else:
@@ -122,7 +129,7 @@ def _descend(here, name: str, key: str):
 
 
 def _list_index(items: list, name: str, key: str) -> int:
-    """The place of an item: its number, or its "name" where the items have names."""
+    """Return the index of an item, given as a number or as the item's "name"."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if name in names:
         return names.index(name)
@@ -136,7 +143,7 @@ def _list_index(items: list, name: str, key: str) -> int:
 
 
 def merge(below: dict, above: dict) -> dict:
-    """The keys and values of `above` put over those of `below`, section by section; a list replaces a list."""
+    """Return `below` with the values of `above` replacing its own, section by section. A list replaces a list."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
@@ -145,10 +152,10 @@ def merge(below: dict, above: dict) -> dict:
 
 
 def build(cls, values, folder: Path, where: str = "", root=None):
-    """The dataclass `cls` from a mapping: every key known, every value of its type, every required key there.
+    """Build the dataclass `cls` from a mapping, checking that keys are known, types right and required keys present.
 
-    folder: what relative paths are relative to; where: the dotted key of `values`; root: the outermost dataclass, among
-    whose keys a key is looked for that does not stand where it belongs. InputError names the key.
+    folder: base of relative paths. where: the dotted key of `values`. root: the outermost dataclass; a misplaced key is
+    looked up among its keys. Raises InputError that names the key.
     """
     root = root or cls
     if values is None:
@@ -175,7 +182,7 @@ def build(cls, values, folder: Path, where: str = "", root=None):
 
 
 def _nearest_key(key: str, where: str, fields, root) -> str:
-    """The key that was probably meant: this word in another section, else one like it here, else one like it anywhere."""
+    """Suggest the intended key: this word in another section, else a similar one here, else a similar one anywhere."""
     prefix = f"{where}." if where else ""
     everywhere: dict[str, list[str]] = {}
     for full in all_keys(root):
@@ -189,7 +196,7 @@ def _nearest_key(key: str, where: str, fields, root) -> str:
 
 
 def all_keys(cls, prefix: str = "") -> list[str]:
-    """Every dotted key of a dataclass of dataclasses, in order."""
+    """Return every dotted key of a dataclass of dataclasses, in order."""
     keys = []
     for name, hint in typing.get_type_hints(cls).items():
         full = f"{prefix}{name}"
@@ -198,7 +205,7 @@ def all_keys(cls, prefix: str = "") -> list[str]:
 
 
 def _convert(hint, value, folder: Path, where: str, root):
-    """`value` as the type `hint`. Every type that a config's dataclasses use has its line here."""
+    """Convert `value` to the type `hint`. Every type that a config's dataclasses use is handled here."""
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         (inner,) = [kind for kind in typing.get_args(hint) if kind is not type(None)]
@@ -210,7 +217,7 @@ def _convert(hint, value, folder: Path, where: str, root):
         return value
     if origin is tuple:
         inner = typing.get_args(hint)[0]
-        if isinstance(value, str):  # one item may stand without brackets
+        if isinstance(value, str):  # a single item needs no brackets
             value = [value]
         if not isinstance(value, list):
             raise InputError(f'"{where}": expected a list, found {kind_of(value)}.')
@@ -222,7 +229,7 @@ def _convert(hint, value, folder: Path, where: str, root):
             raise InputError(f'"{where}": {value!r} is not one of frozen, lora, full, top:N (N >= 1).')
         return Trainable(value)
     if hint is Switch:
-        word = {True: "on", False: "off"}.get(value, value) if isinstance(value, (bool, str)) else value
+        word = ("on" if value else "off") if isinstance(value, bool) else value
         if word not in Switch.WORDS:
             raise InputError(
                 f'"{where}": {value!r} is not one of {", ".join(Switch.WORDS)}{nearest(value, Switch.WORDS)}'
@@ -251,7 +258,7 @@ def _number(kind: type, value, where: str):
             raise InputError(f'"{where}": expected a number, found the text {value!r}.') from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f'"{where}": expected a number, found {kind_of(value)}.')
-    if not abs(value) < 1e300:  # nan, inf, and whole numbers that no float can hold
+    if not abs(value) < 1e300:  # NaN, infinity, and integers too large for a float
         raise InputError(f'"{where}": expected a finite number, found {value}.')
     if kind is int and value != int(value):
         raise InputError(f'"{where}": expected a whole number, found {value}.')
@@ -270,13 +277,16 @@ def _check_bounds(value, f, where: str) -> None:
 def _absolute(value: str, where: str, folder: Path) -> Path:
     try:
         return (folder / Path(value).expanduser()).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL; the ~ of nobody; links that go in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, the ~ of an unknown user, a cycle of links
         raise InputError(f'"{where}": {value!r} cannot be a path ({error}).') from None
 
 
 def _folder_or_hub(value: str, where: str, folder: Path) -> str:
-    """An existing folder (against the YAML's folder) as an absolute path; `owner/name` that is no folder stays a hub
-    name; anything else is meant as a path, and is made absolute so that the loader's message shows where it looked."""
+    """Return a path as absolute, and a hub name unchanged.
+
+    `owner/name` is a hub name unless such a folder exists. Other paths are made absolute even if they do not exist, so
+    that the loader's message shows where it looked.
+    """
     path = _absolute(value, where, folder)
     return value if is_hub_name(value) and not os.path.exists(path) else str(path)
 

@@ -81,6 +81,11 @@ def _stamp(file: Path) -> list:
     return [str(file), state.st_size, state.st_mtime_ns]
 
 
+def _item(index: int, value: object, line: int | None = None) -> Item:
+    """An item of a container other than JSON, where offsets have no meaning."""
+    return Item(index=index, line=line, offset=0, value=value)
+
+
 def _parts(path: Path, images: Path | None) -> list[_Part]:
     if path.is_dir() and not (files := _tables(path)):
         return [_Part(path, partial(_folder_items, path, images or path))]
@@ -122,7 +127,7 @@ def _parquet_items(file: Path) -> Iterator[Item]:
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
             for batch in table.iter_batches(PARQUET_ROWS, use_threads=False):
                 for value in _rows(batch):
-                    yield Item(index, None, 0, value)
+                    yield _item(index, value)
                     index += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{file}: parquet file damaged after {index} rows ({error}); download it again.") from None
@@ -154,7 +159,7 @@ def _csv_items(file: Path) -> Iterator[Item]:
                         value = NotJson(
                             f"{len(row)} cells in a table of {len(columns)} columns ({', '.join(columns)})."
                         )
-                    yield Item(index, line, 0, value)
+                    yield _item(index, value, line=line)
                     index += 1
                 line = rows.line_num + 1
     except csv.Error as error:
@@ -164,7 +169,7 @@ def _csv_items(file: Path) -> Iterator[Item]:
 
 
 def _is_coco(file: Path) -> bool:
-    """Whether the first object of a file is COCO's, with the lists "images" and "annotations" in any order."""
+    """True if the first object of a file is COCO's, with the lists "images" and "annotations" in any order."""
     try:
         for depth, key, event, value in _events(file):
             if depth == 2 and event == "start_array" and key == "annotations":
@@ -210,11 +215,11 @@ def _coco_items(file: Path) -> Iterator[Item]:
     for index, image in enumerate(_coco_list(file, "images")):
         name = image.get("id") if isinstance(image, dict) else None
         found = captions.pop(name, []) if isinstance(name, (int, str)) else []
-        yield Item(index, None, 0, {"image": image, "captions": found})
+        yield _item(index, {"image": image, "captions": found})
     if captions:
         orphans = (one for one in _coco_list(file, "annotations") if _image_id(one) in captions)
         for number, annotation in enumerate(orphans, start=index + 1):
-            yield Item(number, None, 0, {"annotation": annotation})
+            yield _item(number, {"annotation": annotation})
 
 
 def _image_id(annotation: object) -> int | str | None:
@@ -253,7 +258,7 @@ def _folder_items(folder: Path, images: Path) -> Iterator[Item]:
         if image and text:
             with open(text, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
                 value["text"] = opened.read()
-        yield Item(index, None, 0, value)
+        yield _item(index, value)
 
 
 def _texts(folder: Path) -> list[str]:

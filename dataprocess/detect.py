@@ -104,7 +104,7 @@ def _of_text(obj: dict) -> str | None:
 
 
 def _is_row(obj: dict) -> bool:
-    """Whether an object has the columns of a table with questions or captions."""
+    """True if an object has the columns of a table with questions or captions."""
     named = any(isinstance(obj.get(name), str) for name in IMAGE_COLUMNS)
     asked = {"question", "answer"} <= obj.keys()
     return named and (asked or any(isinstance(obj.get(name), str) for name in CAPTION_COLUMNS))

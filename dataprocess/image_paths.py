@@ -212,8 +212,8 @@ class ImageFolder:
                 return None
             self._refuse_escape(real, f"{folder.path}/{name}")
             self._note(os.path.dirname(real))
-            return Found(folder.path, folder.real, name, real, repair)
-        return Found(folder.path, folder.real, name, None, repair)
+            return Found(folder=folder.path, real_folder=folder.real, name=name, target=real, repair=repair)
+        return Found(folder=folder.path, real_folder=folder.real, name=name, repair=repair)
 
     def _enter(self, parent: str) -> _Folder:
         path = os.path.normpath(os.path.join(self._root, parent))

@@ -156,7 +156,7 @@ def _finished(report_file: Path, fingerprint: str) -> dict | None:
 
 
 def _images_changed(report: dict) -> bool:
-    """Whether an image was added or removed after the report was written."""
+    """True if an image was added or removed after the report was written."""
     return any(modified_ns(folder) != before for folder, before in report["image_folders"].items())
 
 
@@ -167,7 +167,7 @@ def prepare_from_config(config: Config, images_may_change: bool = False) -> dict
     """
     data = config.data
     if data.demo_folder is not None:
-        from demo.draw import is_complete, make_demo  # only the demo needs what it imports
+        from demo.draw import is_complete, make_demo  # here because only the demo needs its imports
 
         if not is_complete(data.demo_folder):
             print(f"drawing the demo's images into {data.demo_folder}", flush=True)

@@ -81,7 +81,7 @@ def read_chat(obj: dict, index: int) -> Draft:
                 images, repairs = paths, ["comma_joined_images_split"]
         elif isinstance(image, bytes) and mark_count(turns) == 0 and _is_black_placeholder(image):
             images, repairs = [], ["black_placeholder_dropped"]
-    return Draft(_id(obj), images, [turns], _type(obj), repairs)
+    return Draft(id=_id(obj), images=images, conversations=[turns], type=_type(obj), repairs=repairs)
 
 
 def read_messages(obj: dict, index: int) -> Draft:
@@ -108,7 +108,7 @@ def read_messages(obj: dict, index: int) -> Draft:
     listed = iter(_images(obj))
     images = [next(listed, None) if own is None else own for own in wanted]
     images = [image for image in images if image is not None] + list(listed)
-    return Draft(_id(obj), images, [turns], _type(obj))
+    return Draft(id=_id(obj), images=images, conversations=[turns], type=_type(obj))
 
 
 def read_cauldron(obj: dict, index: int) -> Draft:
@@ -133,7 +133,7 @@ def read_ai_challenger(obj: dict, index: int) -> Draft:
     name = obj.get("image_id")
     if not isinstance(name, str):
         raise RecordError("wrong_type", '"image_id" is missing; expected the image\'s file name.')
-    return _captioned(name, name, obj.get("caption"), index)
+    return _captioned(name=name, image=name, captions=obj.get("caption"), index=index)
 
 
 def read_coco_captions(obj: dict, index: int) -> Draft:
@@ -149,7 +149,7 @@ def read_coco_captions(obj: dict, index: int) -> Draft:
         )
     if not obj.get("captions"):
         raise RecordError("no_answer", f"{image['file_name']}: no annotation says anything about this image.")
-    return _captioned(_id(image), image["file_name"], obj["captions"], index)
+    return _captioned(name=_id(image), image=image["file_name"], captions=obj["captions"], index=index)
 
 
 def read_csv(obj: dict, index: int) -> Draft:
@@ -160,13 +160,14 @@ def read_csv(obj: dict, index: int) -> Draft:
     path = next((obj[name] for name in IMAGE_COLUMNS if name in obj), None)
     images = [] if path is None or path == "" else [path]
     if "question" in obj and "answer" in obj:
-        return Draft(_id(obj), images, [_question(obj["question"], obj["answer"], len(images))], _type(obj))
+        turns = _question(obj["question"], obj["answer"], len(images))
+        return Draft(id=_id(obj), images=images, conversations=[turns], type=_type(obj))
     caption = next((obj[name] for name in CAPTION_COLUMNS if name in obj), None)
     if not isinstance(caption, str):
         raise RecordError("wrong_type", "neither a question with its answer nor a caption.")
     if not images:
         raise RecordError("missing_image", "a caption without the path of its picture.")
-    return Draft(_id(obj), images, [_caption(caption, index)], _type(obj))
+    return Draft(id=_id(obj), images=images, conversations=[_caption(caption, index)], type=_type(obj))
 
 
 def read_folder(obj: dict, index: int) -> Draft:
@@ -184,7 +185,8 @@ def read_text(obj: dict, index: int) -> Draft:
     text = obj.get("text")
     if not isinstance(text, str):
         raise RecordError("wrong_type", '"text" is missing or no text.')
-    return Draft(_id(obj), [], [[{"role": "text", "content": literal(text)}]], _type(obj))
+    turns = [{"role": "text", "content": literal(text)}]
+    return Draft(id=_id(obj), images=[], conversations=[turns], type=_type(obj))
 
 
 FORMATS: dict[str, Callable[[dict, int], Draft]] = {
@@ -266,7 +268,7 @@ def _caption(caption: str, number: int) -> list[dict]:
     return [prompts[number % 2], {"role": "assistant", "content": literal(caption)}]
 
 
-def _captioned(name: str | None, image: str, captions: object, index: int) -> Draft:
+def _captioned(*, name: str | None, image: str, captions: object, index: int) -> Draft:
     """One conversation for each caption that has any text."""
     if not isinstance(captions, list):
         raise RecordError("wrong_type", f'"caption" is {type(captions).__name__}; expected a list of texts.')

@@ -121,7 +121,7 @@ def _write(tokenizer: Tokenizer, learned_from: dict, output: Path) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and _made_of(output) == learned_from:
             return  # another run has written the same tokenizer in the meantime
         raise InputError(
-            f"{output}: cannot be written ({error.strerror}); give a new folder, where there is space."
+            f"{output}: cannot be written ({error.strerror}); give a new folder on a disk with free space."
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -137,7 +137,7 @@ def _made_of(folder: Path) -> dict:
 
 
 def is_missing(folder: str, vocab_size: int | None) -> bool:
-    """Whether the tokenizer of a config still has to be learned. Raises InputError if the folder has another one."""
+    """True if the tokenizer of a config is still to be learned. Raises InputError if the folder has another one."""
     if vocab_size is None:
         return False
     if not Path(folder).exists():

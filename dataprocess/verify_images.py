@@ -89,7 +89,7 @@ class ImageVerifier:
         return [verdicts[path] for path in paths]
 
     def changed(self) -> bool:
-        """Whether any file in the cache was removed, or its size or modification time has changed."""
+        """True if any file in the cache was removed, or its size or modification time has changed."""
         return self._cache.stale()
 
 
@@ -180,7 +180,7 @@ class _Cache:
         self._committed = time.monotonic()
 
     def stale(self) -> bool:
-        """Whether the stamp of any file differs from the cache. `close` can remove the files found here."""
+        """True if the stamp of any file differs from the cache. `close` can remove the files found here."""
         rows = self._run("SELECT path, size, mtime_ns FROM verdicts")
         self._stale = {path for path, *stamp in rows if _stamp(path) != tuple(stamp)}
         return bool(self._stale)

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,8 +138,8 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Return the batch with its tensors in pinned memory. DataLoader calls this method when pin_memory is set."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+        pinned: dict[str, Any] = {n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **pinned)
 
     def _token_rows(self) -> tuple[Tensor, Tensor]:
         return self.input_ids, self.labels

@@ -11,7 +11,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import accumulate, count, repeat
 from typing import BinaryIO, NamedTuple
@@ -23,7 +23,7 @@ from config import InputError
 CHUNK_BYTES = 1 << 15  # bytes read at a time; values that fit into the CPU cache are twice as fast as megabytes
 CUTS = 4  # number of positions tried as the end of a record
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_space: Callable[[str, int], re.Match] = re.compile(r"[ \t\r\n]*").match  # type: ignore[assignment]  # never None
 _next_object = re.compile(rb'[ \t\r\n]*,[ \t\r\n]*\{[ \t\r\n]*"[^"\\]*"').match  # separator, brace and first key
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _LONG = b"0" * 19
@@ -194,8 +194,8 @@ def _exact_list_items(
 
     while True:
         wrong = "the file ends inside the list"
-        mark = _skip_space(window, at)
-        start = _skip_space(window, mark + 1)
+        mark = _space(window, at).end()
+        start = _space(window, mark + 1).end()
         last = mark if index else start  # position of "]" if the list ends here
         if window.startswith("]", last):
             if window[last + 1 :].strip(" \t\r\n"):
@@ -213,9 +213,9 @@ def _exact_list_items(
             except (ValueError, RecursionError) as error:
                 raise stop(f"malformed JSON ({error})") from None
             else:
-                after = _skip_space(window, end)
+                after = _space(window, end).end()
                 if after < len(window) and window[after] in ",]":
-                    yield Item(index=index, line=None, offset=offset + start - at, value=value)
+                    yield _item((index, None, offset + start - at, value))
                     offset += start - at + len(window[start:end].encode())  # the text between values is ASCII
                     at, index = end, index + 1
                     if until is not None and offset >= until:
@@ -237,10 +237,3 @@ def _exact_list_items(
         except UnicodeDecodeError as error:
             text, good = error.object[: error.start].decode(), False
         window, at = window[at:] + text, 0
-
-
-def _skip_space(text: str, at: int) -> int:
-    """Return the position of the first character from `at` on that is not JSON white space."""
-    match = _SPACE.match(text, at)
-    assert match is not None  # the pattern also matches an empty string
-    return match.end()

@@ -113,14 +113,15 @@ def show(config: Config, config_name: str, count: int) -> str:
 def vocabulary(processors: Processors) -> Vocabulary:
     """Return how the tokenizer's ids are shown.
 
-    Byte-level BPE writes each byte of the text as one letter. Other kinds, which a language model from scratch may have, write
-    characters, and a single byte as <0x0A>.
+    Byte-level BPE writes each byte of the text as one letter. Other kinds, which a language model from scratch may
+    have, write characters, and a single byte as <0x0A>.
     """
     tokenizer = processors.tokenizer
     byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
     def token_bytes(token: int) -> bytes:
         text = tokenizer.convert_ids_to_tokens(token)
+        assert isinstance(text, str)
         if is_byte_level:
             return bytes(byte_of[letter] for letter in text)
         if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
@@ -167,6 +168,7 @@ def rows_of(
         is_read = torch.arange(len(positions)) < sum(lengths[: len(names)])
         return [Row(input_ids[0], labels[0], is_read.long(), positions, images.numpy(), names)]
     positions = torch.arange(input_ids.shape[1])  # padding is on the right: positions start at 0 in every row
+    assert batch.attention_mask is not None
     tensors = zip(input_ids, labels, batch.attention_mask, strict=True)
     return [
         Row(*row, positions, shown.numpy(), [name])

@@ -43,7 +43,7 @@ ENTRIES = ("images", "test_images", "scenes_train.json", "scenes_validation.json
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether `folder` contains all of the demo data, drawn by this version of the world."""
+    """True if `folder` contains all of the demo data, drawn by this version of the world."""
     folder = Path(folder)
     try:
         version = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("version")

@@ -39,12 +39,12 @@ def main() -> int:
 
     if arguments.only != "language":
         _table("probes of a random encoder", vision.probe(vision.new_encoder(SEED).eval()))
-        encoder = vision.pretrain(VISION_STEPS, SEED, log)
+        encoder = vision.pretrain(steps=VISION_STEPS, seed=SEED, log=log)
         vision.save(encoder, arguments.out / "vision_tower")
         _table("probes of the encoder", vision.probe(encoder.float()))
     if arguments.only != "vision":
         tokenizer = language.new_tokenizer()
-        model = language.pretrain(tokenizer, LANGUAGE_STEPS, SEED, log)
+        model = language.pretrain(tokenizer, steps=LANGUAGE_STEPS, seed=SEED, log=log)
         language.save(model, tokenizer, arguments.out / "language_model")
         _table("correct answers of the language model", language.probe(model.float(), tokenizer, batches=20))
     return 0

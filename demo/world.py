@@ -135,7 +135,7 @@ def held_out_scene(rng: np.random.Generator, unseen: bool = False) -> Scene:
 # Images
 
 
-def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+def _outline(shape: str, *, x: float, y: float, radius: float) -> list[tuple[float, float]]:
     """The corners of a shape around (x, y), for all shapes except the circle."""
     if shape == "square":
         points = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
@@ -175,7 +175,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
         if shape == "circle":
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         else:
-            pen.polygon(_outline(shape, x, y, radius), fill=fill)
+            pen.polygon(_outline(shape, x=x, y=y, radius=radius), fill=fill)
     return _with_noise(canvas.reduce(scale), rng)
 
 
@@ -214,7 +214,7 @@ def _word(english: str, language: str) -> str:
 def _ask(type_: str, kind: str, language: str, *, about: int | None = None, number: str = "", **words: str) -> Question:
     words = {key: _word(value, language) for key, value in words.items()}
     question, answer = (text.format(number=number, **words) for text in SENTENCES[kind][language])
-    return Question(type_, question, answer, about)
+    return Question(type=type_, question=question, answer=answer, about=about)
 
 
 def scene_questions(scene: Scene, language: str, rng: np.random.Generator) -> list[Question]:

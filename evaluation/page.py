@@ -1,4 +1,5 @@
-"""Answers -> one HTML page that opens anywhere: every picture with its questions and answers. No scripts, no other files."""
+"""Write answers as one HTML page: every image with its questions and answers. The page has no scripts and needs no other
+files."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataset.html_page import html_page
 from visual.images import read_image
 
-THUMBNAIL = 220  # pixels, the longer side
-MAGNIFY_BELOW = 100  # smaller pictures are enlarged, with their pixels kept visible
+THUMBNAIL = 220  # pixels of the longer side
+MAGNIFY_BELOW = 100  # a smaller image is enlarged, with visible pixels
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
@@ -32,8 +34,11 @@ pre { background: #fff; padding: 1rem; border-radius: 10px; overflow-x: auto; }
 def write_page(
     path: Path, title: str, about: str, rows: Sequence[dict], unreadable: Sequence[dict] = (), table: str = ""
 ) -> None:
-    """rows: {"image": path or None, "question", "answer"}, and where there is a reference {"reference", "correct"}; rows
-    of one picture that follow each other share its thumbnail. unreadable: {"image", "problem"}. table: preformatted text."""
+    """Write the page to `path`.
+
+    rows: {"image": its path or None, "question", "answer"}, and with a reference also {"reference", "correct"};
+    consecutive rows about one image share its thumbnail. unreadable: {"image", "problem"}. table: preformatted text.
+    """
     groups: list[tuple[str | None, list[dict]]] = []
     for row in rows:
         if not groups or groups[-1][0] != row["image"]:
@@ -46,11 +51,7 @@ def write_page(
     if unreadable:
         items = "".join(f"<li>{html.escape(str(entry['problem']))}</li>" for entry in unreadable)
         body.append(f"<h2>Not read</h2><ul>{items}</ul>")
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
-    )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html_page(title, style=_STYLE, body="".join(body)), encoding="utf-8")
 
 
 def _article(image: str | None, asked: Sequence[dict]) -> str:
@@ -61,20 +62,19 @@ def _article(image: str | None, asked: Sequence[dict]) -> str:
         if "correct" in row and not row["correct"]:
             entries.append(f'<div class="reference">expected: {html.escape(row["reference"])}</div>')
         entries.append("</dd>")
-    figure = (
-        ""
-        if image is None
-        else f"<figure>{_thumbnail(image)}<figcaption>{html.escape(Path(image).name)}</figcaption></figure>"
-    )
+    figure = ""
+    if image is not None:
+        caption = f"<figcaption>{html.escape(Path(image).name)}</figcaption>"
+        figure = f"<figure>{_thumbnail(image)}{caption}</figure>"
     return f"<article>{figure}<dl>{''.join(entries)}</dl></article>"
 
 
-def _thumbnail(image: str) -> str:
-    picture = read_image(image)  # as the model's: a rotated photo is shown as it was seen
-    small = max(picture.size) < MAGNIFY_BELOW
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+def _thumbnail(path: str) -> str:
+    image = read_image(path)  # as the model reads it: turned upright
+    is_small = max(image.size) < MAGNIFY_BELOW
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG" if small else "JPEG", quality=85)
-    kind = "png" if small else "jpeg"
+    image.save(buffer, format="PNG" if is_small else "JPEG", quality=85)
+    kind = "png" if is_small else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img{" class=small" if small else ""} alt="" src="data:image/{kind};base64,{data}">'
+    return f'<img{" class=small" if is_small else ""} alt="" src="data:image/{kind};base64,{data}">'

@@ -1,101 +1,112 @@
-"""Scores a model on a QA file, and proves that its answers come from the picture: every score stands beside the *blind*
-score, from the same questions asked about swapped pictures. Knows no model: it is handed a function that answers.
+"""Score answers to the questions of a QA file, with and without the right images.
+
+Each accuracy comes with a *blind* accuracy: that of the same questions asked about swapped images. The difference between
+the two comes from the images. Knows no model: a function that answers is passed in.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from dataset.language import language_of
 from dataset.qa_file import QAFile
-from dataset.record import Image, parts_of
-
-# Han characters, kana and CJK punctuation: enough to tell a Chinese question from an English one
-_CHINESE = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]")
+from dataset.record import Image, Part, parts_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One answer of a QA record to be found again. turns: (role, parts) pairs up to the question, earlier answers as the
-    record has them; images: the files of all image parts, in order."""
+    """One assistant turn of a QA record, asked as a question."""
 
-    id: str
-    turns: tuple
-    images: tuple[Path, ...]
-    reference: str
-    type: str
+    id: str  # of the record
+    turns: tuple  # (role, parts) pairs up to the question; earlier answers are those of the record
+    images: tuple[Path, ...]  # the files of all image parts, in order
+    reference: str  # the record's answer
+    type: str  # of the record; "" for none
 
     @property
     def text(self) -> str:
-        """The words of the question itself."""
+        """The text of the last turn, without its images."""
         return "".join(part for part in self.turns[-1][1] if isinstance(part, str)).strip()
 
     @property
     def language(self) -> str:
-        return "zh" if _CHINESE.search(self.text) else "en"
+        """The language of the question itself: "en", "zh" or "other"."""
+        return language_of(self.text)
 
 
 Answers = Callable[[Sequence[Question]], list[str]]
 
 
 def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
-    """Every assistant turn of the records `indices` as a question of its own."""
+    """Return one question for each assistant turn of the records `indices`."""
     questions = []
     for index in indices:
         record = qa[index]
-        images, turns, seen = qa.image_paths(record), [], 0
+        images = qa.image_paths(record)
+        turns: list[tuple[str, list[Part]]] = []
+        seen = 0
         for turn in record.conversations:
             if turn.role == "assistant":
-                questions.append(Question(record.id, tuple(turns), tuple(images[:seen]), turn.content, record.type))
-                turns.append((turn.role, [turn.content]))
-            else:
-                parts = parts_of(turn)
-                seen += sum(isinstance(part, Image) for part in parts)
-                turns.append((turn.role, parts))
+                assert isinstance(turn.content, str)  # only a user turn has parts
+                questions.append(
+                    Question(
+                        id=record.id,
+                        turns=tuple(turns),
+                        images=tuple(images[:seen]),
+                        reference=turn.content,
+                        type=record.type,
+                    )
+                )
+            parts = parts_of(turn)
+            seen += sum(isinstance(part, Image) for part in parts)
+            turns.append((turn.role, parts))
     return questions
 
 
 def is_correct(answer: str, reference: str) -> bool:
-    """Exact match, but for blanks at the ends."""
+    """Whether the two are equal, except for whitespace at the ends."""
     return answer.strip() == reference.strip()
 
 
 def swap_images(questions: Sequence[Question], seed: int) -> list[Question | None]:
-    """The same questions, each about the picture of another question: a question of the same type and with as many pictures,
-    so that nothing but the picture's content changes. None where there is no other picture."""
+    """Return the same questions, each with the images of another question of the same type and number of images, so that
+    only what the images show changes. None for a question without images, and where all questions of its kind have the
+    same ones."""
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, question in enumerate(questions):
         groups[question.type, len(question.images)].append(i)
     swapped: list[Question | None] = [None] * len(questions)
     for (_, count), members in groups.items():
-        pictures = sorted({questions[i].images for i in members})
-        if count == 0 or len(pictures) < 2:
+        images = sorted({questions[i].images for i in members})
+        if count == 0 or len(images) < 2:
             continue
-        random.Random(seed).shuffle(pictures)
-        following = dict(zip(pictures, pictures[1:] + pictures[:1], strict=True))
+        random.Random(seed).shuffle(images)
+        following = dict(zip(images, images[1:] + images[:1], strict=True))
         for i in members:
             swapped[i] = dataclasses.replace(questions[i], images=following[questions[i].images])
     return swapped
 
 
 def score(questions: Sequence[Question], answers: Answers, seed: int) -> tuple[dict, list[str]]:
-    """(scores, the answers). scores: {"n", "accuracy", "blind", "by_type": {type: the same three}, "by_language": ...,
-    "by_type_and_language": ...}; accuracy and blind lie in [0, 1]; blind is None where no picture could be swapped."""
+    """Ask the questions with their images and with swapped ones. Returns (scores, the answers about their own images).
+
+    scores: {"n", "accuracy", "blind", "by_type": {type: the same three}, "by_language": ..., "by_type_and_language": ...}.
+    accuracy and blind are in [0, 1]; None if no question counts, for blind if no image could be swapped.
+    """
     given = answers(questions)
-    swapped = swap_images(questions, seed)
-    asked_blind = [i for i, question in enumerate(swapped) if question is not None]
-    blind_answers = answers([swapped[i] for i in asked_blind])
+    swapped = {i: question for i, question in enumerate(swap_images(questions, seed)) if question is not None}
+    blind_answers = answers(list(swapped.values()))
     right = [is_correct(answer, q.reference) for answer, q in zip(given, questions, strict=True)]
-    right_blind: list[bool | None] = [None] * len(questions)
-    for i, answer in zip(asked_blind, blind_answers, strict=True):
-        right_blind[i] = is_correct(answer, questions[i].reference)
+    right_blind = {
+        i: is_correct(answer, questions[i].reference) for i, answer in zip(swapped, blind_answers, strict=True)
+    }
 
     def summary(members: Sequence[int]) -> dict:
-        blind = [right_blind[i] for i in members if right_blind[i] is not None]
+        blind = [right_blind[i] for i in members if i in right_blind]
         return {
             "n": len(members),
             "accuracy": sum(right[i] for i in members) / len(members) if members else None,
@@ -105,7 +116,7 @@ def score(questions: Sequence[Question], answers: Answers, seed: int) -> tuple[d
     def summaries(key: Callable[[Question], str]) -> dict:
         groups: dict[str, list[int]] = defaultdict(list)
         for i, question in enumerate(questions):
-            if key(question):  # a record without a type counts in the whole alone
+            if key(question):  # a record without a type counts only among all
                 groups[key(question)].append(i)
         return {name: summary(groups[name]) for name in sorted(groups)}
 
@@ -119,12 +130,12 @@ def score(questions: Sequence[Question], answers: Answers, seed: int) -> tuple[d
 
 
 def score_table(scores: dict) -> str:
-    """The scores as text: one line a type with its languages, then everything together."""
+    """Return the scores as a table: one line for each type, with its English and Chinese questions, then one for all."""
 
     def cell(entry: dict | None, key: str) -> str:
         return "-" if not entry or entry[key] is None else f"{100 * entry[key]:.1f}"
 
-    rows = [("type", "n", "correct %", "blind %", "English %", "Chinese %")]
+    rows: list[tuple[str, ...]] = [("type", "n", "correct %", "blind %", "English %", "Chinese %")]
     both = scores["by_type_and_language"]
     for name, entry in scores["by_type"].items():
         languages = [cell(both.get(f"{name}/{language}"), "accuracy") for language in ("en", "zh")]

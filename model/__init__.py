@@ -1,1 +1,1 @@
-"""The parts put together: projector, the whole model, what of it trains, checkpoints."""
+"""The model and its weights: projector, loss, building, what trains, checkpoints, answering."""

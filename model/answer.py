@@ -1,5 +1,8 @@
-"""A trained model and questions about pictures -> answers, in batches. The same prompt code and the same image reading as in
-training: both are handed in. While the model answers one batch, threads read the pictures of the next ones."""
+"""Answer questions about images in batches.
+
+Prompt encoding and image reading are passed in, so they are the ones used in training. While the model answers one batch,
+threads read the images of the next ones.
+"""
 
 from __future__ import annotations
 
@@ -17,40 +20,47 @@ from torch import Tensor
 from model.generate import Prompt, generate
 from visual.images import ImageError
 
-WINDOW = 16  # batches' worth of requests that are put in order together: prompts in memory, no pictures
-AHEAD = 2  # batches whose pictures are read while another one is answered
-READERS = 4  # threads that read pictures
+WINDOW = 16  # batches' worth of requests that are sorted together: their prompts are in memory, their images are not
+AHEAD = 2  # batches whose images are read while another batch is answered
+READERS = 4  # threads that read images
 
 
 class Request(NamedTuple):
-    """One question. turns: (role, parts) pairs as `ChatFormat.encode_prompt` takes them, ending with the user's;
-    images: the files that their image parts stand for, in order."""
+    """One question.
+
+    turns: (role, parts) pairs as `ChatFormat.encode_prompt` takes them; the last one is the user's.
+    images: the files of the turns' image parts, in order.
+    """
 
     turns: Sequence[tuple[str, Sequence]]
     images: Sequence[Path]
 
 
 class Answer(NamedTuple):
-    text: str  # no special tokens, no blanks around
+    text: str  # without special tokens and surrounding blanks
     seconds: float  # its share of the batch's time
 
 
-class _Asked(NamedTuple):
-    number: int  # of the request
+class _Encoded(NamedTuple):
+    number: int  # position of the request in the stream
     ids: list[int]
     images: tuple[Path, ...]
 
 
-_Batch = list[_Asked]
+_Batch = list[_Encoded]
 _Reads = dict[Path, "Future[Tensor]"]
 
 
 class Answerer:
-    """Answers requests, greedily or by beam search. In float32 an answer's tokens do not depend on what is asked with it; in
-    half precision rounding may decide between two that are almost equally likely.
+    """Answers requests by greedy decoding or beam search.
 
-    read_pixels: image file -> [3,H,W], from any thread; autocast: makes the context to compute in; options:
-    transformers' generation options (max_new_tokens, num_beams, ...).
+    In float32 the tokens of an answer do not depend on the other requests of its batch. In half precision, rounding may
+    decide between two tokens that are almost equally likely.
+
+    chat: its `encode_prompt` turns a request's turns into ids.
+    read_pixels: image file -> [3,H,W]; called from several threads.
+    autocast: returns the context in which the model runs.
+    options: transformers' generation options (max_new_tokens, num_beams, ...).
     """
 
     def __init__(self, model, tokenizer, chat, read_pixels: Callable[[Path], Tensor], autocast: Callable, **options):
@@ -59,25 +69,31 @@ class Answerer:
         self.options = {"do_sample": False, **options}
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
-        """The answers' texts, asked as one batch. Raises ImageError where a picture cannot be read."""
+        """Answer all requests as one batch and return the texts. Raises ImageError if an image cannot be read."""
         return [answer.text for answer in self.answer_all(requests, max(1, len(requests)))]
 
     def answer_all(self, requests: Sequence[Request], batch_size: int, progress: Callable = iter) -> list[Answer]:
-        """The answers in the order of the requests; asked picture by picture, wherever the requests about one stand.
-        progress: wraps the sequence that is gone through, for example tqdm. Raises ImageError as `answer` does."""
+        """Answer all requests and return the answers in the order of the requests.
+
+        Requests about the same images are answered together, wherever they are in the list. progress: wraps the sequence
+        that the loop iterates over, for example tqdm. Raises ImageError if an image cannot be read.
+        """
         first: dict[tuple, int] = {}
         order = sorted(range(len(requests)), key=lambda i: first.setdefault(tuple(requests[i].images), i))
         answers: dict[int, Answer] = {}
-        asked = (requests[i] for i in order)
-        for i, answer in zip(progress(order), self.stream(asked, batch_size), strict=True):
+        ordered = (requests[i] for i in order)
+        for i, answer in zip(progress(order), self.stream(ordered, batch_size), strict=True):
             if isinstance(answer, ImageError):
                 raise answer
             answers[i] = answer
         return [answers[i] for i in range(len(requests))]
 
     def stream(self, requests: Iterable[Request], batch_size: int) -> Iterator[Answer | ImageError]:
-        """The answers in the order of the requests, each as soon as it and those before it are there; an ImageError in
-        place of an answer whose picture cannot be read. Neither all requests nor all pictures are held in memory."""
+        """Yield the answers in the order of the requests, each as soon as it and all earlier ones are ready.
+
+        Yields an ImageError instead of an answer if an image of the request cannot be read. Holds neither all requests
+        nor all images in memory.
+        """
         done: dict[int, Answer | ImageError] = {}
         following = 0
         for batch, reads in self._read_ahead(self._batches(requests, batch_size)):
@@ -87,26 +103,28 @@ class Answerer:
                 following += 1
 
     def _batches(self, requests: Iterable[Request], size: int) -> Iterator[_Batch]:
-        """The requests about one picture one after the other, the pictures by their longest prompt: little padding."""
+        """Yield batches in which requests about the same images are neighbours. Images are sorted by their longest prompt,
+        so that a batch has little padding."""
         numbered = enumerate(requests)
         while window := list(itertools.islice(numbered, WINDOW * size)):
-            about: dict[tuple[Path, ...], _Batch] = defaultdict(list)
+            by_images: dict[tuple[Path, ...], _Batch] = defaultdict(list)
             for number, request in window:
                 images = tuple(request.images)
-                about[images].append(_Asked(number, self.chat.encode_prompt(request.turns), images))
-            groups = [sorted(group, key=lambda asked: len(asked.ids)) for group in about.values()]
+                by_images[images].append(_Encoded(number, self.chat.encode_prompt(request.turns), images))
+            groups = [sorted(group, key=lambda request: len(request.ids)) for group in by_images.values()]
             groups.sort(key=lambda group: len(group[-1].ids))
-            ordered = [asked for group in groups for asked in group]
+            ordered = [request for group in groups for request in group]
             yield from (ordered[start : start + size] for start in range(0, len(ordered), size))
 
     def _read_ahead(self, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, _Reads]]:
-        """Each batch with its pictures: read, or being read. A picture that two neighbours show is read once."""
+        """Yield each batch with the pending or finished reads of its images. An image of two consecutive batches is read
+        once."""
         pool = ThreadPoolExecutor(READERS)
         try:
             waiting: deque[tuple[_Batch, _Reads]] = deque()
             reads: _Reads = {}
             for batch in batches:
-                images = dict.fromkeys(image for asked in batch for image in asked.images)
+                images = dict.fromkeys(image for request in batch for image in request.images)
                 reads = {image: reads.get(image) or pool.submit(self.read_pixels, image) for image in images}
                 waiting.append((batch, reads))
                 if len(waiting) > AHEAD:
@@ -117,7 +135,7 @@ class Answerer:
             pool.shutdown(cancel_futures=True)
 
     def _answer_batch(self, batch: _Batch, reads: _Reads) -> dict[int, Answer | ImageError]:
-        """Number of the request -> its answer."""
+        """Return request number -> its answer, or the error of an image of it."""
         started = time.perf_counter()
         pixels: dict[Path, Tensor] = {}
         unreadable: dict[Path, ImageError] = {}
@@ -126,15 +144,16 @@ class Answerer:
                 pixels[image] = read.result()
             except ImageError as error:
                 unreadable[image] = error
-        refused = {asked.number: unreadable[image] for asked in batch for image in asked.images if image in unreadable}
-        readable = [asked for asked in batch if asked.number not in refused]
+        errors = {request.number: unreadable[i] for request in batch for i in request.images if i in unreadable}
+        readable = [request for request in batch if request.number not in errors]
         texts = self._texts(readable, pixels) if readable else []
         seconds = (time.perf_counter() - started) / max(1, len(readable))
-        return refused | {asked.number: Answer(text, seconds) for asked, text in zip(readable, texts, strict=True)}
+        answers = {request.number: Answer(text, seconds) for request, text in zip(readable, texts, strict=True)}
+        return {**errors, **answers}
 
     def _texts(self, batch: _Batch, pixels: dict[Path, Tensor]) -> list[str]:
-        place = {image: i for i, image in enumerate(pixels)}
-        prompts = [Prompt(asked.ids, [place[image] for image in asked.images]) for asked in batch]
+        index = {image: i for i, image in enumerate(pixels)}
+        prompts = [Prompt(request.ids, [index[image] for image in request.images]) for request in batch]
         device = next(self.model.projector.parameters()).device
         pixel_values = torch.stack(list(pixels.values())).to(device) if pixels else None
         was_training = self.model.training

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 import qwen
 from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error
@@ -34,13 +34,21 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Processors:
     """What reads images and text for a model. Holds no weights."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     image_processor: ImageProcessor
     num_image_tokens: int  # that one image takes
 
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
     def token_id(self, token: str) -> int:
         """Return the id of a special token."""
-        return self.tokenizer.convert_tokens_to_ids(token)
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(token_id, int)
+        return token_id
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,10 @@ def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Proce
     checkpoint: a verified folder whose own tokenizer and image processor are used instead of those beside the weights. A
     language model from scratch keeps the tokenizer of the checkpoint that it starts from. Raises InputError.
     """
-    new = model.from_scratch
+    new, own = model.from_scratch, checkpoint
     if checkpoint is None and new is not None and model.start_from is not None:
-        verify_folder(model.start_from)  # before its tokenizer is opened: name a folder that is no checkpoint
+        verify_folder(model.start_from)  # its error names the folder; the tokenizer's would not
         own = model.start_from
-    else:
-        own = checkpoint
     named = new.tokenizer if new is not None else model.language_model
     assert named is not None  # config.rules refuses a config without a language model
     tokenizer = qwen.load_tokenizer(str(own / "tokenizer") if own else named, any_kind=new is not None)
@@ -173,9 +179,7 @@ def _cpu_has_bf16() -> bool:
 
 def autocast(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
     """Return a function that makes the context in which the model runs, the same for training and answering."""
-    return functools.partial(
-        torch.autocast, device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32"
-    )
+    return functools.partial(torch.autocast, device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def save_processors(processors: Processors, folder: Path) -> None:

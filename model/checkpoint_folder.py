@@ -1,8 +1,10 @@
-"""A run's folders (checkpoint-<step>, best, final): whole or absent, whatever happens while they are written; listed in
-a manifest with sizes and hashes, so that a damaged or a foreign file is noticed and named. Knows nothing of what they hold.
+"""Write, verify, find and prune the folders of a run (checkpoint-<step>, best, final). Knows nothing of their contents.
 
-Beside `X` there may stand, after a kill, `.X.partial` (being written or removed: worth nothing) and `.X.replaced` (the one
-before, while a new one takes its place); `recover` puts that in order.
+A folder is written as a whole or not at all, even if the process is killed. Its manifest lists every file with size and
+SHA-256, so a damaged or foreign file is found and named.
+
+A kill may leave two folders beside `X`: `.X.partial` (being written or removed, of no value) and `.X.replaced` (the previous
+`X`, while a new one takes its name). `recover` cleans up both.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from config import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# Bytes that a file of text may have. A larger one is refused before it is read; only weights (.safetensors) may be larger.
+# Largest size of a file, in bytes. A larger one is refused before it is read. Weights (.safetensors) have no limit.
 MAX_BYTES = {MANIFEST: 1 << 20, "config.yaml": 1 << 18, "state.json": 1 << 20}
-MAX_TEXT_BYTES = 1 << 26  # the tokenizers' vocabularies are the largest: some 11 MB
+MAX_TEXT_BYTES = 1 << 26  # of any other file; the largest are tokenizers' vocabularies, about 11 MB
 
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+|best|final)\.(partial|replaced)")
 _DISK_FULL = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your share of the disk is used up (quota)",
-    errno.EFBIG: "a file would be larger than is allowed here (ulimit -f)",
+    errno.EDQUOT: "the disk quota is exceeded",
+    errno.EFBIG: "a file would exceed the size limit (ulimit -f)",
 }
 
 
@@ -39,14 +41,15 @@ _DISK_FULL = {
 
 
 def write_folder(folder: Path, write: Callable[[Path], None], tensor_bytes: int = 0) -> None:
-    """Make `folder` with what `write(partial folder)` puts there, and its manifest: all of it or nothing. An existing
-    folder of that name is replaced at the very end. Killed at any moment, it leaves the old one or the new one, after
-    `recover`. tensor_bytes: what the weights among it will take, for the message.
+    """Make `folder` with the files that `write(partial folder)` creates, and their manifest: all of it or nothing.
 
-    InputError where the disk is full: the folder as it was before is untouched, nothing half written is left.
+    An existing folder of that name is replaced at the very end. After a kill at any moment, `recover` restores the old
+    folder or the new one. tensor_bytes: the size of the weights in it, for the message.
+
+    Raises InputError if the disk is full. The existing folder is then unchanged and no partial one is left.
     """
     partial, replaced = _beside(folder, "partial"), _beside(folder, "replaced")
-    _put_back(folder)  # where nobody called `recover` after a kill
+    _put_back(folder)  # in case `recover` was not called after a kill
     _remove(replaced)
     _remove(partial)
     try:
@@ -60,7 +63,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], tensor_bytes: int 
         (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
         for path in [*partial.rglob("*"), partial]:
             if path.is_file():
-                path.chmod(0o644)  # safetensors makes files that only their owner can read
+                path.chmod(0o644)  # safetensors creates files that only their owner can read
             _flush(path)
         if folder.exists():
             folder.rename(replaced)
@@ -72,12 +75,12 @@ def write_folder(folder: Path, write: Callable[[Path], None], tensor_bytes: int 
         _remove(partial)
         if (reason := disk_full(error)) is None:
             raise
-        raise InputError(_no_room(folder, reason, tensor_bytes + text_bytes)) from None
+        raise InputError(_disk_full_message(folder, reason, tensor_bytes + text_bytes)) from None
     _remove(replaced)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file aside, flush it, give it its name: readers see the old text or the new one. InputError: a full disk."""
+    """Replace a file's text atomically: readers see the old text or the new one. Raises InputError if the disk is full."""
     partial = _beside(path, "partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -87,25 +90,27 @@ def replace_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         if (reason := disk_full(error)) is None:
             raise
-        raise InputError(f"{path}: {reason}; free some room there, the same command then goes on.") from None
+        raise InputError(f"{path}: {reason}; free some space there, then repeat the command to continue.") from None
 
 
 def disk_full(error: BaseException) -> str | None:
-    """Why there is no room, if `error` says that there is none: an OSError, or what safetensors and tokenizers, which are
-    written in Rust, make of one ("... (os error 28)")."""
+    """Return the reason if `error` means that there is no space on the disk, else None.
+
+    That is an OSError, or the form in which safetensors and tokenizers, written in Rust, report one ("... (os error 28)").
+    """
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-    return _DISK_FULL.get(number)
+    return None if number is None else _DISK_FULL.get(number)
 
 
-def _no_room(folder: Path, reason: str, needed: int) -> str:
+def _disk_full_message(folder: Path, reason: str, needed: int) -> str:
     free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
-    before = max(checkpoints(folder.parent), key=step_of, default=None)
-    then = "begins anew" if before is None else f"goes on from {before.name}"
-    elsewhere = "another output_dir" if before is None else f"another output_dir and --resume {before}"
+    newest = max(checkpoints(folder.parent), key=step_of, default=None)
+    restart = "start over" if newest is None else f"resume from {newest.name}"
+    elsewhere = "another output_dir" if newest is None else f"another output_dir and --resume {newest}"
     return (
         f"{folder}: {reason}. This folder needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there. Free "
-        f"some room or make train.save_total_limit smaller, and the same command {then}; or give {elsewhere}."
+        f"some space or reduce train.save_total_limit, then repeat the command to {restart}; or give {elsewhere}."
     )
 
 
@@ -114,8 +119,10 @@ def _no_room(folder: Path, reason: str, needed: int) -> str:
 
 
 def recover(output_dir: Path) -> None:
-    """Put in order what a kill left in a run's folder: a folder that was being replaced goes back where its new version did
-    not take its place; what was half written or half removed goes away. For the one run that owns the folder."""
+    """Clean up what a kill left in a run's folder. Only the run that holds the folder's lock may call this.
+
+    A replaced folder is put back if its new version is missing; partial folders are removed.
+    """
     found = [(path, match) for path in output_dir.glob(".*") if (match := _LEFTOVER.fullmatch(path.name))]
     for path, match in sorted(found, key=lambda pair: pair[1][2], reverse=True):  # replaced, then partial
         if match[2] == "replaced":
@@ -135,21 +142,26 @@ def _put_back(folder: Path) -> None:
 
 
 def verify_folder(folder: Path, hashes: bool = True) -> None:
-    """InputError if `folder` is not what `write_folder` made: no manifest, a file missing, one that is not listed, a link, a
-    file of another size, or (`hashes`) of other content. Only names found in the folder are opened, so a manifest cannot
-    point elsewhere. Hidden files are passed over: nothing here reads them."""
+    """Raise InputError unless `folder` is as `write_folder` wrote it.
+
+    Refused are a missing manifest, a missing file, a file that is not listed, a link, and a file of another size or (with
+    `hashes`) of other content. Only names found in the folder are opened, so a manifest cannot point outside it. Hidden
+    files are ignored: nothing reads them.
+    """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such checkpoint folder; name one that train.sh wrote, such as runs/demo/final.")
+        raise InputError(
+            f"{folder}: checkpoint folder does not exist; name one that train.sh wrote, such as runs/demo/final."
+        )
     manifest = folder / MANIFEST
     found = _plain_files(folder)
     if MANIFEST not in found:
         raise InputError(
-            f"{folder}: not a checkpoint, it has no {MANIFEST}; name checkpoint-<step> or final of a run's folder."
+            f"{folder}: not a checkpoint, {MANIFEST} not found; name checkpoint-<step> or final in a run's folder."
         )
     values = read_json(manifest)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         version = values.get("format") if isinstance(values, dict) else None
-        raise InputError(f"{manifest}: format {version!r:.40}, this version reads format {FORMAT}.")
+        raise InputError(f"{manifest}: found format {version!r:.40}, expected format {FORMAT}; use another checkpoint.")
     listed = _listed(values, manifest)
     if absent := sorted(set(listed) - set(found)):
         raise InputError(
@@ -172,39 +184,44 @@ def verify_folder(folder: Path, hashes: bool = True) -> None:
 
 
 def weights_digest(folder: Path) -> str:
-    """What tells one model from another: a sha256 over those of its weights, as its manifest has them. Scores and history,
-    which are added later, do not count."""
+    """Return a SHA-256 that identifies a model, over the hashes of its weights in the manifest.
+
+    Scores and history, which are added later, do not change it.
+    """
     files = _listed(read_json(folder / MANIFEST), folder / MANIFEST)
     weights = sorted((name, digest) for name, (_, digest) in files.items() if name.endswith(".safetensors"))
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
 def read_json(path: Path, advice: str = "use another checkpoint") -> Any:
-    """The value in a small JSON file. InputError: absent, too large, unreadable, or no JSON."""
+    """Return the value in a small JSON file. Raises InputError if it is missing, too large, unreadable or not JSON."""
     try:
         _refuse_large(path, path.stat().st_size)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {advice}.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, it is no JSON ({str(error)[:80]}); {advice}.") from None
+        raise InputError(f"{path}: damaged, not valid JSON ({str(error)[:80]}); {advice}.") from None
 
 
 def _plain_files(folder: Path) -> dict[str, int]:
-    """Path inside the folder -> bytes, of all that is not hidden. InputError: a link, a pipe, a text of gigabytes."""
+    """Return path inside the folder -> size in bytes, of all files that are not hidden.
+
+    Raises InputError for a link, a pipe, and a file over its size limit.
+    """
     found = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*folders, *(name for name in files if not name.startswith("."))]:
             path = Path(parent, name)
             if not name.isprintable():
-                raise InputError(f"{parent}: holds {name!r}, a name that nothing here writes; use another checkpoint.")
+                raise InputError(f"{parent}: holds {name!r}, an unprintable file name; use another checkpoint.")
             status = path.lstat()
             if stat.S_ISREG(status.st_mode):
                 _refuse_large(path, status.st_size)
                 found[path.relative_to(folder).as_posix()] = status.st_size
             elif not stat.S_ISDIR(status.st_mode):
-                raise InputError(f"{path}: a link or no plain file; a checkpoint holds plain files only, put it there.")
+                raise InputError(f"{path}: a link or special file; expected a plain file, so copy its content there.")
     return found
 
 
@@ -212,17 +229,19 @@ def _refuse_large(path: Path, size: int) -> None:
     limit = MAX_BYTES.get(path.name, MAX_TEXT_BYTES)
     if path.suffix != ".safetensors" and size > limit:
         raise InputError(
-            f"{path}: {size / 1e6:,.0f} MB, more than such a file ever has ({limit / 1e6:,.1f} MB); use another checkpoint."
+            f"{path}: {size / 1e6:,.0f} MB, larger than the limit for this file ({limit / 1e6:,.1f} MB); use another "
+            "checkpoint."
         )
 
 
 def _listed(values: dict, manifest: Path) -> dict[str, tuple[int, str]]:
+    """Return name -> (bytes, sha256) from a manifest's values. Raises InputError if they have another form."""
     files = values.get("files")
-    entries = files.items() if isinstance(files, dict) else [("files", None)]
+    entries: list[tuple[str, Any]] = list(files.items()) if isinstance(files, dict) else [("files", None)]
     for name, entry in entries:
-        sound = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
-        if not sound:
-            raise InputError(f"{manifest}: damaged at {name!r:.200}, it is no list of files; use another checkpoint.")
+        is_valid = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        if not is_valid:
+            raise InputError(f"{manifest}: damaged at {name!r:.200}, not a list of files; use another checkpoint.")
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
 
 
@@ -231,42 +250,46 @@ def _listed(values: dict, manifest: Path) -> dict[str, tuple[int, str]]:
 
 
 def latest_checkpoint(output_dir: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest whole `checkpoint-<step>` in a run's folder; damaged ones are passed over and reported."""
+    """Return the newest intact `checkpoint-<step>` in a run's folder. Damaged ones are skipped and reported."""
     for folder in sorted(checkpoints(output_dir), key=step_of, reverse=True):
         try:
             verify_folder(folder)
             return folder
         except InputError as error:
-            report(f"passing over a damaged checkpoint: {error}")
+            report(f"skipping a damaged checkpoint: {error}")
     return None
 
 
 def prune_checkpoints(output_dir: Path, save_total_limit: int | None, report: Callable[[str], None]) -> None:
-    """Remove the oldest checkpoints until `save_total_limit` whole ones are left (None: all). The newest is read back
-    before an older one goes; a damaged one does not count, and is reported. Of the others only names and sizes are looked
-    at: they were read back when they were the newest."""
+    """Remove the oldest checkpoints until `save_total_limit` intact ones are left (None: keep all).
+
+    The newest is verified with its hashes before an older one is removed. The others were verified when they were the
+    newest, so only their names and sizes are compared. A damaged one does not count and is reported.
+    """
     if save_total_limit is None:
         return
-    whole = 0
+    intact = 0
     for folder in sorted(checkpoints(output_dir), key=step_of, reverse=True):
-        if whole == save_total_limit:
+        if intact == save_total_limit:
             partial = _beside(folder, "partial")
             _remove(partial)
-            folder.rename(partial)  # a kill while it is removed leaves no folder that looks like a checkpoint
+            folder.rename(partial)  # a kill during removal leaves no folder that looks like a checkpoint
             _remove(partial)
             continue
         try:
-            verify_folder(folder, hashes=whole == 0)
-            whole += 1
+            verify_folder(folder, hashes=intact == 0)
+            intact += 1
         except InputError as error:
-            report(f"a damaged checkpoint, which does not count towards train.save_total_limit: {error}")
+            report(f"a damaged checkpoint does not count towards train.save_total_limit: {error}")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the `checkpoint-<step>` folders of a run, in no order, intact or not."""
     return [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d{1,15}", p.name)]
 
 
 def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 

@@ -1,5 +1,7 @@
-"""The element-wise parts of a decoder layer (norms, the gated activation) in one pass over memory each, where torch can
-compile them or Liger's kernels are installed. Equal to the plain operations up to rounding. Knows no config and no loop.
+"""Faster element-wise parts of a decoder layer: norms and the gated activation, each in one pass over memory.
+
+Compiled by torch, or replaced by Liger's kernels if they are installed. Equal to the plain operations up to rounding. Knows
+no config and no loop.
 """
 
 from __future__ import annotations
@@ -9,47 +11,57 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
+# Internals of other libraries used here, to check when upgrading:
+# torch._inductor.config, torch._dynamo.mark_dynamic, torch._dynamo.exc; transformers' Qwen RMSNorm classes:
+# weight, variance_epsilon.
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The operations. T rows of any width; every argument of T rows is 2-D. Compiled or not, these are what is computed.
+# The operations, compiled or not. T rows of any width; every tensor of T rows is 2-D.
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, each [T, I]."""
+    """Return silu(gate) * up, each [T, I]."""
     return F.silu(gate).mul_(up)
 
 
 def silu_mul_backward(dhidden: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate and of up, and silu_mul(gate, up) once more: each [T, I]."""
+    """Return the gradients of gate and up, and silu_mul(gate, up) again: each [T, I]."""
     silu = F.silu(gate)
     dgate = torch.ops.aten.silu_backward(dhidden * up, gate)
     return dgate, dhidden * silu, silu.mul_(up)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [T, D] -> its norm [T, D], and in float32 what each row was multiplied by, [T, 1]. (arXiv:1910.07467)"""
+    """Normalise the rows of x [T, D] and multiply by weight [D] (arXiv:1910.07467).
+
+    Returns the result [T, D] and the factor by which each row was normalised, float32 [T, 1].
+    """
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype), scale
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of x [T, D]."""
+    """Return the gradient of x [T, D]. scale [T, 1]: the factors that `rms_norm` returned."""
     dnormed, normed = dy.float() * weight.float(), x.float() * scale
     return ((dnormed - normed * (dnormed * normed).mean(-1, keepdim=True)) * scale).to(x.dtype)
 
 
 class Elementwise(NamedTuple):
+    """The four operations, plain or compiled."""
+
     silu_mul: Callable = silu_mul
     silu_mul_backward: Callable = silu_mul_backward
     rms_norm: Callable = rms_norm
@@ -57,27 +69,30 @@ class Elementwise(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compiling them
+# torch.compile
 
 
-def compile_elementwise(language_model: nn.Module, device: str, folder: Path, say: Callable[[str], None]) -> bool:
-    """Let the norms of `language_model`, and its feed-forward blocks if `fuse_lora` was there before, train on compiled
-    operations. Returns whether a compiler is here; `say` gets one line where it is not, or where it fails later, in the
-    middle of a step: that step and the rest of the run go on uncompiled.
+def compile_elementwise(language_model: nn.Module, device: str, folder: Path, report: Callable[[str], None]) -> bool:
+    """Train the norms of `language_model`, and its feed-forward blocks if `fuse_lora` was called before, with compiled
+    operations. Compilation happens at their first call.
 
-    device: the type of the one that the model will train on. folder: for what is compiled, kept for the next run; nothing
-    is written elsewhere.
+    Returns False, and reports one line, if no compiler is found. If the compiler fails later, within a step, that is
+    reported once, and the step and the rest of the run continue without compilation.
+
+    device: the type of the device that the model will train on. folder: for compiled code, which the next run reuses;
+    nothing is written elsewhere.
     """
     if missing := _missing_compiler(device):
-        say(f"element-wise parts: not compiled, there is no {missing}")
+        report(f"element-wise operations not compiled: {missing} not found")
         return False
-    import torch._inductor.config as inductor  # here, for it takes a second
+    import torch._inductor.config as inductor  # this import takes a second
 
-    inductor.compile_threads = 1  # a handful of small kernels: no pool of processes
-    inductor.cpp_cache_precompile_headers = False  # they would be written to the system's temporary folder
+    inductor.compile_threads = 1  # a few small kernels need no pool of processes
+    inductor.cpp_cache_precompile_headers = False  # these would be written to the system's temporary folder
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
-    elementwise = _compiled(Elementwise(), device, say)
+    elementwise = _compiled(Elementwise(), device, report)
+    module: Any  # a type checker takes the attributes of an nn.Module for tensors
     for module in language_model.modules():
         if type(module) in _NORMS:
             module.__class__ = _NORMS[type(module)]
@@ -87,6 +102,7 @@ def compile_elementwise(language_model: nn.Module, device: str, folder: Path, sa
 
 
 def _missing_compiler(device: str) -> str | None:
+    """Return the name of what compiling for `device` lacks; None if nothing."""
     if device == "cuda":
         return None if find_spec("triton") else "triton package"
     if device != "cpu":
@@ -95,8 +111,8 @@ def _missing_compiler(device: str) -> str | None:
     return None if shutil.which(compiler) else f"C++ compiler ({compiler})"
 
 
-def _compiled(operations: Elementwise, device: str, say: Callable[[str], None]) -> Elementwise:
-    """The operations, compiled when they are first called, once for each type of their arguments."""
+def _compiled(operations: Elementwise, device: str, report: Callable[[str], None]) -> Elementwise:
+    """Return operations that are compiled at their first call, once for each type of arguments."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     failed: list[str] = []
@@ -105,9 +121,10 @@ def _compiled(operations: Elementwise, device: str, say: Callable[[str], None]) 
         compiled = torch.compile(plain, fullgraph=True)
 
         def call(*arguments):
-            if failed or arguments[0].shape[0] == 1:  # a single row would be compiled for itself
+            # torch would compile a kernel of its own for a single row
+            if failed or arguments[0].shape[0] == 1:
                 return plain(*arguments)
-            # one kernel for any number of rows, in autocast or out of it: the same whichever batch comes first
+            # one kernel for any number of rows, within autocast or not, so that it does not depend on the first batch
             marked = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
             for tensor in marked:
                 if isinstance(tensor, Tensor) and tensor.ndim == 2:
@@ -118,7 +135,7 @@ def _compiled(operations: Elementwise, device: str, say: Callable[[str], None]) 
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 failed.append(str(error))
                 reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                say(f"element-wise parts: not compiled, the compiler fails ({reason.strip()[:200]})")
+                report(f"element-wise operations not compiled: the compiler failed ({reason.strip()[:200]})")
             return plain(*arguments)
 
         return call
@@ -143,8 +160,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class CompiledNorm(nn.Module):
-    """Mixin before a family's own norm. One that trains, and what is not training, keep the library's way."""
+    """Mixin before a model family's RMSNorm. A norm that trains, and a pass without gradients, use the library's forward."""
 
+    weight: nn.Parameter
+    variance_epsilon: float
     elementwise = Elementwise()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -155,19 +174,19 @@ class CompiledNorm(nn.Module):
 
 
 class CompiledQwen2RMSNorm(CompiledNorm, Qwen2RMSNorm):
-    """Qwen2's, and Qwen v1's."""
+    """Compiled norm of Qwen2 and Qwen v1."""
 
 
 class CompiledQwen3RMSNorm(CompiledNorm, Qwen3RMSNorm):
-    """Qwen3's."""
+    """Compiled norm of Qwen3."""
 
 
 class CompiledQwen2MoeRMSNorm(CompiledNorm, Qwen2MoeRMSNorm):
-    """Qwen2-MoE's."""
+    """Compiled norm of Qwen2-MoE."""
 
 
 class CompiledQwen3MoeRMSNorm(CompiledNorm, Qwen3MoeRMSNorm):
-    """Qwen3-MoE's."""
+    """Compiled norm of Qwen3-MoE."""
 
 
 _NORMS = {
@@ -179,19 +198,19 @@ _NORMS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Or kernels from a library
+# Liger's kernels
 
 
-def use_liger(causal_lm: nn.Module) -> bool:
-    """Put Liger's kernels for norms, SwiGLU and rotary embedding into a Qwen language model on a GPU; not its loss. Returns
-    False where liger_kernel is not installed. Its functions also change transformers' modules for models made later."""
+def use_liger(causal_lm: PreTrainedModel) -> bool:
+    """Use Liger's kernels for norms, SwiGLU and rotary embedding in a Qwen language model on a GPU; not for the loss.
+
+    Returns False if liger_kernel is not installed. Liger also changes transformers' modules for models made later.
+    """
     try:
-        from liger_kernel import transformers as liger
+        from liger_kernel import transformers as liger  # type: ignore[import-not-found]  # installed by few
     except ImportError:
         return False
     family = "qwen3" if causal_lm.config.model_type == "qwen3" else "qwen2"
-    put_in = getattr(liger, f"apply_liger_kernel_to_{family}")
-    put_in(
-        rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=causal_lm
-    )
+    apply = getattr(liger, f"apply_liger_kernel_to_{family}")
+    apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=causal_lm)
     return True

@@ -1,13 +1,13 @@
-"""LoRA computed where the products are: each wrapped linear layer, and each feed-forward block of three, as one step of
-autograd instead of PEFT's chain of casts, scalings and additions. The same sums in another order, hence equal to rounding.
+"""Fused LoRA: each linear layer with LoRA, and each feed-forward block of three, is one autograd function instead of PEFT's
+separate casts, scalings and additions. The sums are the same in another order, so results are equal up to rounding.
 
-Modules keep their parameters, names, state_dict and PEFT's methods (save, load, merge, disable): only `forward` is
-another, and it is PEFT's own wherever the case is not the plain one (`_plain`). Knows no config and no loop.
+Modules keep their parameters, names, state_dict and PEFT's methods (save, load, merge, disable). Only `forward` changes, and
+it calls PEFT's own unless the case is a plain one (`_plain`). Knows no config and no loop.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,20 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from model.elementwise import Elementwise
 
+# Internals of other libraries used here, to check when upgrading:
+# peft.tuners.lora.Linear: base_layer, lora_A, lora_B, lora_dropout, lora_variant, scaling, active_adapters,
+# disable_adapters, merged; transformers' Qwen2MLP and Qwen3MLP: gate_proj, up_proj, down_proj, config.hidden_act.
+
 
 def fuse_lora(language_model: nn.Module) -> int:
-    """Let every LoRA linear layer of `language_model`, and every feed-forward block whose three linear layers have LoRA,
-    compute fused. Returns how many linear layers that is. To be called once LoRA is there; in place."""
+    """Fuse every linear layer with LoRA, and every feed-forward block whose three linear layers have LoRA, in place.
+
+    Call it after LoRA is added. Returns the number of linear layers with LoRA.
+    """
     layers = [module for module in language_model.modules() if type(module) is lora.Linear]
     for layer in layers:
         layer.__class__ = FusedLoraLinear
+    module: Any  # a type checker takes the attributes of an nn.Module for tensors
     for module in language_model.modules():
         if type(module) in _MLPS and module.config.hidden_act == "silu":
             module.__class__ = _MLPS[type(module)]
@@ -33,7 +40,7 @@ def fuse_lora(language_model: nn.Module) -> int:
 
 
 class FusedLoraLinear(lora.Linear):
-    """PEFT's linear layer, with base and LoRA computed together."""
+    """PEFT's linear layer, with base and LoRA in one autograd function."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x: [..., in] -> [..., out]."""
@@ -47,16 +54,19 @@ class FusedLoraLinear(lora.Linear):
 
 
 class FusedMLP(nn.Module):
-    """Mixin before Qwen2's or Qwen3's feed-forward block: down(silu(gate(x)) * up(x)) with LoRA, together."""
+    """Mixin before Qwen2's or Qwen3's feed-forward block: down(silu(gate(x)) * up(x)) with LoRA in one autograd function."""
 
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
     elementwise = Elementwise()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> [..., D]."""
         dtype = _compute_dtype(x)
         layers = self.gate_proj, self.up_proj, self.down_proj
-        weights = [_plain(layer, dtype) for layer in layers]
-        if any(one is None or one.bias is not None for one in weights) or any(map(_drops, layers)):
+        weights = [w for layer in layers if (w := _plain(layer, dtype)) is not None and w.bias is None]
+        if len(weights) < len(layers) or any(map(_drops, layers)):
             return super().forward(x)
         scalings = tuple(one.scaling for one in weights)
         return _LoraMLP.apply(
@@ -65,11 +75,11 @@ class FusedMLP(nn.Module):
 
 
 class FusedQwen2MLP(FusedMLP, Qwen2MLP):
-    """Qwen2's, and Qwen v1's."""
+    """Fused block of Qwen2 and Qwen v1."""
 
 
 class FusedQwen3MLP(FusedMLP, Qwen3MLP):
-    """Qwen3's."""
+    """Fused block of Qwen3."""
 
 
 _MLPS = {Qwen2MLP: FusedQwen2MLP, Qwen3MLP: FusedQwen3MLP}
@@ -80,7 +90,7 @@ _MLPS = {Qwen2MLP: FusedQwen2MLP, Qwen3MLP: FusedQwen3MLP}
 
 
 class Weights(NamedTuple):
-    """y = x base^T + bias + scaling (x a^T) b^T. base: [out, in]; bias: [out] or None; a: [r, in]; b: [out, r]."""
+    """Weights of y = x base^T + bias + scaling (x a^T) b^T: base [out, in], bias [out] or None, a [r, in], b [out, r]."""
 
     scaling: float
     base: Tensor
@@ -90,13 +100,13 @@ class Weights(NamedTuple):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes in: autocast's type inside of autocast, else the input's."""
+    """Return the type that a linear layer computes in: autocast's within autocast, else the input's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _plain(layer: nn.Module, dtype: torch.dtype) -> Weights | None:
-    """The layer's weights where all it does is `Weights`' sum, over a frozen base of type `dtype`; else None."""
+    """Return the layer's weights if it computes just the sum of `Weights`, over a frozen base of type `dtype`; else None."""
     if type(layer) is not FusedLoraLinear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     name, base = layer.active_adapters[0], layer.base_layer
@@ -108,36 +118,36 @@ def _plain(layer: nn.Module, dtype: torch.dtype) -> Weights | None:
     weight, bias = base.weight, base.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    # LoRA in another type than the base, outside of autocast, is PEFT's to cast: it computes in LoRA's own
+    # outside autocast, PEFT computes LoRA in LoRA's own type, which may differ from the base's
     is_cast = torch.is_autocast_enabled(weight.device.type)
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype) or not (is_cast or a.weight.dtype == dtype):
         return None
     return Weights(layer.scaling[name], weight, bias, a.weight, b.weight)
 
 
-def _drops(layer: lora.Linear) -> bool:
-    """Whether LoRA's input passes a dropout now."""
+def _drops(layer: Any) -> bool:
+    """Whether LoRA's dropout is active in this LoRA layer."""
     return layer.training and getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0.0) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The products, forward and backward. T tokens, r the rank; everything here is of one type, but for the gradients of
-# LoRA's two matrices, which are computed in it and returned in the parameters' own. The base is frozen.
+# The products, forward and backward. T tokens, r the rank. All tensors have one type, except the gradients of LoRA's two
+# matrices, which are computed in that type and returned in the parameters' own. The base is frozen.
 
 
 def _forward(x: Tensor, base: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """x: [T, in] -> y [T, out], x a^T [T, r]. b is scaled already."""
+    """x [T, in] -> (y [T, out], x a^T [T, r]). b is already scaled."""
     low = x @ a.t()
     return F.linear(x, base, bias).addmm_(low, b.t()), low
 
 
 def _input_gradient(dy: Tensor, dlow: Tensor, base: Tensor, a: Tensor) -> Tensor:
-    """dy: [T, out], dlow: dy b [T, r] -> [T, in]."""
+    """dy [T, out], dlow = dy b [T, r] -> the gradient of x [T, in]."""
     return (dy @ base).addmm_(dlow, a)
 
 
 def _weight_gradients(dy: Tensor, dlow: Tensor, x: Tensor, low: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """-> the gradients of a [r, in] and b [out, r], in float32 or wider."""
+    """Return the gradients of a [r, in] and b [out, r], in float32 or wider."""
     wide = torch.promote_types(dy.dtype, torch.float32)
     return (dlow.t() @ x).to(wide), (low.t() @ dy).t().to(wide).mul_(scaling)
 
@@ -147,7 +157,7 @@ def _cast(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Ten
 
 
 class _LoraLinear(torch.autograd.Function):
-    """dropped: what LoRA reads in the place of x, whose own gradient autograd takes on from here; None for x."""
+    """dropped: x after LoRA's dropout, which LoRA reads instead of x and which gets its own gradient; None: LoRA reads x."""
 
     @staticmethod
     def forward(ctx, x, dropped, scaling, base, bias, a, b):
@@ -179,7 +189,8 @@ class _LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, elementwise, scalings, *weights):
         rows = x.reshape(-1, x.shape[-1])
-        bases, cast = weights[::3], []
+        bases: tuple[Tensor, ...] = weights[::3]
+        cast: list[Tensor] = []
         for a, b, scaling in zip(weights[1::3], weights[2::3], scalings, strict=True):
             cast += _cast(a, b, scaling, x.dtype)
         gate, low_gate = _forward(rows, bases[0], None, *cast[0:2])
@@ -198,13 +209,14 @@ class _LoraMLP(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1])
         dlow = dy @ b_down
         dhidden = _input_gradient(dy, dlow, base_down, a_down)
-        dgate, dup, hidden = ctx.elementwise.silu_mul_backward(dhidden, gate, up)  # hidden again, instead of kept
+        # recomputes hidden, which is not kept
+        dgate, dup, hidden = ctx.elementwise.silu_mul_backward(dhidden, gate, up)
         down = _weight_gradients(dy, dlow, hidden, low_down, s_down)
         dlow_gate, dlow_up = dgate @ b_gate, dup @ b_up
-        of_gate = _weight_gradients(dgate, dlow_gate, x, low_gate, s_gate)
-        of_up = _weight_gradients(dup, dlow_up, x, low_up, s_up)
+        gate = _weight_gradients(dgate, dlow_gate, x, low_gate, s_gate)
+        up = _weight_gradients(dup, dlow_up, x, low_up, s_up)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _input_gradient(dgate, dlow_gate, base_gate, a_gate)
             dx = dx.addmm_(dup, base_up).addmm_(dlow_up, a_up).view(ctx.shape)
-        return dx, None, None, None, *of_gate, None, *of_up, None, *down
+        return dx, None, None, None, *gate, None, *up, None, *down

@@ -1,42 +1,46 @@
-"""Prompts and their pictures -> the ids of the answers: one batch, with the KV cache. Knows no text and no file.
+"""Generate answers to a batch of prompts with images, with the KV cache. Knows no text and no file.
 
-Each picture passes the vision tower once, however many prompts show it. And what several prompts have in common, up to
-the end of their pictures, passes the language model once: the keys and values are copied to every row, and row by row
-only the rest is read. A picture is hundreds of tokens, a question about it a dozen.
+Each image passes the vision tower once, however many prompts show it. A prefix that several prompts share, up to the end of
+their images, passes the language model once: its keys and values are copied to every row, and only the rest of each prompt
+is read row by row. An image takes hundreds of tokens, a question about it a dozen.
 
-B prompts, M pictures of N tokens, D the language model's width.
+Shapes: B prompts, L tokens, M images of N tokens each, D the language model's width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Prompt(NamedTuple):
-    """ids: image tokens included; pictures: which of the batch's pictures these stand for, in order."""
+    """ids: with the image tokens; images: indices of the batch's images that these tokens stand for, in order."""
 
     ids: Sequence[int]
-    pictures: Sequence[int]
+    images: Sequence[int]
 
 
 @torch.inference_mode()
 def generate(model, prompts: Sequence[Prompt], pixel_values: Tensor | None, **options) -> Tensor:
-    """Generated ids [B, new], padded on the right. model: a VisionLanguageModel; pixel_values [M,3,H,W], None for M = 0;
-    options: transformers' (max_new_tokens, num_beams, ...)."""
+    """Return the generated ids [B, new], padded on the right.
+
+    model: a VisionLanguageModel. pixel_values: [M,3,H,W], or None if M is 0. options: transformers' generation options
+    (max_new_tokens, num_beams, ...).
+    """
     lm = model.causal_lm
     features = None if pixel_values is None else model.encode_images(pixel_values)  # [M, N, D]
     prefixes = None
-    if options.get("num_beams", 1) == 1:  # beams take a cache that `generate` itself has made
+    if options.get("num_beams", 1) == 1:  # beam search needs a cache that transformers has made itself
         prefixes = _shared_prefixes(prompts, lm.config, options.get("max_new_tokens", 0))
+    inputs: dict[str, Any]
     if prefixes is None:
         ids, mask = _pad(lm, [prompt.ids for prompt in prompts])
         inputs = {"image_features": _features_of(prompts, features)}
     else:
-        distinct, rows, ends = prefixes
+        distinct, prefix_of, ends = prefixes
         ids, mask = _pad(lm, [prefix.ids for prefix in distinct])
         cache = lm.model(
             input_ids=ids,
@@ -45,10 +49,10 @@ def generate(model, prompts: Sequence[Prompt], pixel_values: Tensor | None, **op
             image_features=_features_of(distinct, features),
             use_cache=True,
         ).past_key_values
-        rows = torch.tensor(rows, device=ids.device)
+        rows = torch.tensor(prefix_of, device=ids.device)
         cache.batch_select_indices(rows)
-        # A row is its prefix, then its rest, each padded on the left. `generate` takes the positions from the mask, so
-        # that padding between the two counts as little as padding before them, and reads what the cache does not hold.
+        # A row is its prefix and its rest, each padded on the left. transformers computes positions from the mask, so
+        # padding between the two counts as little as padding before them. It reads only what the cache does not hold.
         rest_ids, rest_mask = _pad(lm, [prompt.ids[end:] for prompt, end in zip(prompts, ends, strict=True)])
         ids, mask = torch.cat([ids[rows], rest_ids], dim=1), torch.cat([mask[rows], rest_mask], dim=1)
         inputs = {"image_features": None, "past_key_values": cache}
@@ -58,36 +62,43 @@ def generate(model, prompts: Sequence[Prompt], pixel_values: Tensor | None, **op
 def _shared_prefixes(
     prompts: Sequence[Prompt], config, new_tokens: int
 ) -> tuple[list[Prompt], list[int], list[int]] | None:
-    """(the distinct prefixes, which of them each prompt begins with, and where it ends in each prompt), or None where it
-    does not pay to read them first. A prefix ends behind the prompt's last picture; without a picture it is shared with
-    nobody."""
-    ends, rows, number = [], [], {}
+    """Return (distinct prefixes, index of each prompt's prefix, length of each prompt's prefix), or None if reading the
+    prefixes first saves nothing.
+
+    A prefix ends after the prompt's last image. A prompt without images shares its prefix with no other prompt.
+    """
+    ends: list[int] = []
+    prefix_of: list[int] = []
+    number: dict[tuple[Prompt, int | None], int] = {}
     for i, prompt in enumerate(prompts):
         ends.append(_end_of_images(prompt.ids, config.image_token_id))
-        prefix = Prompt(tuple(prompt.ids[: ends[i]]), tuple(prompt.pictures))
-        rows.append(number.setdefault((prefix, None if prompt.pictures else i), len(number)))
+        prefix = Prompt(tuple(prompt.ids[: ends[i]]), tuple(prompt.images))
+        prefix_of.append(number.setdefault((prefix, None if prompt.images else i), len(number)))
     distinct = [prefix for prefix, _ in number]
     longest_prefix, longest_rest = max(ends), max(len(p.ids) - end for p, end in zip(prompts, ends, strict=True))
-    apart = max(len(prompt.ids) for prompt in prompts)
-    together = longest_prefix + longest_rest  # more than `apart` where the prefixes differ in length
-    pays = len(distinct) * longest_prefix + len(prompts) * longest_rest < len(prompts) * apart
-    fits = together == apart or together + new_tokens <= config.max_position_embeddings
-    return (distinct, rows, ends) if pays and fits else None
+    separate = max(len(prompt.ids) for prompt in prompts)
+    shared = longest_prefix + longest_rest  # more than `separate` if the prefixes differ in length
+    pays = len(distinct) * longest_prefix + len(prompts) * longest_rest < len(prompts) * separate
+    fits = shared == separate or shared + new_tokens <= config.max_position_embeddings
+    return (distinct, prefix_of, ends) if pays and fits else None
 
 
 def _end_of_images(ids: Sequence[int], image_token_id: int) -> int:
-    """Where the last image ends; 1 without any, as a row needs something to begin with."""
+    """Return the position after the last image token; 1 without any, because a prefix has at least one token."""
     return next((i + 1 for i in reversed(range(len(ids))) if ids[i] == image_token_id), 1)
 
 
 def _features_of(prompts: Sequence[Prompt], features: Tensor | None) -> Tensor | None:
-    """[the prompts' pictures one after the other, N, D]; None where they show none."""
-    pictures = [picture for prompt in prompts for picture in prompt.pictures]
-    return features[torch.tensor(pictures, device=features.device)] if pictures else None
+    """Return the features of the prompts' images, one prompt after the other, [images, N, D]; None without images."""
+    images = [image for prompt in prompts for image in prompt.images]
+    if not images:
+        return None
+    assert features is not None
+    return features[torch.tensor(images, device=features.device)]
 
 
 def _pad(lm, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both [B, L] on the model's device, padded on the left: the rows end at the same column."""
+    """Return (ids, mask), both [B, L] on the model's device, padded on the left: all rows end at the same column."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), lm.generation_config.pad_token_id)
     mask = torch.zeros_like(ids)

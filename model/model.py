@@ -121,7 +121,10 @@ class VisionLanguageModel(nn.Module):
         return Losses(answers, balance, right)
 
     def _zero_from_image_side(self) -> Tensor | float:
-        """Return 0 computed from the trainable weights of projector and tower. A batch without images then has zero gradients
-        there instead of none, and every process of a step has the same gradients to sum."""
+        """Return 0 computed from the trainable weights of projector and tower.
+
+        A batch without images then has zero gradients there instead of none, so every process of a step has the same
+        gradients to sum.
+        """
         parameters = [*self.projector.parameters(), *self.vision_tower.parameters()]
         return sum(parameter.sum() for parameter in parameters if parameter.requires_grad) * 0.0

@@ -1,8 +1,9 @@
-"""Patch features -> image features in the language model's width: the kinds of projector, and how many tokens each makes
-of a picture. Knows no encoder and no language model.
+"""Projectors: patch features -> image features in the language model's width, and how many tokens each kind makes of an
+image. Knows no encoder and no language model.
 
-A projector is a class: `__init__(in_features, hidden_size, out_features)`, where hidden_size None is its own default;
-`num_tokens(num_patches)`, known without weights; `forward`, [M, N, in_features] -> [M, K, out_features] with K the former.
+A projector is a class with `__init__(in_features, hidden_size, out_features)`, where hidden_size None means its own default;
+`num_tokens(num_patches)`, which needs no weights; and `forward`, [M, N, in_features] -> [M, K, out_features], where K is
+num_tokens(N).
 
 Shapes: M images, N patches an image (a square grid, row by row), K image tokens an image, Q queries.
 """
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 
 from config import InputError, choose
 
-NUM_QUERIES = 32  # tokens a picture takes with a resampler
-LOW_RANK = 384  # the middle of the low-rank MLP
-PLACE_SCALE = 2.0  # of the resampler's places beside what the patches show: first looks that tell neighbours apart
-HEAD_SIZE = 64  # of the resampler's attention; the usual encoders' widths are multiples of it
+NUM_QUERIES = 32  # tokens of an image with a resampler, by default
+LOW_RANK = 384  # middle width of the low-rank MLP
+PLACE_SCALE = 2.0  # amplitude of the resampler's positions: its first attention can separate neighbouring patches
+HEAD_SIZE = 64  # of the resampler's attention; the widths of common encoders are multiples of it
 
 
 class MLPProjector(nn.Module):
-    """Linear, GELU, Linear, for each patch alone: the projector of LLaVA-1.5 (names and order as transformers'
-    `LlavaMultiModalProjector`, so that an export is a renaming). In the middle, by default, the width of what comes out.
+    """Linear, GELU, Linear, for each patch alone: the projector of LLaVA-1.5.
+
+    Names and order are those of transformers' `LlavaMultiModalProjector`, so an export only renames tensors. hidden_size
+    defaults to out_features.
 
     forward: [M, N, in_features] -> [M, N, out_features]
     """
@@ -46,7 +49,7 @@ class MLPProjector(nn.Module):
 
 
 class LowRankMLP(MLPProjector):
-    """The same with a narrow middle: for a 4096 wide language model a tenth of the weights."""
+    """An MLPProjector with a narrow middle: a tenth of the weights for a language model of width 4096."""
 
     def __init__(self, in_features: int, hidden_size: int | None, out_features: int):
         super().__init__(in_features, hidden_size or LOW_RANK, out_features)
@@ -54,9 +57,11 @@ class LowRankMLP(MLPProjector):
 
 class PixelShuffle(MLPProjector):
     """Four times fewer tokens: each square of 2 x 2 patches becomes one vector of four times the width (top left, top right,
-    bottom left, bottom right), then the MLP. Nothing is averaged away (space to depth, as in InternVL and SmolVLM).
+    bottom left, bottom right), then the MLP.
 
-    forward: [M, N, in_features] -> [M, N / 4, out_features], again row by row
+    Nothing is averaged (space to depth, as in InternVL and SmolVLM).
+
+    forward: [M, N, in_features] -> [M, N / 4, out_features], row by row
     """
 
     def __init__(self, in_features: int, hidden_size: int | None, out_features: int):
@@ -64,12 +69,12 @@ class PixelShuffle(MLPProjector):
 
     @staticmethod
     def num_tokens(num_patches: int) -> int:
-        """InputError where the grid cannot be cut into squares of 2 x 2."""
+        """Raises InputError if the grid cannot be divided into squares of 2 x 2."""
         side = math.isqrt(num_patches)
         if side % 2:
             raise InputError(
                 f'"model.projector" is pixel_shuffle, which joins squares of 2 x 2 patches, but the encoder\'s grid is '
-                f"{side} x {side}; take an encoder (or, where it allows several, a model.image_size) with an even number of "
+                f"{side} x {side}; use an encoder (or, where it allows several, a model.image_size) with an even number of "
                 "patches a side, or another projector, such as mlp or resampler."
             )
         return num_patches // 4
@@ -81,12 +86,14 @@ class PixelShuffle(MLPProjector):
 
 
 class Resampler(nn.Module):
-    """A fixed number of tokens, whatever the number of patches: learned queries look at the patches by multi-head cross
-    attention, then the MLP makes each a token (after Flamingo's and Qwen-VL's resamplers; one block, normalised before each
-    part). Patches' keys carry their places in the grid, so that a query can ask what is where; queries are spread over the
-    grid and carry theirs, and as both matrices begin equal, each first looks at what is near it.
+    """A fixed number of tokens for any number of patches: learned queries attend to the patches by multi-head cross
+    attention, then the MLP makes a token of each.
 
-    The attention is as wide as the encoder, not as the language model: for CLIP-L and a 7B, 4 million weights of it.
+    After the resamplers of Flamingo and Qwen-VL, with one block, normalised before each part. The keys carry the patches'
+    positions in the grid, so a query can select by place. The queries are spread over the grid and carry their positions
+    too. Query and key matrices start equal, so each query first attends to the patches near it.
+
+    The attention is as wide as the encoder, not as the language model: 4 million weights for CLIP-L.
 
     forward: [M, N, in_features] -> [M, Q, out_features]
     """
@@ -103,7 +110,7 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(in_features)
         self.mlp = MLPProjector(in_features, hidden_size, out_features)
         for matrix in (self.query, self.value, self.output):
-            nn.init.xavier_uniform_(matrix.weight)  # as torch's own attention begins
+            nn.init.xavier_uniform_(matrix.weight)  # as torch.nn.MultiheadAttention does
         with torch.no_grad():
             self.key.weight.copy_(self.query.weight)
 
@@ -115,7 +122,7 @@ class Resampler(nn.Module):
         side, width = math.isqrt(features.shape[1]), features.shape[2]
         patches = self.norm_patches(features)
         keys = patches + grid_positions(side, side, side, width, features.device).to(patches.dtype)
-        rows = _rows(len(self.queries))
+        rows = _squarest_rows(len(self.queries))
         queries = self.queries + grid_positions(rows, len(self.queries) // rows, side, width, features.device)
         seen = F.scaled_dot_product_attention(
             self._heads(self.query(queries.to(patches.dtype)).expand(len(features), -1, -1)),
@@ -126,24 +133,27 @@ class Resampler(nn.Module):
         return self.mlp(self.norm(tokens))
 
     def _heads(self, vectors: Tensor) -> Tensor:
+        """[M, T, in] -> [M, heads, T, head_size]."""
         return vectors.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
-def _rows(count: int) -> int:
-    """Of the grid into which so many points fit: the squarest."""
+def _squarest_rows(count: int) -> int:
+    """Return the rows of the squarest grid of `count` points."""
     return next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
 
 
 def grid_positions(rows: int, columns: int, side: int, width: int, device: torch.device | None = None) -> Tensor:
-    """The places of a grid of rows x columns points, spread evenly over a picture of side x side patches, row by row, as
-    vectors [rows * columns, width] (float32): sines and cosines of how far down, then of how far right, each half of the
-    width, PLACE_SCALE high. The waves (Vaswani et al. 2017) turn by a quarter a patch for the first, down to a quarter a
-    picture."""
-    quarter = -(-width // 4)  # a width that is no multiple of four loses a few of the last cosines
+    """Return sinusoidal positions [rows * columns, width], float32, of a grid of points in an image of side x side patches.
+
+    The points are evenly spaced and in row-major order. The first half of a vector encodes the distance from the top, the
+    second half the distance from the left, as sines and cosines of amplitude PLACE_SCALE (Vaswani et al. 2017). The highest
+    frequency is a quarter turn a patch, the lowest a quarter turn an image.
+    """
+    quarter = -(-width // 4)  # a width that is not a multiple of four loses some of the last cosines
     frequencies = math.pi / 2 * side ** (-torch.arange(quarter, device=device) / max(1, quarter - 1))
 
     def waves(count: int) -> Tensor:
-        centres = (torch.arange(count, device=device) + 0.5) * (side / count) - 0.5  # 0, 1, 2, ... for a point a patch
+        centres = (torch.arange(count, device=device) + 0.5) * (side / count) - 0.5  # 0, 1, 2, ... if count is side
         angles = centres[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # [count, 2 * quarter]
 
@@ -151,24 +161,37 @@ def grid_positions(rows: int, columns: int, side: int, width: int, device: torch
     return PLACE_SCALE * torch.cat([down, right], dim=1)[:, :width]
 
 
-PROJECTORS = {"mlp": MLPProjector, "low_rank_mlp": LowRankMLP, "pixel_shuffle": PixelShuffle, "resampler": Resampler}
+Projector = MLPProjector | Resampler
+
+PROJECTORS: dict[str, type[Projector]] = {
+    "mlp": MLPProjector,
+    "low_rank_mlp": LowRankMLP,
+    "pixel_shuffle": PixelShuffle,
+    "resampler": Resampler,
+}
 
 
 def num_image_tokens(kind: str, num_patches: int, num_queries: int | None = None) -> int:
-    """How many image tokens the projector `kind` makes of that many patches, without making it. num_queries: of a resampler,
-    None for its default. InputError: an unknown kind, queries for another kind, a grid that the kind cannot take."""
+    """Return how many image tokens the projector `kind` makes of `num_patches`, without building it.
+
+    num_queries: of a resampler; None for its default. Raises InputError for an unknown kind, for queries of another kind,
+    and for a grid that the kind cannot take.
+    """
     return _kind(kind).num_tokens(num_patches, **_queries(kind, num_queries))
 
 
 def build_projector(
     kind: str, in_features: int, hidden_size: int | None, out_features: int, num_queries: int | None = None
-) -> nn.Module:
-    """The projector `kind` from the encoder's width to the language model's. hidden_size: of its MLP; num_queries: of a
-    resampler; None for the kind's default. InputError: an unknown kind, queries for another kind."""
+) -> Projector:
+    """Build the projector `kind` from the encoder's width to the language model's.
+
+    hidden_size: of its MLP; num_queries: of a resampler; None for the kind's default. Raises InputError for an unknown kind
+    and for queries of another kind.
+    """
     return _kind(kind)(in_features, hidden_size, out_features, **_queries(kind, num_queries))
 
 
-def _kind(kind: str) -> type[nn.Module]:
+def _kind(kind: str) -> type[Projector]:
     return choose(PROJECTORS, kind, "model.projector")
 
 

@@ -1,7 +1,7 @@
-"""Raw annotation records for property tests: strategies for rows of every format, and files that hold them.
+"""Raw annotation records for property tests: strategies for rows of every format, and functions that write files.
 
-A row knows what must become of it: `dialogs`, if it is good; `reasons`, if it has a known fault; neither, if it was damaged
-at random. Written from the published formats, without a look at how they are read.
+A row carries the expected result: `dialogs` if it is good, `reasons` if it has a known fault, neither if it was damaged
+at random. Written from the published formats, independently of the readers.
 """
 
 from __future__ import annotations
@@ -9,36 +9,38 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
 MARK = "<image>"
 IMAGE = None  # among the pieces of a turn
-PROMPT = object()  # a question that the reader makes up: a image and some text
+PROMPT = object()  # a question that the reader adds: an image and some text
 
 IMAGES = ("a.jpg", "b.png", "sub/c.webp", "图 1.jpg", "000000000009.jpg")
 OUTSIDE = ("../secret.jpg", "sub/../../secret.jpg", "escape.jpg", "/etc/passwd", "C:\\secret.jpg", "away/secret.jpg")
 ABSENT = ("gone.jpg", "a.jpg/b.jpg", "sub", "loop.jpg", "n\0ul.jpg", "x" * 300 + ".jpg", "A.JPG", "half \ud800.jpg")
 
-Turn = tuple[str, object]  # role, and a list of pieces (text or IMAGE) or PROMPT
+Turn = tuple[str, Any]  # role, and a list of pieces (text or IMAGE) or PROMPT
 
 
 @dataclass(frozen=True)
 class Row:
-    value: object  # as it stands in its container
+    value: Any  # the value in its container: usually an object, bytes for a line that is not JSON
     dialogs: list[list[Turn]] | None = None
-    images: list[str | bytes] = field(default_factory=list)
+    images: Sequence[str | bytes] = ()
     reasons: frozenset[str] = frozenset()
 
 
-def damaged(value: object, *reasons: str) -> Row:
+def damaged(value: Any, *reasons: str) -> Row:
+    """A row that must be refused for one of the reasons; without reasons, one of unknown outcome."""
     return Row(value, reasons=frozenset(reasons))
 
 
-# ------------------------------------------------------------------------------------------------------------------ texts
+# --- texts
 
 ODD = (
     *("<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "<|extra_0|>", "<s>", "[INST]", "<img>", "<image", "image>"),
@@ -53,14 +55,14 @@ def _texts(pieces: st.SearchStrategy[str], good: Callable[[str], bool]) -> st.Se
 
 
 plain = _texts(words, lambda text: MARK not in text)
-literal = _texts(words | st.just(MARK), lambda text: True)  # where a typed mark is nothing but text
+literal = _texts(words | st.just(MARK), lambda text: True)  # a mark in these texts is plain text
 ids = st.sampled_from(["same", "a", "a#2", "a/1", "图", 7, 0, -1, 2**70]) | plain
 blank = st.sampled_from(["", " ", "\n\t", "\u3000"])
 half = st.sampled_from(["\ud800", "a\udfffb", "\ude00\ud83d"])
 
 
 def joined(pieces: list) -> list:
-    """Neighbouring texts as one, empty ones left out."""
+    """The pieces with neighbouring texts joined and empty texts removed."""
     found: list = []
     for piece in pieces:
         if piece is not IMAGE and found and found[-1] is not IMAGE:
@@ -76,7 +78,7 @@ def marked(pieces: list) -> str:
 
 @st.composite
 def dialogs(draw, images: int, texts: st.SearchStrategy[str] = plain) -> list[Turn]:
-    """One to three questions and answers, with the images before, after or between the texts of the questions."""
+    """One to three questions and answers, with the images before, after or inside the questions."""
     pairs = draw(st.integers(1, 3))
     where = draw(st.lists(st.integers(0, pairs - 1), min_size=images, max_size=images))
     turns = []
@@ -99,12 +101,12 @@ def images_first(count: int, turns: list[Turn]) -> list[Turn]:
     return [(role, [IMAGE, "\n"] * count + pieces), *others]
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
+# --- rows
 
 
 @st.composite
 def _with_turns(draw, names: dict[str, str], role: str, content: str) -> Row:
-    """A row of turns whose strings hold the marks; some without any, which is repaired."""
+    """A row of turns with marks in the strings. Some rows have no marks, which the reader repairs."""
     images = draw(st.lists(st.sampled_from(IMAGES), max_size=2))
     bare = draw(st.booleans())
     turns = draw(dialogs(0 if bare else len(images)))
@@ -129,8 +131,10 @@ chat = _with_turns(CHAT_NAMES, "role", "content")
 
 
 def chat_table(data: list[bytes], black: bytes | None) -> st.SearchStrategy[Row]:
-    """minimind-v's parquet: the conversations as JSON text, the images as bytes: a list of them, or one, and then
-    `black` where there is none."""
+    """minimind-v's parquet: the conversations as JSON text, the images as bytes.
+
+    "image_bytes" is a list, or, if `black` is given, one image, which is `black` in a row without images.
+    """
 
     def as_table(row: Row) -> Row:
         images = [data[IMAGES.index(name) % len(data)] for name in row.images]
@@ -149,7 +153,7 @@ def messages(draw) -> Row:
     names, role, content = draw(st.sampled_from([(CHAT_NAMES, "role", "content"), (LLAVA_NAMES, "from", "value")]))
     value: dict = {"messages": []}
     own = draw(st.sampled_from([None, "image", "path", "url", "image_url"])) if in_parts else None
-    shown = iter([images[i] for i in range(len(images))])
+    shown = iter(images)
     for who, pieces in turns:
         said: object = marked(pieces)
         if in_parts:
@@ -201,7 +205,7 @@ def ai_challenger(draw) -> Row:
 
 @st.composite
 def text(draw) -> Row:
-    """minimind's pretraining data: a text by itself, in which a mark is nothing but text."""
+    """minimind's pretraining data: a plain text, in which a mark has no meaning."""
     text = draw(literal | blank)
     value = {"text": text} | ({"id": draw(ids)} if draw(st.booleans()) else {})
     return Row(value, [[("text", [text])]]) if text.strip() else damaged(value, "empty_answer")
@@ -209,7 +213,7 @@ def text(draw) -> Row:
 
 @st.composite
 def coco_image(draw) -> Row:
-    """In place of a record: ("file name", [captions]). `write_coco` gives it its integer id."""
+    """A row whose value is ("file name", [captions]); `write_coco` adds the integer id."""
     row = draw(ai_challenger())
     value = (row.value["image_id"], draw(st.just(row.value["caption"]) | st.just([])))
     return replace(row, value=value) if value[1] else damaged(value, "no_answer")
@@ -217,7 +221,7 @@ def coco_image(draw) -> Row:
 
 @st.composite
 def table_row(draw, columns: list[str]) -> Row:
-    """Cells by the table's columns: "image", "id", "question" and "answer", or "caption"."""
+    """A row with cells for these columns: "image", "id", "question" and "answer", or "caption"."""
     cells = {"image": draw(st.sampled_from(IMAGES)), "id": str(draw(ids)).strip() or "x", "extra": draw(plain)}
     cells |= {name: draw(literal) for name in ("question", "answer", "caption")}
     dialog = captioned([cells["caption"]])[0]
@@ -226,9 +230,9 @@ def table_row(draw, columns: list[str]) -> Row:
     return Row([cells[name] for name in columns], [dialog], [cells["image"]])
 
 
-# ----------------------------------------------------------------------------------------------------------------- faults
+# --- faults
 
-JUNK = st.sampled_from(
+JUNK: st.SearchStrategy[Any] = st.sampled_from(
     [
         None,
         True,
@@ -261,7 +265,7 @@ def junk_row(draw) -> Row:
 
 @st.composite
 def damage(draw, rows: st.SearchStrategy[Row]) -> Row:
-    """A good row in which something was left out, replaced, doubled or exchanged at random."""
+    """A good row in which something was removed, replaced, doubled or reversed at random."""
     value = json.loads(json.dumps(draw(rows).value))
     for _ in range(draw(st.integers(1, 2))):
         holder, key = draw(st.sampled_from(_places(value) or [({}, "x")]))
@@ -277,20 +281,20 @@ def damage(draw, rows: st.SearchStrategy[Row]) -> Row:
     return Row(value)
 
 
-def _places(value: object) -> list[tuple]:
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [place for key in list(keys) for place in [(value, key), *_places(value[key])]]
+def _places(value: Any) -> list[tuple]:
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    return [place for key in keys for place in [(value, key), *_places(value[key])]]
 
 
 @st.composite
 def faulty(draw, rows: st.SearchStrategy[Row], fault: Callable[[Row, Callable], Row | None]) -> Row:
-    """A row with the fault that `fault` knows to put in; the row as it is where that has no place for it."""
+    """A row with the fault that `fault` adds, or the unchanged row if `fault` returns None."""
     row = draw(rows)
     return (fault(row, draw) if row.dialogs else None) or row
 
 
 def wrong_image(row: Row, draw: Callable) -> Row | None:
-    """The first image's path leads outside, or to nothing."""
+    """The path of the first image leads outside or does not exist."""
     key = next((key for key in ("image", "images", "image_id") if row.value.get(key)), None)
     path, reason = draw(
         st.sampled_from([(p, "path_outside_folder") for p in OUTSIDE] + [(p, "missing_image") for p in ABSENT])
@@ -303,7 +307,7 @@ def wrong_image(row: Row, draw: Callable) -> Row | None:
 
 
 def wrong_turns(row: Row, draw: Callable) -> Row | None:
-    """Turns that are no conversation, or with a text that is none."""
+    """Turns that are not a conversation, or a content that is not a text."""
     key = "conversations" if "conversations" in row.value else "messages"
     turns = [dict(turn) for turn in row.value[key]]
     role, content = ("from", "value") if "from" in turns[0] else ("role", "content")
@@ -326,19 +330,19 @@ def wrong_turns(row: Row, draw: Callable) -> Row | None:
     else:
         turns = {"cut": turns[:-1], "first": [turns[1], *turns], "empty": []}[fault]
         reason = {"cut": "no_answer", "first": "assistant_first", "empty": "no_answer"}[fault]
-    # Less text can also mean fewer marks.
+    # Removed turns may also have had marks.
     return damaged(
         {**row.value, key: turns}, reason, *(["marks_and_pictures_disagree"] if fault in ("cut", "empty") else [])
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- containers
+# --- containers
 
-Place = tuple[str, str, int]  # file, "line" or "index", number: as a refusal names a row
+Place = tuple[str, str, int]  # file, "line" or "index", number: the place of a row in a refusal
 
 
 def write_json(draw: Callable, file: Path, rows: list[Row]) -> list[Place]:
-    """A JSON list, or JSON Lines among which rows of bytes stand as they are."""
+    """Write a JSON list or JSON Lines. Rows of bytes become lines without encoding."""
     lines = any(isinstance(row.value, bytes) for row in rows) or draw(st.booleans())
     texts = [row.value if isinstance(row.value, bytes) else _json(draw, row.value, lines) for row in rows]
     bom = draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
@@ -363,16 +367,17 @@ def _json(draw: Callable, value: object, one_line: bool) -> bytes:
         return escaped.encode()
 
 
-def write_coco(draw: Callable, file: Path, rows: list[Row], orphans: int) -> list[Place]:
-    """COCO's object of two lists in any order, with `orphans` annotations about no image at the end."""
-    images, annotations = [], []
+def write_coco(draw: Callable, file: Path, *, rows: list[Row], orphans: int) -> list[Place]:
+    """Write COCO's object of two lists in any order; the last `orphans` annotations have no image."""
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number, row in enumerate(rows):
         name, captions = row.value
         images.append({"id": 100 - number, "file_name": name, "height": 4, "width": 4})
         annotations += [
             {"id": len(annotations) + k, "image_id": 100 - number, "caption": c} for k, c in enumerate(captions)
         ]
-    annotations += [{"image_id": 1000 + number, "caption": "nobody"} for number in range(orphans)]
+    annotations += [{"image_id": 1000 + number, "caption": "orphan"} for number in range(orphans)]
     lists = [("images", images), ("annotations", annotations), ("info", {"images": "no list"}), ("licenses", [])]
     file.write_bytes(
         draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + _json(draw, dict(draw(st.permutations(lists))), True)
@@ -381,7 +386,7 @@ def write_coco(draw: Callable, file: Path, rows: list[Row], orphans: int) -> lis
 
 
 def write_parquet(draw: Callable, folder: Path, rows: list[Row]) -> list[Place]:
-    """One shard or two."""
+    """Write one or two shards."""
     import pyarrow
     import pyarrow.parquet
 
@@ -394,8 +399,8 @@ def write_parquet(draw: Callable, folder: Path, rows: list[Row]) -> list[Place]:
     return places
 
 
-def write_csv(draw: Callable, file: Path, columns: list[str], rows: list[Row]) -> list[Place]:
-    """Rows of bytes stand as they are, one line each."""
+def write_csv(draw: Callable, file: Path, *, columns: list[str], rows: list[Row]) -> list[Place]:
+    """Write a table. Rows of bytes become lines without encoding."""
     delimiter = draw(st.sampled_from([",", ";", "\t"]))
     data, places = draw(st.sampled_from([b"", b"\xef\xbb\xbf"])), []
     for values in [columns, *(row.value for row in rows)]:
@@ -404,9 +409,8 @@ def write_csv(draw: Callable, file: Path, columns: list[str], rows: list[Row]) -
             data += values + b"\n"
         else:
             text, quoting = io.StringIO(), draw(st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]))
-            end = (
-                "\r\n" if quoting == csv.QUOTE_MINIMAL else draw(st.sampled_from(["\n", "\r\n"]))
-            )  # else "\r" stands bare
+            # QUOTE_MINIMAL does not quote a "\r" in a cell if lines end in "\n".
+            end = "\r\n" if quoting == csv.QUOTE_MINIMAL else draw(st.sampled_from(["\n", "\r\n"]))
             csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=quoting).writerow(values)
             data += text.getvalue().encode("utf-8", "surrogatepass")
     file.write_bytes(data)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# All checks:   sh tests/run.sh          One file:   sh tests/run.sh tests/test_config.py
+# All checks:   sh tests/run.sh          One file:   sh tests/run.sh tests/config/test_load.py
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 REQUIREMENTS="requirements.txt tests/requirements.txt"
@@ -7,4 +7,5 @@ REQUIREMENTS="requirements.txt tests/requirements.txt"
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 exec "$PYTHON" -m pytest -q "$@"

@@ -1,5 +1,6 @@
-"""train.py started many times at little cost: every start is forked from one process that has imported everything and has
-run nothing, so that it has no thread and no state. Signals come when they are sent, or at a chosen moment of the run.
+"""Start train.py many times cheaply, and send it signals, also at a chosen moment of the run.
+
+Every start is forked from one process that has imported everything but has run nothing, so it has no threads and no state.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from training.log import RunLog
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.starts"])
-SECONDS = 60  # that a start may take before it is taken to hang
+SECONDS = 60  # a start that takes longer counts as hanging
 
 
 class At(NamedTuple):
-    """A moment at which a run sends itself a signal: the `count`-th time that `place` is come by. place: a function
-    ("train.evaluate": when it is called), or an audit event with a path that it names ("open */state.json", "os.rename
-    */best": just before it happens)."""
+    """A moment at which a run sends itself a signal: just before `place` happens for the `count`-th time.
+
+    place: a call of a function, by the module that looks its name up and this name ("train.evaluate"); or an audit event
+    with a pattern of its path, for a rename the new one ("open */state.json", "os.rename */best").
+    """
 
     place: str
     count: int = 1
@@ -37,8 +40,8 @@ class At(NamedTuple):
 
 
 class Start:
-    """A running `python train.py --config CONFIG ...` in a process group of its own. log: the file that it writes its
-    output to, which is not emptied."""
+    """A running `python train.py --config CONFIG ...` in its own process group. log: the file to which its output is
+    appended."""
 
     def __init__(self, config: Path, *arguments: str, at: Sequence[At] = (), log: Path | None = None):
         self.log = log or config.parent / "log.txt"
@@ -49,12 +52,12 @@ class Start:
         (os.killpg if to_group else os.kill)(self.process.pid, number)
 
     def wait(self, seconds: float = SECONDS) -> int | None:
-        """The exit code, negative for a signal; None where the run goes on after `seconds`."""
+        """Return the exit code, negative for a signal; None if the run has not ended after `seconds`."""
         self.process.join(seconds)
         return self.process.exitcode
 
     def end(self) -> int:
-        """The exit code of a run that ends by itself."""
+        """Return the exit code of a run that ends by itself. Raises AssertionError if it hangs."""
         code = self.wait()
         if code is None:
             self.send(signal.SIGKILL, to_group=True)
@@ -67,22 +70,23 @@ class Start:
 
 def _run(arguments: list[str], moments: list[At], log: Path) -> None:
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background begins with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as without a server
-    os.fsync = lambda _: None  # a killed process loses nothing that it gave to the kernel
-    RunLog.draw = lambda _: None  # curves.png takes longer than all the rest
-    for moment in reversed(moments):  # of two at one place the first comes first
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a plain start
+    os.fsync = lambda _: None  # a kill loses nothing that the kernel already has
+    RunLog.draw = lambda _: None  # curves.png would take longer than the rest of the run
+    for moment in reversed(moments):  # the last one armed at a place is checked first
         _arm(moment)
     sys.argv = ["train.py", *arguments]
     run_script(train.main_with_messages)
 
 
 def _send_to_group(group: int, number: int) -> None:
-    """From a process outside of it, as a terminal or a job scheduler is: workers obey their parent."""
+    """Send a signal to a process group from outside of it, as a terminal or a job scheduler does. (The loader's workers
+    would obey a signal from their parent.)"""
     sender = os.fork()
     if sender == 0:
         os.setpgid(0, 0)
@@ -94,10 +98,10 @@ def _send_to_group(group: int, number: int) -> None:
 def _arm(moment: At) -> None:
     pid, seen = os.getpid(), 0
 
-    def come_by() -> None:
+    def reach() -> None:
         nonlocal seen
         seen += 1
-        if seen == moment.count and os.getpid() == pid:  # not in the loader's workers
+        if seen == moment.count and os.getpid() == pid:  # ignore the loader's workers
             _send_to_group(pid, moment.signal) if moment.to_group else os.kill(pid, moment.signal)
 
     event, _, pattern = moment.place.partition(" ")
@@ -105,7 +109,7 @@ def _arm(moment: At) -> None:
 
         def audit(name: str, values: tuple) -> None:
             if name == event and fnmatch(os.fsdecode(values[1] if name == "os.rename" else str(values[0])), pattern):
-                come_by()
+                reach()
 
         sys.addaudithook(audit)
         return
@@ -114,7 +118,7 @@ def _arm(moment: At) -> None:
     function = getattr(module, name)
 
     def wrapped(*positional: object, **named: object) -> object:
-        come_by()
+        reach()
         return function(*positional, **named)
 
     setattr(module, name, wrapped)

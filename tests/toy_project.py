@@ -1,8 +1,11 @@
-"""A whole tiny project in a folder: encoder, language model, pictures, raw annotations, config. For tests of the scripts."""
+"""A tiny project in a folder: encoder, language model, images, raw annotations, config. For tests of the scripts."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,9 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+import qwen
+from dataset.conversation import ChatFormat
+from model.build import Processors
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen3
 from tests.toy_towers import write_clip, write_dinov2, write_siglip, write_siglip2
 
@@ -19,7 +25,10 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), 
 
 
 def write_project(folder: Path, tower: str = "clip", language_model: str = "qwen2", pictures: int = 12) -> Path:
-    """Returns the path of a config.yaml that trains in seconds. Pictures are plain colours; the last quarter is held out."""
+    """Write a project that trains in seconds, and return the path of its config.yaml.
+
+    Its images are plain colours with one grey line each; the last quarter of its records is held out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     TOWERS[tower](folder / "tower")
     LANGUAGE_MODELS[language_model](folder / "lm")
@@ -49,7 +58,7 @@ def write_project(folder: Path, tower: str = "clip", language_model: str = "qwen
 
 
 def config_values() -> dict:
-    """The values of a toy project's config.yaml."""
+    """Return the values of a toy project's config.yaml."""
     source = {"format": "llava", "images": "images"}
     return {
         "seed": 1,
@@ -91,8 +100,8 @@ SIZES = {
 
 
 def write_staged_project(folder: Path) -> Path:
-    """A project whose language model is made from nothing, in three stages: texts, pictures, instructions. The tokenizer is
-    learned from their data. Returns the path of its config.yaml."""
+    """Write a project whose language model starts from random weights and trains in three stages: texts, images,
+    instructions. Its tokenizer is learned from their data. Returns the path of its config.yaml."""
     path = write_project(folder)
     lines = [{"text": f"There are {i} red circles. 有{i}个红色的圆形。" * (1 + i % 3)} for i in range(30)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -138,7 +147,7 @@ def write_staged_project(folder: Path) -> Path:
 
 
 def write_yaml(path: Path, values: dict) -> None:
-    """Everything written out where it stands, without YAML's aliases."""
+    """Write a YAML file without aliases, which the config's reader refuses."""
     path.write_text(yaml.safe_dump(json.loads(json.dumps(values)), allow_unicode=True))
 
 
@@ -146,18 +155,41 @@ def write_pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         pixels = np.full((40, 50, 3), list(COLOURS.values())[i % len(COLOURS)], dtype=np.uint8)
-        pixels[i % 40, :, :] = 127  # no two pictures are alike
+        pixels[i % 40, :, :] = 127  # no two images are equal
         Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
 def run_training(config: Path, *arguments: str) -> int:
-    """train.py's main in this process, as often as wanted: accelerate keeps its state between runs otherwise."""
+    """Run train.py's main in this process and return its exit code. May be called any number of times."""
     import train
 
+    with fresh_accelerate():
+        return train.main(["--config", str(config), *arguments])
+
+
+@contextlib.contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """Clear accelerate's global state before and after: it would keep the devices and precision of an earlier run."""
+    reset_accelerate()
+    try:
+        yield
+    finally:
+        reset_accelerate()
+
+
+def reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    try:
-        return train.main(["--config", str(config), *arguments])
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+
+
+def chat_of(processors: Processors, system_prompt: str | None = None) -> ChatFormat:
+    """Return the prompt format for `processors`, as `training.run.chat_format` makes it of a config."""
+    return ChatFormat(
+        encode_text=functools.partial(qwen.encode_text, processors.tokenizer),
+        im_start_id=processors.token_id("<|im_start|>"),
+        im_end_id=processors.token_id("<|im_end|>"),
+        end_of_text_id=processors.token_id("<|endoftext|>"),
+        image_token_id=qwen.image_token_id(processors.tokenizer),
+        num_image_tokens=processors.num_image_tokens,
+        system_prompt=system_prompt,
+    )

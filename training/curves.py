@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def draw_curves(runs: Sequence[tuple[str, list[dict]]], image: Path) -> None:
-    """Draw loss (training and held out), learning rates, gradient norm and speed over the steps as a PNG, and the balance loss
-    of experts if there are any.
+    """Draw loss (training and held out), learning rates, gradient norm and speed over the steps as a PNG, and the
+    balance loss of experts if there are any.
 
-    runs: (name, its rows of metrics.jsonl) of one run, or of each stage; stages are drawn one after the other. Raises OSError
-    if the file cannot be written.
+    runs: (name, its rows of metrics.jsonl) of one run, or of each stage; stages are drawn one after the other. Raises
+    OSError if the file cannot be written.
     """
     import matplotlib
 

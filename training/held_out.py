@@ -25,7 +25,8 @@ SHOWN_SAMPLES = 4  # questions that are answered at each evaluation
 
 @torch.no_grad()
 def evaluate(run: Run) -> None:
-    """Measure the held-out loss, answer a few fixed questions, log both, and write best/ if the loss is the lowest so far."""
+    """Measure the held-out loss, answer a few fixed questions, log both, and write best/ if the loss is the lowest so
+    far."""
     step = run.position.step
     run.log.flush()
     model = run.model.eval()
@@ -48,8 +49,8 @@ def evaluate(run: Run) -> None:
 
 
 def validate(run: Run, count: int | None) -> Validation:
-    """Measure loss and accuracy on the first `count` held-out records, divided among the processes. The model must be in eval
-    mode and gathered."""
+    """Measure loss and accuracy on the first `count` held-out records, divided among the processes. The model must be
+    in eval mode and gathered."""
     assert run.validation_set is not None
     accelerator = run.accelerator
     mine = run.validation_records[:count][accelerator.process_index :: accelerator.num_processes]
@@ -84,8 +85,8 @@ def held_out_questions(run: Run, count: int | None) -> list[Question]:
 
 
 def score_held_out(run: Run) -> dict | None:
-    """Ask the held-out questions, with their images and with swapped ones; print the table and return the scores. None if the
-    run has no validation file."""
+    """Ask the held-out questions, with their images and with swapped ones; print the table and return the scores. None
+    if the run has no validation file."""
     if run.validation_set is None:
         return None
     questions = held_out_questions(run, run.config.train.score_samples)

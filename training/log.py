@@ -1,5 +1,5 @@
-"""What a run writes while it trains: metrics.jsonl, samples.jsonl, skipped.jsonl, curves.png, and the numbers for the progress
-bar and trackers."""
+"""What a run writes while it trains: metrics.jsonl, samples.jsonl, skipped.jsonl, curves.png, and the numbers for the
+progress bar and trackers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,14 @@ class RunLog:
             for path in (self.metrics, folder / "samples.jsonl", folder / "skipped.jsonl"):
                 _drop_rows_after(path, start_step)
         self.start_interval()
+
+    def start_interval(self) -> None:
+        """Reset all counts."""
+        self.pending: dict[str, Any] | None = None
+        self.loss_sum, self.targets, self.samples, self.tokens = 0.0, 0, 0, 0
+        self.skipped_steps, self.replaced = 0, 0
+        self.balance_losses: list[float] = []
+        self.started = time.perf_counter()
 
     def step(
         self,
@@ -108,14 +117,6 @@ class RunLog:
         for sample in samples:
             self._write(self.folder / "samples.jsonl", {"step": step, **sample})
         self.start_interval()
-
-    def start_interval(self) -> None:
-        """Reset all counts."""
-        self.pending: dict | None = None
-        self.loss_sum, self.targets, self.samples, self.tokens = 0.0, 0, 0, 0
-        self.skipped_steps, self.replaced = 0, 0
-        self.balance_losses: list[float] = []
-        self.started = time.perf_counter()
 
     def draw(self) -> None:
         """Draw curves.png from metrics.jsonl."""

@@ -47,8 +47,8 @@ from training.step import Stepper
 def open_run(config: Config, arguments: argparse.Namespace) -> Iterator[Run | None]:
     """Yield the run of `config`, ready to train from its position; None if it is finished already.
 
-    arguments: train.py's command line. Its folder is locked until the context ends. Raises InputError with everything that is
-    wrong.
+    arguments: train.py's command line. Its folder is locked until the context ends. Raises InputError with everything
+    that is wrong.
     """
     accelerator, precision = _start_accelerator(config)
     with RunLock(config.output_dir):
@@ -242,7 +242,7 @@ def _start_trackers(run: Run) -> None:
 
 def _flatten(values: dict, prefix: str = "") -> dict:
     """Return nested keys as dotted ones with values as text, as trackers take them."""
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
     return flat

@@ -1,9 +1,8 @@
-"""Prepare and check a run's data before training: make the QA files, look at every record, and report what is wrong in terms of
-the config and the run. The checks themselves are in `dataset.checks`."""
+"""Prepare and check a run's data before training: make the QA files, look at every record, and report what is wrong in
+terms of the config and the run. The checks themselves are in `dataset.checks`."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +124,7 @@ def _check_sample(
     num_images = check_images(checked)
     lengths = None
     if chat is not None and processors is not None:
-        decode = functools.partial(
-            processors.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        lengths = check_labels(checked, chat, decode, max_length)
+        lengths = check_labels(checked, chat, processors.decode, max_length)
     return [describe(checked, lengths, num_images, max_length) + "\n"] if thorough else []
 
 
@@ -149,8 +145,8 @@ def _add_findings(config: Config, checked: Checked, findings: Findings) -> list[
 
 
 def _leave_out(config: Config, checked: Checked, findings: Findings) -> tuple[np.ndarray, list[str]]:
-    """Find the records that data.max_length leaves no use for: list them in a file of the run, or add a finding if they are too
-    many. Returns (these records, notes)."""
+    """Find the records that data.max_length leaves no use for: list them in a file of the run, or add a finding if they
+    are too many. Returns (these records, notes)."""
     path, count = checked.path, len(checked.unfit)
     records = np.array(checked.unfit_records, np.int64)
     same_folder = config.output_dir == path.parent  # the list of what preparing refused is there

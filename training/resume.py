@@ -48,9 +48,9 @@ NO_HISTORY = "remove it, it only records the run's history"
 class RunLock:
     """`with RunLock(output_dir):` no other run may write into the folder, and leftovers of a kill are repaired.
 
-    The main process holds the lock for all. Raises InputError if another run holds it. The lock is a record lock (fcntl):
-    unlike flock's, it belongs to the process and not to the open file, so the loader's workers, forked while it is held, never
-    hold it. The kernel releases it when the process ends, for whatever reason.
+    The main process holds the lock for all. Raises InputError if another run holds it. The lock is a record lock
+    (fcntl): unlike flock's, it belongs to the process and not to the open file, so the loader's workers, forked while
+    it is held, never hold it. The kernel releases it when the process ends, for whatever reason.
     """
 
     def __init__(self, output_dir: Path) -> None:

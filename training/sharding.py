@@ -1,5 +1,5 @@
-"""One model divided among several processes (torch's FSDP2): each holds a part of every weight, gradient and optimizer state,
-and gathers a layer's weights when it needs them.
+"""One model divided among several processes (torch's FSDP2): each holds a part of every weight, gradient and optimizer
+state, and gathers a layer's weights when it needs them.
 
 Gathering is an exchange, so every process must run the same number of forward and backward passes; a process that has no
 micro-batch runs `idle_batch`. Whatever is not training runs inside `gathered_for_inference`. On one process these functions
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ from training.parallel import num_processes
 
 
 def idle_batch() -> Batch:
-    """Return a batch without targets: loss 0, zero gradients. For a process that has no micro-batch while others have one."""
+    """Return a batch without targets: loss 0, zero gradients. For a process that has no micro-batch while others have
+    one."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return Batch(
         input_ids=ids,
@@ -66,7 +68,8 @@ def shard(model: VisionLanguageModel, device: torch.device, dtype: torch.dtype) 
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward pass comes next
     # Fix what the backward pass prefetches. By default FSDP follows the forward passes since the last backward pass. Answers
     # generated in between differ in length from process to process, and two processes would wait for each other forever.
-    for module, ahead in zip([*layers, model], [model, *layers], strict=True):
+    sharded: list[Any] = [*layers, model]  # fully_shard made each an FSDPModule too
+    for module, ahead in zip(sharded, [model, *layers], strict=True):
         module.set_modules_to_backward_prefetch([ahead])
     # A layer whose input needs no gradient reduces its own at another moment. Text alone above frozen embeddings would then
     # exchange in another order than the processes that have images.
@@ -77,7 +80,7 @@ def shard(model: VisionLanguageModel, device: torch.device, dtype: torch.dtype) 
     with torch.no_grad():
         # the first forward pass tells FSDP which module is the outermost: it must be this one
         model(**idle_batch().model_inputs(device))
-    model.reshard()
+    sharded[-1].reshard()
 
 
 @contextlib.contextmanager
@@ -98,17 +101,17 @@ def gathered_for_inference(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered_for_saving(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
-    """Let the main process's model and optimizer hold whole CPU tensors instead of shards, so that the code that saves a plain
-    model saves this one. On the other processes nothing changes. A plain model is left as it is.
+    """Let the main process's model and optimizer hold whole CPU tensors instead of shards, so that the code that saves
+    a plain model saves this one. On the other processes nothing changes. A plain model is left as it is.
 
-    Only float32 parameters are gathered: all that trains or has trained. They are gathered one at a time, and the main process
-    needs memory for all of them. Every process must enter.
+    Only float32 parameters are gathered: all that trains or has trained. They are gathered one at a time, and the main
+    process needs memory for all of them. Every process must enter.
     """
-    shards: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight is gathered once and stays tied
+    shards: list[tuple[nn.Module, str, Any, nn.Parameter]] = []
+    made: dict[Tensor, nn.Parameter] = {}  # a tied weight is gathered once and stays tied
     state = {} if optimizer is None else optimizer.state
-    for module in _sharded_modules(model):
-        module.reshard()
+    for sharded in _sharded_modules(model):
+        sharded.reshard()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor) and parameter.dtype == torch.float32:

@@ -1,5 +1,5 @@
-"""What makes a run fast: each part is chosen by `auto` or by its config key, applied to the model, and printed before the first
-step.
+"""What makes a run fast: each part is chosen by `auto` or by its config key, applied to the model, and printed before
+the first step.
 
 None of them changes what is learned, except for rounding: each is tested against the plain way.
 """
@@ -55,7 +55,8 @@ def choices_table(choices: Sequence[Choice]) -> str:
 
 
 def apply_speed_choices(run: Run, flash: Choice) -> list[Choice]:
-    """Choose the speed-ups of a run, apply them to it, and return them. flash: the attention that the model was loaded with."""
+    """Choose the speed-ups of a run, apply them to it, and return them. flash: the attention that the model was loaded
+    with."""
     config, device, model = run.config, run.accelerator.device, run.model
     packs, fuses = packing(config), fused_lora(config, run.built)
     kernels = liger_kernels(config, run.built, device)
@@ -138,7 +139,7 @@ def liger_kernels(config: Config, built: Built, device: torch.device) -> Choice:
     if built.model.has_experts:
         if word == "on":
             raise InputError(
-                '"train.liger_kernels" is on, but Liger\'s kernels replace those of dense language models only; set it to auto.'
+                '"train.liger_kernels" is on, but Liger replaces the kernels of dense language models only; set it to auto.'
             )
         return Choice(name, "off", "a mixture of experts keeps transformers' own")
     is_usable = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
@@ -174,7 +175,11 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
     config, tower, dtype = run.config, run.built.model.vision_tower, PRECISIONS[run.precision]
     name, word = "cache_features", config.train.cache_features
     sharded = config.train.fsdp and run.accelerator.num_processes > 1
-    why = "the encoder trains, so its features change" if tower.trains else "train.fsdp divides the encoder among processes"
+    why = (
+        "the encoder trains, so its features change"
+        if tower.trains
+        else "train.fsdp divides the encoder among processes"
+    )
     if tower.trains or sharded:
         if word == "on":
             raise InputError(f'"train.cache_features" is on, but {why}; set it to auto.')
@@ -209,7 +214,8 @@ def _count_images(dataset: QADataset) -> int:
 def activation_checkpointing(
     config: Config, built: Built, dataset: QADataset, device: torch.device, batch_size: int
 ) -> Choice:
-    """Choose whether the backward pass recomputes each layer instead of keeping it: where a batch would not fit otherwise."""
+    """Choose whether the backward pass recomputes each layer instead of keeping it: where a batch would not fit
+    otherwise."""
     name = "activation_checkpointing"
     configured = _as_configured(name, config.train.activation_checkpointing)
     if configured:

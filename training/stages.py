@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -27,8 +28,8 @@ Stages = tuple[StageConfig, ...]
 
 @contextlib.contextmanager
 def open_stages(config: Config, arguments: argparse.Namespace) -> Iterator[Iterator[Config]]:
-    """Yield the configs to train, one after the other: those of the stages that are not finished, or `config` itself if it has
-    no stages. arguments: train.py's command line; --stage chooses one stage.
+    """Yield the configs to train, one after the other: those of the stages that are not finished, or `config` itself if
+    it has no stages. arguments: train.py's command line; --stage chooses one stage.
 
     The whole run's folder is locked until the context ends. Raises InputError if a stage has nothing to start from, or was
     trained on top of something else than exists now, and if a later stage's data is wrong.
@@ -52,7 +53,8 @@ def open_stages(config: Config, arguments: argparse.Namespace) -> Iterator[Itera
 
 
 def check_stages(config: Config, arguments: argparse.Namespace) -> None:
-    """Check `config`, or each chosen stage of it, and print what would train. Raises InputError with every stage's faults."""
+    """Check `config`, or each chosen stage of it, and print what would train. Raises InputError with every stage's
+    faults."""
     stages = config.train.stages
     if not stages:
         check_run(config, arguments)
@@ -71,15 +73,13 @@ def check_stages(config: Config, arguments: argparse.Namespace) -> None:
         raise InputError("\n\n".join(faults))
 
 
-def _unfinished(
-    stages: Stages, chosen: list[int], arguments: argparse.Namespace, ended: list[int]
-) -> Iterator[Config]:
+def _unfinished(stages: Stages, chosen: list[int], arguments: argparse.Namespace, ended: list[int]) -> Iterator[Config]:
     """Yield the config of each chosen stage that is not finished. A stage counts as ended when the next one is asked for."""
     is_first = True
     for number in chosen:
         print_main(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
         stage = _with_start(stages, number, arguments)
-        if arguments.resume == "auto" and on_main(lambda stage=stage: _is_finished(stage)):
+        if arguments.resume == "auto" and on_main(functools.partial(_is_finished, stage)):
             print_finished(stage.output_dir / "final")
         else:
             if is_first:
@@ -149,8 +149,7 @@ def _with_start(stages: Stages, number: int, arguments: argparse.Namespace) -> C
     final = before.config.output_dir / "final"
     if not final.exists():
         if arguments.check:  # nothing has trained yet, but everything else can be checked
-            free = tuple(dataclasses.asdict(stage.config.train.trainable).keys() - {"vision_tower"})
-            train = dataclasses.replace(stage.config.train, freeze_random=free)
+            train = dataclasses.replace(stage.config.train, freeze_random=("projector", "language_model", "embeddings"))
             return dataclasses.replace(stage.config, train=train)
         raise InputError(
             f'stage "{stage.name}" starts from stage "{before.name}", which has not ended: {final} does not exist. Train it '
@@ -181,7 +180,8 @@ def _refuse_stale(stage: StageConfig, before: StageConfig, final: Path) -> None:
 
 
 def _publish(config: Config) -> None:
-    """Write <run>/metrics.jsonl and curves.png of all stages, and <run>/final of the last stage, unless they are up to date."""
+    """Write <run>/metrics.jsonl and curves.png of all stages, and <run>/final of the last stage, unless they are up to
+    date."""
     logs = [(stage.name, read_rows(stage.config.output_dir / "metrics.jsonl")) for stage in config.train.stages]
     rows = [{"stage": name, **row} for name, found in logs for row in found]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -200,7 +200,8 @@ def _publish(config: Config) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a model's folder without its manifest. Files are hard links where the disk has them: nothing writes to them again."""
+    """Copy a model's folder without its manifest. Files are hard links where the disk has them: nothing writes to them
+    again."""
     for path in source.rglob("*"):
         to = target / path.relative_to(source)
         if path.is_dir():

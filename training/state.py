@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import InputError
 from model.checkpoint import on_cpu, read_tensors
 from model.checkpoint_folder import read_json
 from training.sharding import laid_out_as
-from safetensors.torch import save_file
 
 ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
 

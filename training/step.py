@@ -27,7 +27,8 @@ from training.processes import total
 
 @dataclass(frozen=True)
 class StepLosses:
-    """What `forward_and_backward` computed. answers and balance are this process's share, the counts those of all processes."""
+    """What `forward_and_backward` computed. answers and balance are this process's share, the counts those of all
+    processes."""
 
     answers: float  # this process's part of the loss per target
     balance: float  # this process's part of the experts' balance loss
@@ -113,11 +114,9 @@ class Stepper:
             stop_requested=stops > 0,
         )
 
-    def _try(
-        self, step: int, micro_batches: Sequence[Batch], targets: int, tokens: int
-    ) -> tuple[float, float] | None:
-        """Run all micro-batches and return this process's share of (loss, balance loss). None if memory was full: `pieces` is
-        doubled, and no gradient of the attempt is left."""
+    def _try(self, step: int, micro_batches: Sequence[Batch], targets: int, tokens: int) -> tuple[float, float] | None:
+        """Run all micro-batches and return this process's share of (loss, balance loss). None if memory was full:
+        `pieces` is doubled, and no gradient of the attempt is left."""
         try:
             return self._run_micro_batches(step, micro_batches, targets, tokens)
         except RuntimeError as error:
@@ -173,5 +172,6 @@ class Stepper:
 
 
 def seed_dropout(seed: int, *place: int) -> None:
-    """Seed dropout for one (step, micro-batch): the same numbers on any process and after a resume, with no state to save."""
+    """Seed dropout for one (step, micro-batch): the same numbers on any process and after a resume, with no state to
+    save."""
     torch.manual_seed(int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]))

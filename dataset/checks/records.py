@@ -255,7 +255,10 @@ def _may_have_image(turns: Conversation, i: int) -> bool:
 
 def _language(record: Record) -> str:
     """Return the language of the beginning of the conversation."""
-    return language_of(" ".join(plain_text(turn.content)[:200] for turn in record.conversations[:4]))
+    for turn in record.conversations:
+        if not isinstance(turn.content, str) or not turn.content.isascii():
+            return language_of(" ".join(plain_text(turn.content)[:200] for turn in record.conversations[:4]))
+    return "en"  # the common case, without joining the texts
 
 
 def plain_text(content: str | tuple) -> str:

@@ -1,4 +1,4 @@
-"""The config: what a user may write, and what each mistake is answered with. Run: python -m pytest tests/test_config.py"""
+"""Load a config: keys, paths, overrides, stages, and writing it back. Run: sh tests/run.sh tests/config/test_load.py"""
 
 import dataclasses
 import os
@@ -12,7 +12,6 @@ import yaml
 
 from config import (
     DEFAULT_CONFIG,
-    FREE_KEYS,
     Config,
     InputError,
     ScratchConfig,
@@ -23,6 +22,7 @@ from config import (
     run_script,
     to_yaml,
 )
+from config.load import FREE_KEYS
 from config.typed_yaml import Switch, all_keys
 
 ROOT = DEFAULT_CONFIG.parent
@@ -43,12 +43,12 @@ VALUES = {
     "train": {"projector_lr": 1e-3, "lora_lr": 5e-4, "num_train_epochs": 0, "max_steps": 6, "eval_steps": 3},
     "test": {"questions": ["What is it?"]},
 }
-RECIPES = [DEFAULT_CONFIG, *sorted((ROOT / "configs").glob("*.yaml"))]
+RECIPES = [DEFAULT_CONFIG, *sorted((ROOT / "recipes").glob("*.yaml"))]
 
 
 @pytest.fixture
 def path(tmp_path):
-    """A config.yaml that holds VALUES."""
+    """The path of a config.yaml with VALUES."""
     return write(tmp_path, VALUES)
 
 
@@ -62,7 +62,7 @@ def write(folder, values) -> Path:
 
 
 def leaves(node: yaml.Node, prefix: str = "") -> dict[str, int]:
-    """Dotted key -> the line on which it stands, from 0."""
+    """Return dotted key -> its line, from 0."""
     found = {}
     for key, value in node.value:
         if isinstance(value, yaml.MappingNode):
@@ -95,12 +95,12 @@ def test_config_yaml_explains_every_key_of_a_source_and_no_other():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_a_recipe_loads_and_survives_being_written_and_read_again(recipe, tmp_path):
+def test_a_recipe_loads_and_round_trips(recipe, tmp_path):
     config = load_config(recipe)
     assert load_config(write(tmp_path, to_yaml(config))) == config
 
 
-def test_the_config_does_not_depend_on_the_working_folder(path, monkeypatch, tmp_path_factory):
+def test_config_does_not_depend_on_the_working_folder(path, monkeypatch, tmp_path_factory):
     config = load_config(path)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert load_config(path) == config
@@ -135,7 +135,7 @@ def test_the_config_does_not_depend_on_the_working_folder(path, monkeypatch, tmp
         ("train.report_to=[]", "train.report_to", ()),
     ],
 )
-def test_an_override_is_a_yaml_value(path, override, key, expected):
+def test_override_is_a_yaml_value(path, override, key, expected):
     rates = ["train.lora_lr=null", "train.language_model_lr=1e-5"] if "top:" in override else []
     value = load_config(path, [override, *rates])
     for name in key.split("."):
@@ -143,18 +143,18 @@ def test_an_override_is_a_yaml_value(path, override, key, expected):
     assert value == expected and isinstance(value, type(expected))
 
 
-def test_an_override_reaches_into_a_list_and_the_last_one_wins(path):
+def test_override_reaches_into_a_list_and_the_last_one_wins(path):
     config = load_config(path, ["data.sources.0.limit=5", "data.sources.1.limit=6", "data.sources.1.limit=7"])
     assert [source.limit for source in config.data.sources] == [5, 7]
 
 
-def test_a_byte_order_mark_is_not_part_of_the_first_key(path):
+def test_byte_order_mark_is_not_part_of_the_first_key(path):
     expected = load_config(path)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_config(path) == expected
 
 
-def test_paths_in_the_file_are_relative_to_its_folder_and_hub_names_stay(path, tmp_path):
+def test_paths_are_relative_to_the_file_and_hub_names_are_kept(path, tmp_path):
     (tmp_path / "local" / "tower").mkdir(parents=True)
     values = yaml.safe_load(path.read_text())
     values["model"] = {"vision_tower": "local/tower", "language_model": "Qwen/Qwen2.5-0.5B-Instruct"}
@@ -166,8 +166,8 @@ def test_paths_in_the_file_are_relative_to_its_folder_and_hub_names_stay(path, t
     assert config.model.language_model == "Qwen/Qwen2.5-0.5B-Instruct"
 
 
-def test_paths_on_the_command_line_are_relative_to_where_it_is_given(path, tmp_path, monkeypatch):
-    """As a shell completes them, whichever folder the config is in."""
+def test_paths_on_the_command_line_are_relative_to_the_current_folder(path, tmp_path, monkeypatch):
+    """As a shell completes them, wherever the config is."""
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "local" / "tower").mkdir(parents=True)
     monkeypatch.chdir(elsewhere)
@@ -187,7 +187,7 @@ def test_paths_on_the_command_line_are_relative_to_where_it_is_given(path, tmp_p
 # --- what may change between the parts of a run
 
 
-def test_changed_keys_names_what_bears_on_learning_and_nothing_else(path):
+def test_changed_keys_lists_only_what_changes_learning(path):
     old = load_config(path)
     assert changed_keys(old, old) == []
     new = load_config(
@@ -199,7 +199,7 @@ def test_changed_keys_names_what_bears_on_learning_and_nothing_else(path):
     ]
 
 
-def test_the_keys_that_may_change_are_keys():
+def test_free_keys_are_config_keys():
     sections = [field.name + ".*" for field in dataclasses.fields(Config)]
     assert set(FREE_KEYS) <= {*all_keys(Config), *sections}
 
@@ -207,13 +207,13 @@ def test_the_keys_that_may_change_are_keys():
 # --- as the user sees it
 
 
-def test_an_unknown_choice_lists_the_known_ones():
+def test_unknown_choice_lists_the_known_ones():
     assert choose({"mlp": 1, "linear": 2}, "mlp", "model.projector") == 1
     with pytest.raises(InputError, match='model.projector: "mpl" is unknown; did you mean "mlp".* Known: linear, mlp'):
         choose({"mlp": 1, "linear": 2}, "mpl", "model.projector")
 
 
-def test_run_script_ends_with_2_and_one_message_on_bad_input(capsys):
+def test_run_script_exits_with_2_and_one_message_on_bad_input(capsys):
     def fail():
         raise InputError("seed: no.")
 
@@ -226,7 +226,7 @@ def test_run_script_ends_with_2_and_one_message_on_bad_input(capsys):
         assert ended.value.code == code
 
 
-def test_the_whole_error_of_a_script(path):
+def test_script_prints_one_error_without_traceback(path):
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(path), "train.lora_rl=1e-3"]
     ran = subprocess.run(
         command, capture_output=True, text=True, cwd=path.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,6 @@
-"""What each mistake in a config is answered with: the key, what was found, what was expected.
+"""The message for each mistake in a config: the key, what was found, what was expected.
 
-python -m pytest tests/test_config_mistakes.py
+Run: sh tests/run.sh tests/config/test_mistakes.py
 """
 
 import copy
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from config import Config, InputError, SourceConfig, load_config, to_yaml
-from tests.test_config import VALUES, write
 from config.typed_yaml import all_keys
+from tests.config.test_load import VALUES, write
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def typo(word: str) -> str:
 
 
 @pytest.mark.parametrize("key", [key for key in all_keys(Config) if len(key.rsplit(".", 1)[-1]) > 4])
-def test_a_typo_is_answered_with_the_key_that_was_meant(path, key):
+def test_typo_suggests_the_intended_key(path, key):
     section, _, word = key.rpartition(".")
     wrong = f"{section}.{typo(word)}".lstrip(".")
     found = message(path, f"{wrong}=1")
@@ -43,7 +43,7 @@ def test_a_typo_is_answered_with_the_key_that_was_meant(path, key):
 
 
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(SourceConfig) if len(field.name) > 4])
-def test_a_typo_in_a_source_too(path, key):
+def test_typo_in_a_source_suggests_the_intended_key(path, key):
     found = message(path, f"data.sources.1.{typo(key)}=1")
     assert f'"data.sources.1.{typo(key)}"' in found and f'did you mean "data.sources.1.{key}"?' in found
 
@@ -58,16 +58,16 @@ def test_a_typo_in_a_source_too(path, key):
         ("train.vision_tower", "train.trainable.vision_tower"),
     ],
 )
-def test_a_key_in_the_wrong_section_is_found(path, wrong, meant):
+def test_key_in_the_wrong_section_is_found(path, wrong, meant):
     assert message(path, f"{wrong}=1") == f'"{wrong}" is not a key of the config; did you mean "{meant}"?'
 
 
-def test_where_no_key_is_like_it_the_known_ones_are_listed(path):
+def test_unknown_key_lists_the_known_ones(path):
     found = message(path, "test.zzz=1")
     assert found.startswith('"test.zzz" is not a key of the config. Known here: images, questions, ')
 
 
-def test_a_missing_key_is_named(tmp_path):
+def test_missing_key_is_named(tmp_path):
     for key in ("output_dir", "data.qa_file", "model.vision_tower", "model.language_model"):
         values = copy.deepcopy(VALUES)
         *section, word = key.split(".")
@@ -94,7 +94,7 @@ def test_a_missing_key_is_named(tmp_path):
         ("seed.x=1", ['"seed.x"', '"seed" holds no keys']),
         ("seed=2001-99-99", ["seed", "not valid YAML", "month"]),
         ("seed=!!bool maybe", ["seed", "not valid YAML"]),
-        ("seed={a: 1, a: 2}", ["seed", '"a" stands twice']),
+        ("seed={a: 1, a: 2}", ["seed", '"a" is given twice']),
         ("lora.alpha=.nan", ['"lora.alpha"', "finite"]),
         ("lora.alpha=1" + "0" * 400, ['"lora.alpha"', "finite"]),
         ("lora.alpha=-1", ['"lora.alpha"', "at least 0"]),
@@ -125,7 +125,7 @@ def test_a_missing_key_is_named(tmp_path):
         ("seed=[", ["seed=[", "not valid YAML"]),
     ],
 )
-def test_a_wrong_value_is_named_with_what_was_expected(path, override, words):
+def test_wrong_value_names_the_expected_one(path, override, words):
     found = message(path, override)
     assert [word for word in words if word not in found] == [], found
 
@@ -133,7 +133,7 @@ def test_a_wrong_value_is_named_with_what_was_expected(path, override, words):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("seed: 1\nseed: 2\n", ['"seed" stands twice', "line 2"]),
+        ("seed: 1\nseed: 2\n", ['"seed" is given twice', "line 2"]),
         ("1: 2\n", ["the key 1 is not a word"]),
         ("off: 2\n", ["the key False is not a word"]),
         ("- 1\n", ["expected keys and values", "a list"]),
@@ -142,12 +142,12 @@ def test_a_wrong_value_is_named_with_what_was_expected(path, override, words):
         ("a: !!python/object:os.system x\n", ["not valid YAML"]),
     ],
 )
-def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text, words):
+def test_file_that_is_not_a_config_is_refused(tmp_path, text, words):
     found = message(write(tmp_path, text))
     assert found.startswith(str(tmp_path / "config.yaml")) and [word for word in words if word not in found] == []
 
 
-def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+def test_unreadable_file_is_refused(tmp_path):
     assert "no such config file" in message(tmp_path / "none.yaml")
     assert str(tmp_path) in message(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("seed: 1 # é".encode("latin-1"))
@@ -187,7 +187,7 @@ TOP = ["train.trainable.language_model=top:2", "train.lora_lr=null"]
         (["data.validation_file=null", "train.eval_steps=null"], "data.sources.1.split", ["data.validation_file"]),
     ],
 )
-def test_a_contradiction_is_reported_under_the_name_of_a_key(path, overrides, key, words, monkeypatch):
+def test_contradiction_names_a_key(path, overrides, key, words, monkeypatch):
     monkeypatch.chdir(path.parent)  # what paths on the command line are relative to
     found = message(path, *overrides)
     assert found.startswith(f'"{key}"') and [word for word in words if word not in found] == [], found
@@ -202,7 +202,7 @@ def test_a_contradiction_is_reported_under_the_name_of_a_key(path, overrides, ke
         ["data.sources=[]", "data.validation_file=null", "train.eval_steps=null"],
     ],
 )
-def test_what_contradicts_nothing_is_accepted_and_survives_being_written(path, overrides, tmp_path_factory):
+def test_consistent_settings_load_and_round_trip(path, overrides, tmp_path_factory):
     config = load_config(path, overrides)
     assert load_config(write(tmp_path_factory.mktemp("again"), to_yaml(config))) == config
 
@@ -219,7 +219,7 @@ anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(all_keys(Config)) | words, anything), max_size=4), st.text(max_size=12))
-def test_whatever_is_written_gives_a_config_or_an_input_error(path, settings, garbage):
+def test_any_value_gives_a_config_or_an_input_error(path, settings, garbage):
     values = copy.deepcopy(VALUES)
     for key, value in settings:
         here = values
@@ -247,6 +247,6 @@ def test_whatever_is_written_gives_a_config_or_an_input_error(path, settings, ga
 @example("seed: !!map [1]")
 @example("a: &a [*a]")
 @example("output_dir: " + "a" * 300 + "/b")
-def test_whatever_the_file_holds(path, text):
+def test_any_file_gives_a_config_or_an_input_error(path, text):
     with pytest.raises(InputError):
         load_config(write(path.parent, text.encode("utf-8", "replace").decode()))

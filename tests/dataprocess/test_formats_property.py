@@ -1,10 +1,13 @@
-"""Whatever raw records say, in every format and container: each is kept whole or refused with a reason, and nothing but
-InputError comes out. Run: python -m pytest tests/dataprocess/test_formats_property.py
+"""In every format and container, each raw record is kept completely or refused with a reason.
 
-Rows are drawn good (then what must come out is known), with one known fault (then the reason is), or damaged at random
-(then the promises that hold for all rows are checked). Every case runs a second time in a process with another
-PYTHONHASHSEED and must leave the same bytes.
+Run: python -m pytest tests/dataprocess/test_formats_property.py
+
+Rows are good (the output is known), have one known fault (the reason is known), or are damaged at random (only the rules
+for all rows are checked). No error other than InputError is raised. Every case runs a second time in a process with
+another PYTHONHASHSEED and must write the same bytes.
 """
+
+from __future__ import annotations
 
 import io
 import json
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -24,11 +28,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import CAPTION_FORMATS, InputError, SourceConfig
-from dataprocess.process_image import prepare
 from dataprocess.readers import FORMATS
 from dataset.qa_file import QAFile
 from dataset.record import IMAGE, Record, Turn, parse_record, parts_of
 from tests import raw_records as raw
+from tests.dataprocess.helpers import prepare_sources
 from tests.raw_records import Place, Row
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +53,7 @@ def image_file(kind: str, size: tuple[int, int], colour: tuple[int, int, int]) -
 
 
 def bomb() -> bytes:
-    """A PNG that says it is 30,000 x 30,000."""
+    """A PNG whose header claims 30,000 x 30,000 pixels."""
     chunks = (
         b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0),
         b"IDAT" + zlib.compress(bytes(9)),
@@ -75,19 +79,18 @@ BAD = {
 
 
 def run(folder: Path, sources: list[dict], verify: bool) -> str:
-    """What `prepare` says: "" or the message of its InputError."""
-    settings = {"validation_file": None, "validation_fraction": 0.0, "seed": 3, "max_refused": 1.0}
-    sources = [SourceConfig(**source) for source in sources]
+    """Run the preparation; return "" or the message of its InputError."""
+    qa_file = folder / "out" / "qa.jsonl"
     try:
-        with mock.patch("os.fsync"):  # takes most of the time, and here nobody pulls the plug
-            prepare(sources=sources, qa_file=folder / "out" / "qa.jsonl", verify_images=verify, **settings)
+        with mock.patch("os.fsync"):  # it takes most of the time, and the test needs no safety against a power failure
+            prepare_sources([SourceConfig(**source) for source in sources], qa_file, seed=3, verify_images=verify)
     except InputError as error:
         return str(error)
     return ""
 
 
 class OtherProcess:
-    """Does the same in a process in which strings hash otherwise."""
+    """Runs the preparation in a process with another PYTHONHASHSEED."""
 
     CODE = (
         "import sys, json; from pathlib import Path; from tests.dataprocess.test_formats_property import run\n"
@@ -99,15 +102,25 @@ class OtherProcess:
 
     def __init__(self):
         environment = os.environ | {"PYTHONHASHSEED": "12345"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.CODE], cwd=ROOT, env=environment, text=True, **pipes
+            [sys.executable, "-c", self.CODE],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
 
     def run(self, *job) -> str:
+        assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(job, default=str) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +137,18 @@ def work(tmp_path_factory):
     (images / "away").symlink_to("../elsewhere")
     work = Work(base, images, OtherProcess())
     yield work
-    work.other.process.stdin.close()
-    work.other.process.wait()
+    work.other.close()
 
 
 class Work:
     def __init__(self, base: Path, images: Path, other: OtherProcess):
         self.base, self.images, self.other = base, images, other
 
-    def check(self, draw, format: str, rows: list[Row], write, verify: bool = False) -> None:
-        """Prepare the rows that `write(folder) -> (annotations, places)` puts into files, and compare all that comes out
-        with what is known of the rows. Then once more without naming the format."""
+    def check(self, draw, format: str, rows: list[Row], *, write, verify: bool = False) -> None:
+        """Prepare the rows and compare the output with the expected result. Then repeat without naming the format.
+
+        write: (folder) -> (annotations, places), writes the rows into files.
+        """
         captions = "all"
         if format in CAPTION_FORMATS:
             known = all(row.dialogs or row.reasons for row in rows)
@@ -146,7 +160,9 @@ class Work:
             images = folder / "raw" if format == "folder" else self.images
             source = {"name": "s", "annotations": annotations, "images": images, "format": format, "captions": captions}
             message = run(folder, [source], verify)
-            check_outputs(folder / "out", images, rows, places, message, each)
+            check_outputs(
+                folder / "out", rows=rows, places=places, image_folder=images, message=message, one_caption_each=each
+            )
             outputs = taken(folder / "out")
             assert self.other.run(folder, [source], verify) == message
             assert taken(folder / "out") == outputs
@@ -156,7 +172,7 @@ class Work:
 
 
 def taken(out: Path) -> dict[str, object]:
-    """What was written, which is then removed; without the index and the cache, and what tells of times and settings."""
+    """Read the output files and remove them. The index, the cache, times and the fingerprint are left out."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     shutil.rmtree(out)
     report = json.loads(files.pop("qa.report.json"))
@@ -165,7 +181,10 @@ def taken(out: Path) -> dict[str, object]:
     return same | {"report": json.dumps(report)}
 
 
-def check_outputs(out: Path, images: Path, rows: list[Row], places: list[Place], message: str, several: bool) -> None:
+def check_outputs(
+    out: Path, *, rows: list[Row], places: list[Place], image_folder: Path, message: str, one_caption_each: bool
+) -> None:
+    """Compare all output files and the message of the error with the expected result."""
     report = json.loads((out / "qa.report.json").read_text(encoding="utf-8"))
     refusals = [json.loads(line) for line in (out / "qa.refused.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert report["read"] == len(places) == report["kept"] + report["refused"] and report["refused"] == len(refusals)
@@ -189,21 +208,24 @@ def check_outputs(out: Path, images: Path, rows: list[Row], places: list[Place],
         assert "none of" in message and not (out / "qa.jsonl").exists()
         return
     assert message == ""
-    check_kept(QAFile(out / "qa.jsonl"), kept, images.resolve(), several)
+    check_kept(QAFile(out / "qa.jsonl"), kept, image_folder.resolve(), one_caption_each=one_caption_each)
 
 
-def check_kept(qa: QAFile, rows: list[Row], images: Path, several: bool) -> None:
+def check_kept(qa: QAFile, rows: list[Row], image_folder: Path, *, one_caption_each: bool) -> None:
     records = iter(qa[i] for i in range(len(qa)))
     lines = iter(qa.path.read_bytes().split(b"\n")[:-1])
     seen = set()
     for row in rows:
-        for dialogs in ([[dialog] for dialog in row.dialogs] if several else [row.dialogs]) if row.dialogs else [None]:
+        for dialogs in (
+            ([[dialog] for dialog in row.dialogs] if one_caption_each else [row.dialogs]) if row.dialogs else [None]
+        ):
             record, line = next(records), next(lines)
             assert parse_record(json.loads(line), "") == parse_record(as_json(record), "") == record
             assert record.id.startswith("s:") and record.source == "s" and record.id not in seen
             seen.add(record.id)
             for path in qa.image_paths(record):
-                assert path.is_file() and {images, qa.folder.resolve() / "qa.images"} & set(path.resolve().parents)
+                inside = {image_folder, qa.folder.resolve() / "qa.images"}
+                assert path.is_file() and inside & set(path.resolve().parents)
             if dialogs is not None:
                 said = [
                     [(turn.role, parts_of(turn)) for turn in dialog]
@@ -218,26 +240,26 @@ def check_kept(qa: QAFile, rows: list[Row], images: Path, several: bool) -> None
                         else:
                             expected = [IMAGE if piece is raw.IMAGE else piece for piece in raw.joined(pieces)]
                             assert (role, parts) == (wanted, expected)
-                check_images(qa, record, row.images, images)
+                check_images(qa.image_paths(record), row.images, image_folder)
             else:
                 check_words(record, row.value)
     assert next(records, None) is None
 
 
-def check_images(qa: QAFile, record: Record, images: list[str | bytes], images: Path) -> None:
-    for path, wanted in zip(qa.image_paths(record), images, strict=True):
+def check_images(paths: list[Path], images: Sequence[str | bytes], image_folder: Path) -> None:
+    for path, wanted in zip(paths, images, strict=True):
         if isinstance(wanted, bytes):
             assert path.read_bytes() == wanted
         else:
-            assert path.resolve() == images / wanted
+            assert path.resolve() == image_folder / wanted
 
 
-def check_words(record: Record, value: object) -> None:
-    """A damaged row that was kept says nothing that it did not say before, but for the questions about captions."""
+def check_words(record: Record, value: dict) -> None:
+    """Check that a damaged row that was kept has no new text, except for the questions about captions."""
     source = squeezed("".join(strings(value)))
     for turn in [turn for dialog in (record.conversations, *record.alternatives) for turn in dialog]:
         if "caption" not in value or turn.role == "assistant":
-            assert all(squeezed(part) in source for part in parts_of(turn) if part is not IMAGE)
+            assert all(squeezed(part) in source for part in parts_of(turn) if isinstance(part, str))
 
 
 def strings(value: object) -> list[str]:
@@ -246,17 +268,17 @@ def strings(value: object) -> list[str]:
 
 
 def squeezed(text: str) -> str:
-    """Without marks and white space, which a repair may take or add."""
+    """The text without marks and white space, which a repair may add or remove."""
     return "".join(text.replace(raw.MARK, "").split())
 
 
 def as_json(record: Record) -> dict:
-    """The record as the QA format writes it."""
+    """The record in the QA format."""
 
     def content(turn: Turn) -> str | list[dict]:
-        parts = (turn.content,) if isinstance(turn.content, str) else turn.content
-        if parts == (turn.content,) and (turn.role == "user" or raw.MARK not in turn.content):
+        if isinstance(turn.content, str) and (turn.role == "user" or raw.MARK not in turn.content):
             return turn.content
+        parts = (turn.content,) if isinstance(turn.content, str) else turn.content
         return [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in parts]
 
     def turns(dialog) -> list[dict]:
@@ -264,11 +286,14 @@ def as_json(record: Record) -> dict:
 
     return {
         **{"id": record.id, "image": list(record.images), "source": record.source, "type": record.type},
-        **{"conversations": turns(record.conversations), "alternatives": [turns(dialog) for dialog in record.alternatives]},
+        **{
+            "conversations": turns(record.conversations),
+            "alternatives": [turns(dialog) for dialog in record.alternatives],
+        },
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- the cases
+# --- the cases
 
 JSON_ROWS = {"llava": raw.llava, "chat": raw.chat, "messages": raw.messages(), "ai_challenger": raw.ai_challenger()}
 JSON_ROWS["text"] = raw.text()
@@ -291,7 +316,7 @@ def test_json(work, format, data):
     faulty = [raw.faulty(good, fault) for fault in FAULTS.get(format, [raw.wrong_image, raw.wrong_turns])]
     rows = data.draw(some(good, *faulty) | some(good) | some(good, *faulty, raw.damage(good), raw.junk_row(), NOT_JSON))
     work.check(
-        data.draw, format, rows, lambda folder: (folder / "raw", raw.write_json(data.draw, folder / "raw", rows))
+        data.draw, format, rows, write=lambda folder: (folder / "raw", raw.write_json(data.draw, folder / "raw", rows))
     )
 
 
@@ -302,9 +327,9 @@ def test_coco(work, data):
     orphan = raw.damaged(None, "missing_image")
 
     def write(folder):
-        return folder / "raw", raw.write_coco(data.draw, folder / "raw", rows, orphans)
+        return folder / "raw", raw.write_coco(data.draw, folder / "raw", rows=rows, orphans=orphans)
 
-    work.check(data.draw, "coco_captions", rows + [orphan] * orphans, write)
+    work.check(data.draw, "coco_captions", rows + [orphan] * orphans, write=write)
 
 
 TABLES = {
@@ -325,7 +350,10 @@ def test_parquet(work, table, data):
         silent = {"images": [], "texts": [{"user": "?", "assistant": data.draw(raw.blank)}]}
         rows += [raw.damaged(broken, "unreadable_image"), raw.damaged(silent, "empty_answer")]
     work.check(
-        data.draw, format, rows, lambda folder: (folder / "raw", raw.write_parquet(data.draw, folder / "raw", rows))
+        data.draw,
+        format,
+        rows,
+        write=lambda folder: (folder / "raw", raw.write_parquet(data.draw, folder / "raw", rows)),
     )
 
 
@@ -345,7 +373,7 @@ def test_csv(work, data):
         data.draw,
         "csv",
         rows,
-        lambda folder: (folder / "t.csv", raw.write_csv(data.draw, folder / "t.csv", columns, rows)),
+        write=lambda folder: (folder / "t.csv", raw.write_csv(data.draw, folder / "t.csv", columns=columns, rows=rows)),
     )
 
 
@@ -386,7 +414,7 @@ def test_folder(work, data):
                 (folder / "raw" / f"{stem}.txt").write_bytes(texts[stem].encode())
         return folder / "raw", [(str(folder / "raw"), "index", number) for number in range(len(rows))]
 
-    work.check(data.draw, "folder", rows, write)
+    work.check(data.draw, "folder", rows, write=write)
 
 
 @settings(cases, max_examples=12)
@@ -394,11 +422,17 @@ def test_folder(work, data):
 def test_verified_images(work, data):
     def fault(row: Row, draw) -> Row | None:
         name = draw(st.sampled_from(sorted(BAD)))
-        return row.images and raw.damaged({**row.value, "image": [*row.images[1:], name]}, BAD[name][1])
+        if not row.images:
+            return None
+        return raw.damaged({**row.value, "image": [*row.images[1:], name]}, BAD[name][1])
 
     rows = data.draw(some(raw.llava, raw.faulty(raw.llava, fault)))
     work.check(
-        data.draw, "llava", rows, lambda folder: (folder / "r", raw.write_json(data.draw, folder / "r", rows)), True
+        data.draw,
+        "llava",
+        rows,
+        write=lambda folder: (folder / "r", raw.write_json(data.draw, folder / "r", rows)),
+        verify=True,
     )
 
 

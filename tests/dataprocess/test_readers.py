@@ -1,4 +1,9 @@
-"""Every raw format in every container, detected and read. Run: python -m pytest tests/dataprocess/test_readers.py"""
+"""Every raw format in every container is detected and read.
+
+Run: python -m pytest tests/dataprocess/test_readers.py
+"""
+
+from __future__ import annotations
 
 import io
 import json
@@ -15,10 +20,10 @@ from PIL import Image
 from config import InputError, SourceConfig
 from dataprocess import containers
 from dataprocess.marks import content_of, repair_marks
-from dataprocess.process_image import prepare
 from dataprocess.readers import CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS
 from dataset.qa_file import QAFile
 from dataset.record import IMAGE, parse_record, parts_of
+from tests.dataprocess.helpers import prepare_sources
 
 
 def image_file(color="red", size=(16, 12), format="PNG") -> bytes:
@@ -28,7 +33,7 @@ def image_file(color="red", size=(16, 12), format="PNG") -> bytes:
 
 
 class Desk:
-    """A folder with images, one source, and the preprocessing run on it."""
+    """A folder with images, one source, and the preparation run on it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -56,19 +61,12 @@ class Desk:
         return path
 
     def prepare(self, annotations: Path, images: Path | None = None, verify_images=True, **settings) -> dict:
-        return prepare(
-            sources=[SourceConfig("x", annotations, images=images, **settings)],
-            qa_file=self.qa,
-            validation_file=None,
-            validation_fraction=0.0,
-            seed=0,
-            max_refused=1.0,
-            verify_images=verify_images,
-        )
+        source = SourceConfig("x", annotations, images=images, **settings)
+        return prepare_sources([source], self.qa, verify_images=verify_images)
 
     def kept(self) -> list[dict]:
         records = [json.loads(line) for line in self.qa.read_text("utf-8").splitlines()]
-        for one in records:  # as training reads them
+        for one in records:  # check them as training reads them
             parse_record(one, "qa.jsonl")
             paths = one.get("image") or []
             for path in [paths] if isinstance(paths, str) else paths:
@@ -112,7 +110,7 @@ def test_coco_captions_join_on_the_integer_id(desk, backwards, bom):
     annotations = [{"id": k, "image_id": name, "caption": text} for k, (name, text) in enumerate(said)]
     raw = bom + json.dumps(coco(images, annotations, backwards)).encode()
     report = desk.prepare(desk.write("captions.json", raw), folder)
-    assert (report["read"], report["kept"]) == (6, 2)  # four images and two annotations about no image
+    assert (report["read"], report["kept"]) == (6, 2)  # four images and two annotations without an image
     assert report["by_reason"] == {"missing_image": 2, "empty_answer": 1, "no_answer": 1}
     assert report["repairs"] == {"coco_2014_prefix_removed": 1}
     kept = desk.kept()
@@ -126,11 +124,13 @@ def test_coco_captions_join_on_the_integer_id(desk, backwards, bom):
     }
 
 
-def test_one_caption_an_epoch_serves_every_format_with_several(desk):
+def test_one_per_epoch_works_for_coco_captions(desk):
     folder = desk.images("a.jpg")
     raw = coco([{"id": 1, "file_name": "a.jpg"}], [{"image_id": 1, "caption": text} for text in ("One.", "Two.")])
     desk.prepare(desk.write("captions.json", raw), folder, captions="one_per_epoch")
-    (one,) = QAFile(desk.qa)
+    qa = QAFile(desk.qa)
+    assert len(qa) == 1
+    one = qa[0]
     assert {one.at_epoch(0, epoch)[1].content for epoch in range(2)} == {"One.", "Two."}
 
 
@@ -213,11 +213,11 @@ def test_cauldron_parquet_shards_in_a_folder(desk):
     assert [(desk.qa.parent / path).read_bytes() for path in two["image"]] == [red, blue]
     assert [os.path.splitext(path)[1] for path in two["image"]] == [".png", ".jpg"]
     assert parts_of(parse_record(literal, "").conversations[0]) == [IMAGE, "\nWhat is <image>?"]
-    assert literal["image"] == two["image"][0]  # one file for equal images
+    assert literal["image"] == two["image"][0]  # identical images share one file
     assert [(os.path.basename(one["file"]), one["index"]) for one in desk.refused()] == [
         ("train-00001.parquet", k) for k in range(3)
     ]
-    assert desk.prepare(folder) == report  # and nothing is written again
+    assert desk.prepare(folder) == report  # the second run does nothing
 
 
 def test_minimind_parquet(desk):
@@ -254,7 +254,7 @@ def test_a_csv_of_questions_and_one_of_captions(desk):
     assert prompts == [f"<image>\n{CAPTION_PROMPTS[0]}", f"<image>\n{ENGLISH_CAPTION_PROMPTS[1]}"]
 
 
-def test_a_csv_without_the_columns_names_those_it_has(desk):
+def test_an_error_about_missing_csv_columns_lists_the_existing_ones(desk):
     table = desk.write("table.csv", "file,label\na.jpg,cat\n")
     with pytest.raises(InputError, match="has the columns file, label; expected one of image, image_path"):
         desk.prepare(table, format="csv")
@@ -262,7 +262,7 @@ def test_a_csv_without_the_columns_names_those_it_has(desk):
         desk.prepare(table)
 
 
-def test_a_folder_of_pictures_with_texts_beside_them(desk):
+def test_a_folder_of_images_with_text_files(desk):
     folder = desk.images("a.jpg", "deep/b.png", "c.jpg", ".hidden.jpg", folder="album")
     desk.write("album/a.txt", b"\xef\xbb\xbfA cat.\n")
     desk.write("album/deep/b.txt", "一只<image>猫。")
@@ -276,25 +276,25 @@ def test_a_folder_of_pictures_with_texts_beside_them(desk):
     ]
     before = desk.qa.stat().st_ino
     assert desk.prepare(folder) == report and desk.qa.stat().st_ino == before
-    desk.write("album/c.txt", "A dog.")  # a text arrives
+    desk.write("album/c.txt", "A dog.")  # a text file is added
     assert desk.prepare(folder)["kept"] == 3
 
 
-def test_a_folder_with_one_table_is_that_table(desk):
+def test_a_folder_with_one_table_is_read_as_that_table(desk):
     folder = desk.images("a.jpg", folder="album")
     desk.write("album/labels.csv", "image,text\na.jpg,A cat.\n")
     assert desk.prepare(folder)["kept"] == 1
     desk.write("album/more.csv", "image,text\na.jpg,A cat.\n")
-    with pytest.raises(InputError, match="holds 2 tables"):
+    with pytest.raises(InputError, match="contains 2 tables"):
         desk.prepare(folder)
-    with pytest.raises(InputError, match="holds no image"):
+    with pytest.raises(InputError, match="contains no image"):
         desk.prepare(desk.images(".x.jpg", folder="bare"))
 
 
 # --- detection
 
 
-def test_formats_are_told_by_the_keys_of_the_first_records(desk):
+def test_formats_are_detected_from_the_keys_of_the_first_records(desk):
     folder = desk.images("a.jpg")
     question = ("<image>\nWhat?", "This.")
     for raw in (
@@ -314,16 +314,17 @@ def test_formats_are_told_by_the_keys_of_the_first_records(desk):
         [{"text": "Once upon a time."}, {"id": 7, "text": "很久以前。", "source": "tales"}],
     ):
         assert desk.prepare(desk.write("raw.json", raw), folder)["kept"] == len(raw)
-    for raw in ([{"picture_file": "a.jpg", "label": "cat"}], ["text"], ["not an object", {"label": 1}]):
-        with pytest.raises(InputError, match=r"is none that is known: .* Known: llava, chat, messages, cauldron"):
-            desk.prepare(desk.write("raw.json", raw), folder)
+    unknown: list[list] = [[{"picture_file": "a.jpg", "label": "cat"}], ["text"], ["not an object", {"label": 1}]]
+    for rows in unknown:
+        with pytest.raises(InputError, match=r"is unknown: .* Known: llava, chat, messages, cauldron"):
+            desk.prepare(desk.write("raw.json", rows), folder)
     both = [{"messages": turns(*question), "image_id": "a.jpg", "caption": ["一"]}]
     with pytest.raises(InputError, match="could be ai_challenger or messages: .*keys caption, image_id, messages"):
         desk.prepare(desk.write("raw.json", both), folder)
     assert desk.prepare(desk.write("raw.json", both), folder, format="ai_challenger")["kept"] == 1
 
 
-def test_texts_are_kept_as_they_stand(desk):
+def test_plain_texts_are_kept_unchanged(desk):
     said = "Once <image> upon <|im_end|> a time.\n"
     raw = [{"text": said}, {"text": "  "}, {"text": 7}, {"text": "很久以前。", "id": "x"}]
     report = desk.prepare(desk.write("raw.jsonl", "\n".join(map(json.dumps, raw))), format="text")
@@ -335,11 +336,9 @@ def test_texts_are_kept_as_they_stand(desk):
     ]
 
 
-def test_one_caption_an_epoch_wants_a_format_with_several(desk):
+def test_one_per_epoch_requires_a_format_with_several_captions(desk):
     raw = desk.write("raw.json", [{"image": "a.jpg", "conversations": turns("<image>\nWhat?", "This.")}])
-    with pytest.raises(
-        InputError, match="one_per_epoch needs several captions a picture; .*raw.json is of format chat"
-    ):
+    with pytest.raises(InputError, match="one_per_epoch needs several captions per image; .*raw.json has format chat"):
         desk.prepare(raw, desk.images("a.jpg"), captions="one_per_epoch")
 
 
@@ -382,7 +381,7 @@ def test_parquet_is_read_a_few_rows_at_a_time(desk, monkeypatch):
         ("<image>\nIs <image> it?\n<image>", [IMAGE, "\nIs <image> it?"], "both"),
     ],
 )
-def test_a_row_with_one_picture_and_several_marks(desk, asked, shown, rule):
+def test_a_record_with_one_image_and_several_marks_is_repaired(desk, asked, shown, rule):
     folder = desk.images("a.jpg")
     report = desk.prepare(desk.write("raw.json", [{"image": "a.jpg", "conversations": turns(asked, "This.")}]), folder)
     rules = {"removed": {"extra_image_marks_removed"}, "kept": {"image_mark_kept_as_text"}}
@@ -391,9 +390,11 @@ def test_a_row_with_one_picture_and_several_marks(desk, asked, shown, rule):
     assert parts_of(question) == shown if isinstance(shown, list) else question.content == shown
 
 
-def test_the_first_mark_is_the_picture_in_whatever_turn(desk):
+def test_the_first_mark_is_the_image_in_any_turn(desk):
     said = turns("Hi", "Hello", "<image>\nWhat?", "This.", "<image>\nAnd now?", "That.")
-    repaired, rules = repair_marks(said, 1)
+    repair = repair_marks(said, 1)
+    assert repair is not None
+    repaired, rules = repair
     assert [turn["content"] for turn in repaired][2:5:2] == ["<image>\nWhat?", "And now?"]
     assert rules == ["extra_image_marks_removed"] and said[4]["content"] == "<image>\nAnd now?"
     assert repair_marks(said, 2) is None
@@ -403,19 +404,19 @@ pieces = st.lists(st.none() | st.text(alphabet="<image> \n", max_size=9) | st.ju
 
 
 @given(pieces)
-def test_a_content_means_its_pieces(pieces):
+def test_a_content_has_the_meaning_of_its_pieces(pieces):
     content = content_of(pieces)
     record = {"id": "1", "image": ["a"] * pieces.count(None), "conversations": turns(content, "Yes.")}
     if pieces.count(None) or "".join(filter(None, pieces)).strip():
         parts = parts_of(parse_record(record, "").conversations[0])
         assert [p for p in parts if p is IMAGE] == [IMAGE] * pieces.count(None)
         joined = "".join("\0" if piece is None else piece for piece in pieces)
-        assert "".join("\0" if part is IMAGE else part for part in parts) == joined
+        assert "".join(part if isinstance(part, str) else "\0" for part in parts) == joined
 
 
 @given(st.lists(st.sampled_from(["<image>", "word", " ", "\n", "<ima", "ge>"]), max_size=12).map("".join))
 @settings(max_examples=300)
-def test_repaired_marks_always_fit_and_no_word_is_lost(text):
+def test_repaired_marks_fit_and_no_word_is_lost(text):
     repaired = repair_marks(turns(text, "Yes."), 1)
     if repaired:
         content = repaired[0][0]["content"]
@@ -423,11 +424,13 @@ def test_repaired_marks_always_fit_and_no_word_is_lost(text):
             parse_record({"id": "1", "image": "a", "conversations": turns(content, "Yes.")}, "").conversations[0]
         )
         assert parts.count(IMAGE) == 1
-        assert "".join(p for p in parts if p is not IMAGE).count("word") == text.count("word")
+        assert "".join(part for part in parts if isinstance(part, str)).count("word") == text.count("word")
 
 
-def test_a_long_text_of_marks_is_repaired_at_once():
-    repaired, rules = repair_marks(turns("<image> a " * 100_000, "Yes."), 1)
+def test_a_long_text_of_marks_is_repaired_in_linear_time():
+    repair = repair_marks(turns("<image> a " * 100_000, "Yes."), 1)
+    assert repair is not None
+    repaired, rules = repair
     assert len(repaired[0]["content"]) == 2 and rules == ["image_mark_kept_as_text"]
 
 

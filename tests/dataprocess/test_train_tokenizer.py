@@ -1,5 +1,7 @@
-"""A tokenizer learned from QA files: any text comes back, the same files give the same one, and transformers reads it.
-`sh tests/run.sh tests/test_train_tokenizer.py`"""
+"""A tokenizer learned from QA files: any text survives, the same files give the same tokenizer, transformers reads it.
+
+Run: python -m pytest tests/dataprocess/test_train_tokenizer.py
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,18 @@ from dataprocess.train_tokenizer import SPECIAL_TOKENS, is_missing
 from tests.toy_language import SENTENCES
 from tests.toy_project import write_staged_project
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def write_qa(path: Path, sentences=SENTENCES) -> Path:
-    """Texts, and dialogs with a picture and with alternatives; the last sentence stands in an alternative alone."""
-    rows = [
+    """Plain texts, and a dialog with an image and an alternative; the last sentence is only in the alternative."""
+    rows: list[dict] = [
         {"id": f"t{i}", "conversations": [{"role": "text", "content": text}]} for i, text in enumerate(sentences[:3])
     ]
     question = {"role": "user", "content": f"<image>\n{sentences[3]}"}
-    talk = [question, {"role": "assistant", "content": sentences[4]}]
+    dialog = [question, {"role": "assistant", "content": sentences[4]}]
     other = [question, {"role": "assistant", "content": sentences[5]}]
-    rows += [{"id": "d", "image": "a.jpg", "conversations": talk, "alternatives": [other]}]
+    rows += [{"id": "d", "image": "a.jpg", "conversations": dialog, "alternatives": [other]}]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -48,12 +50,12 @@ def learned(tmp_path_factory):
 
 @settings(deadline=None, max_examples=200)
 @given(st.text())
-def test_any_text_comes_back_and_none_becomes_a_special_token(learned, text):
+def test_any_text_survives_and_never_becomes_a_special_token(learned, text):
     tokenizer = qwen.load_tokenizer(str(learned), any_kind=True)
     ids = qwen.encode_text(tokenizer, text)
     composed = tokenizer.backend_tokenizer.normalizer.normalize_str(text)  # NFC, as in Qwen's
     assert tokenizer.decode(ids) == composed
-    assert set(ids).isdisjoint(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
+    assert not {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS} & set(ids)
 
 
 def test_the_special_tokens_come_last_and_transformers_reads_the_folder(learned):
@@ -63,12 +65,12 @@ def test_the_special_tokens_come_last_and_transformers_reads_the_folder(learned)
     assert tokenizer("<|im_start|>").input_ids == [317]
 
 
-def test_words_are_cut_as_qwen_cuts_them():
+def test_texts_are_split_as_qwen_splits_them():
     assert train_tokenizer.WORDS == PRETOKENIZE_REGEX
 
 
-def test_it_has_learned_from_every_turn_the_alternatives_too(learned, tmp_path):
-    """Each sentence takes fewer tokens than bytes, also the one that only an alternative says; `<image>` was not learned."""
+def test_it_learns_from_every_turn_and_alternative(learned, tmp_path):
+    """Each sentence has fewer tokens than bytes, also the one that is only in an alternative; no `<image>` is learned."""
     tokenizer = qwen.load_tokenizer(str(learned), any_kind=True)
     for text in SENTENCES:
         assert len(qwen.encode_text(tokenizer, text)) < 0.8 * len(text.encode())
@@ -87,7 +89,7 @@ def test_the_same_files_give_the_same_tokenizer_in_any_process(learned, tmp_path
         assert (tmp_path / str(i) / "tokenizer.json").read_bytes() == (learned / "tokenizer.json").read_bytes()
 
 
-def test_by_a_config_it_learns_from_all_stages_and_only_once(tmp_path, capsys):
+def test_with_a_config_it_learns_once_from_all_stages(tmp_path, capsys):
     path = write_staged_project(tmp_path)
     assert train_tokenizer.main(["--config", str(path)]) == 0
     assert "320 tokens" in capsys.readouterr().out
@@ -98,14 +100,14 @@ def test_by_a_config_it_learns_from_all_stages_and_only_once(tmp_path, capsys):
         "sample_bytes": train_tokenizer.SAMPLE_BYTES,
     }
     vocabulary = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").get_vocab()
-    assert "Ġred" in vocabulary and "Ġagain" in vocabulary  # of the texts, and of the pictures' answers
-    with pytest.raises(InputError, match="is there already"):
+    assert "Ġred" in vocabulary and "Ġagain" in vocabulary  # of the texts, and of the answers about images
+    with pytest.raises(InputError, match="already exists"):
         train_tokenizer.main(["--config", str(path)])
     with pytest.raises(InputError, match="learned with vocab_size 320, but .* is 330"):
         train_tokenizer.main(["--config", str(path), "model.from_scratch.vocab_size=330"])
 
 
-def test_whether_it_is_to_be_learned(learned, tmp_path):
+def test_is_missing_decides_whether_to_learn(learned, tmp_path):
     assert is_missing(str(tmp_path / "new"), 300) and not is_missing(str(tmp_path / "new"), None)
     assert not is_missing(str(learned), 320)
     with pytest.raises(InputError, match="was not made by dataprocess.train_tokenizer"):
@@ -120,13 +122,13 @@ def test_whether_it_is_to_be_learned(learned, tmp_path):
         (["--config", "config.yaml", "--vocab-size", "320"], "give either"),
         (["--qa", "none.jsonl", "--vocab-size", "320", "--output", "t"], "no such QA file"),
         (["--qa", "qa.jsonl", "--vocab-size", "20", "--output", "t"], "need 260"),
-        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "full"], "is there already"),
-        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "."], "is there already"),
+        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "full"], "already exists"),
+        (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "."], "already exists"),
         (["--qa", "qa.jsonl", "--vocab-size", "320", "--output", "qa.jsonl/t"], "cannot be written"),
         (["--qa", "bad.jsonl", "--vocab-size", "320", "--output", "t"], r"bad.jsonl line 2 \(\"b\"\)"),
     ],
 )
-def test_mistakes_are_one_message_and_nothing_is_left(tmp_path, monkeypatch, arguments, words):
+def test_mistakes_give_one_message_and_leave_no_files(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     write_qa(tmp_path / "qa.jsonl")
     good = '{"id": "a", "conversations": [{"role": "text", "content": "x"}]}\n'
@@ -139,19 +141,19 @@ def test_mistakes_are_one_message_and_nothing_is_left(tmp_path, monkeypatch, arg
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_config_that_learns_none_is_refused(tmp_path):
+def test_a_config_without_a_vocabulary_size_is_refused(tmp_path):
     path = write_staged_project(tmp_path)
     with pytest.raises(InputError, match="vocab_size.* is not set"):
         train_tokenizer.main(["--config", str(path), "model.from_scratch.vocab_size=null"])
 
 
-def test_two_that_learn_at_once_agree(tmp_path, monkeypatch):
-    """The second finds the folder there when it is done, and takes it."""
+def test_two_runs_that_learn_at_once_agree(tmp_path, monkeypatch):
+    """The second run finds the finished folder of the first and uses it."""
     qa = write_qa(tmp_path / "qa.jsonl")
     write = train_tokenizer._write
 
     def slower(*arguments):
-        write(*arguments)  # the other one's
+        write(*arguments)  # the other run
         write(*arguments)
 
     monkeypatch.setattr(train_tokenizer, "_write", slower)
@@ -159,24 +161,24 @@ def test_two_that_learn_at_once_agree(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_what_is_there_is_not_written_over(learned, tmp_path):
+def test_existing_folders_are_not_overwritten(learned, tmp_path):
     qa = write_qa(tmp_path / "qa.jsonl")
     before = (learned / "tokenizer.json").read_bytes()
     for folder in (learned, tmp_path):
-        with pytest.raises(InputError, match="is there already; remove it, or give another folder"):
+        with pytest.raises(InputError, match="already exists; remove it, or give another folder"):
             train_tokenizer.train_tokenizer([qa], 290, folder)
     assert (learned / "tokenizer.json").read_bytes() == before
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path):
+def test_a_line_that_is_not_json_is_named(tmp_path):
     qa = write_qa(tmp_path / "qa.jsonl")
     qa.write_text(qa.read_text() + "{\n")
     with pytest.raises(InputError, match="qa.jsonl line 5: not a JSON value"):
         train_tokenizer.train_tokenizer([qa], 290, tmp_path / "tokenizer")
 
 
-def test_of_large_files_a_seeded_choice_is_read(tmp_path, monkeypatch):
-    """From all over the files, about as much as was asked for, the same each time."""
+def test_large_files_are_sampled_with_a_seed(tmp_path, monkeypatch):
+    """The sample covers all parts of the files, has about the requested size, and is the same each time."""
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path in paths:
         rows = [{"id": f"{i}", "conversations": [{"role": "text", "content": f"{path.name} {i}"}]} for i in range(1000)]

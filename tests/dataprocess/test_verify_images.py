@@ -1,4 +1,9 @@
-"""A picture's verdict is found once, and remembered as long as its file is the same. Run: pytest tests/test_verify.py"""
+"""An image file is checked once, and its verdict is cached while the file stays the same.
+
+Run: python -m pytest tests/dataprocess/test_verify_images.py
+"""
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -12,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataprocess import verify_images as verify
+from dataprocess import verify_images
 from dataprocess.verify_images import ImageVerifier, Verdict
 
 
 def jpeg(seed: int) -> bytes:
-    """The bytes of a small JPEG, another one for every seed."""
+    """The bytes of a small JPEG, different for every seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG")
@@ -26,7 +31,7 @@ def jpeg(seed: int) -> bytes:
 
 @pytest.fixture
 def paths(tmp_path) -> list[str]:
-    """30 files: every third is cut off, every tenth is not there."""
+    """30 paths: every third file is truncated, every tenth does not exist."""
     (tmp_path / "images").mkdir()
     made = []
     for number in range(30):
@@ -39,9 +44,15 @@ def paths(tmp_path) -> list[str]:
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[bytes]:
-    """The files that were decoded, as they are."""
-    seen = []
-    monkeypatch.setattr(verify, "verify_image", lambda data, real=verify.verify_image: (seen.append(data), real(data)))
+    """The bytes of all files that were decoded."""
+    seen: list[bytes] = []
+    verify_image = verify_images.verify_image
+
+    def remember(data: bytes) -> None:
+        seen.append(data)
+        verify_image(data)
+
+    monkeypatch.setattr(verify_images, "verify_image", remember)
     return seen
 
 
@@ -50,7 +61,7 @@ def run(cache: Path, paths: list[str], workers: int = 2) -> list[Verdict]:
         return verifier.verify(paths)
 
 
-def test_verdicts_in_the_order_of_the_paths_for_any_number_of_workers(tmp_path, paths):
+def test_verdicts_have_the_order_of_the_paths_for_any_number_of_workers(tmp_path, paths):
     expected = []
     for number, path in enumerate(paths):
         if number % 10 == 0:
@@ -72,7 +83,7 @@ def test_a_second_run_decodes_nothing(tmp_path, paths, decoded):
     assert len(decoded) == 27
 
 
-def test_a_changed_file_is_verified_anew(tmp_path, paths, decoded):
+def test_a_changed_file_is_verified_again(tmp_path, paths, decoded):
     before = run(tmp_path / "c.sqlite", paths)
     Path(paths[1]).write_bytes(b"no image")  # another size
     same_size = Path(paths[2]).read_bytes()[:-1] + b"\0"
@@ -83,7 +94,7 @@ def test_a_changed_file_is_verified_anew(tmp_path, paths, decoded):
     assert sorted(decoded) == sorted([b"no image", same_size])
     assert after[1].reason == "unreadable_image" and after[1].digest != before[1].digest
     assert after[3:] == before[3:]
-    Path(paths[10]).write_bytes(jpeg(10))  # was missing, which is not remembered
+    Path(paths[10]).write_bytes(jpeg(10))  # was missing, which is not cached
     assert run(tmp_path / "c.sqlite", paths)[10].reason == ""
 
 
@@ -96,7 +107,7 @@ def test_equal_bytes_have_equal_digests_under_any_name(tmp_path):
     assert verdicts == [Verdict(digest, "", "")] * 3
 
 
-def test_changed_tells_whether_any_verified_file_is_another_one(tmp_path, paths):
+def test_changed_detects_any_changed_or_removed_file(tmp_path, paths):
     def changed() -> bool:
         with ImageVerifier(tmp_path / "c.sqlite") as verifier:
             return verifier.changed()
@@ -111,7 +122,7 @@ def test_changed_tells_whether_any_verified_file_is_another_one(tmp_path, paths)
     assert changed()
 
 
-def test_a_file_that_is_gone_and_no_longer_asked_for_is_forgotten_after_a_whole_run(tmp_path, paths):
+def test_a_removed_file_is_deleted_from_the_cache_after_a_complete_run(tmp_path, paths):
     run(tmp_path / "c.sqlite", paths)
     os.unlink(paths[1])
     with pytest.raises(KeyboardInterrupt), ImageVerifier(tmp_path / "c.sqlite") as verifier:
@@ -124,39 +135,39 @@ def test_a_file_that_is_gone_and_no_longer_asked_for_is_forgotten_after_a_whole_
         assert not verifier.changed()
 
 
-def test_what_was_done_before_an_interrupt_is_kept(tmp_path, paths, monkeypatch, decoded):
-    counting = verify.verify_image
+def test_verdicts_before_an_interrupt_are_kept(tmp_path, paths, monkeypatch, decoded):
+    counting = verify_images.verify_image
 
     def interrupted(data):
         if len(decoded) == 20:
             raise KeyboardInterrupt
         counting(data)
 
-    monkeypatch.setattr(verify, "verify_image", interrupted)
+    monkeypatch.setattr(verify_images, "verify_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "c.sqlite", paths, workers=1)
-    monkeypatch.setattr(verify, "verify_image", counting)
+    monkeypatch.setattr(verify_images, "verify_image", counting)
     run(tmp_path / "c.sqlite", paths)
-    assert 27 <= len(decoded) <= 27 + verify.PATHS_PER_TASK
+    assert 27 <= len(decoded) <= 27 + verify_images.PATHS_PER_TASK
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkeypatch, decoded):
+def test_a_file_that_changes_while_it_is_read_is_not_cached(tmp_path, monkeypatch, decoded):
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg(0))
 
-    def read_and_change(path, real=verify.image_bytes):
+    def read_and_change(path, real=verify_images.image_bytes):
         data = real(path)
         os.utime(path, ns=(1, 1))
         return data
 
     with monkeypatch.context() as context:
-        context.setattr(verify, "image_bytes", read_and_change)
+        context.setattr(verify_images, "image_bytes", read_and_change)
         assert run(tmp_path / "c.sqlite", [str(path)])[0].reason == ""
     run(tmp_path / "c.sqlite", [str(path)])
     assert len(decoded) == 2
 
 
-def test_lack_of_memory_is_not_remembered(tmp_path, monkeypatch):
+def test_out_of_memory_is_not_cached(tmp_path, monkeypatch):
     path = tmp_path / "a.jpg"
     path.write_bytes(jpeg(0))
 
@@ -169,7 +180,7 @@ def test_lack_of_memory_is_not_remembered(tmp_path, monkeypatch):
     assert run(tmp_path / "c.sqlite", [str(path)])[0].reason == ""
 
 
-# The cache's file
+# --- the cache file
 
 
 def half(content: bytes) -> bytes:
@@ -190,7 +201,7 @@ def test_a_damaged_cache_is_replaced(tmp_path, paths, decoded, damage):
     assert run(cache, paths) == first and len(decoded) == 27
 
 
-def test_damage_that_shows_late_is_no_error_either(tmp_path, paths):
+def test_damage_found_later_is_no_error(tmp_path, paths):
     cache = tmp_path / "c.sqlite"
     with ImageVerifier(cache, 2) as verifier:
         first = verifier.verify(paths)
@@ -199,14 +210,14 @@ def test_damage_that_shows_late_is_no_error_either(tmp_path, paths):
     assert run(cache, paths) == first
 
 
-def test_a_cache_of_other_rules_is_not_believed(tmp_path, paths, monkeypatch, decoded):
+def test_a_cache_of_another_version_is_not_used(tmp_path, paths, monkeypatch, decoded):
     run(tmp_path / "c.sqlite", paths)
-    monkeypatch.setattr(verify, "VERSION", verify.VERSION + 1)
+    monkeypatch.setattr(verify_images, "VERSION", verify_images.VERSION + 1)
     run(tmp_path / "c.sqlite", paths)
     assert len(decoded) == 54
 
 
-def test_another_programs_tables_are_left_alone(tmp_path, paths):
+def test_tables_of_another_program_stay(tmp_path, paths):
     cache = tmp_path / "c.sqlite"
     with sqlite3.connect(cache) as other:
         other.execute("CREATE TABLE recipes AS SELECT 'cake' AS name")
@@ -216,7 +227,7 @@ def test_another_programs_tables_are_left_alone(tmp_path, paths):
         assert other.execute("SELECT name FROM recipes").fetchall() == [("cake",)]
 
 
-def test_where_no_file_can_be_written_memory_serves(tmp_path, paths, decoded):
+def test_without_a_writable_file_the_cache_is_in_memory(tmp_path, paths, decoded):
     (tmp_path / "file").touch()
     for impossible in (tmp_path / "file" / "c.sqlite", tmp_path / "none" / "c.sqlite", tmp_path):
         decoded.clear()
@@ -226,26 +237,26 @@ def test_where_no_file_can_be_written_memory_serves(tmp_path, paths, decoded):
             assert not verifier.changed()
 
 
-def test_a_cache_that_another_process_holds_is_no_error(tmp_path, paths, monkeypatch):
-    monkeypatch.setattr(verify, "LOCKED_SECONDS", 0.05)
+def test_a_cache_locked_by_another_process_is_no_error(tmp_path, paths, monkeypatch):
+    monkeypatch.setattr(verify_images, "LOCKED_SECONDS", 0.05)
     first = run(tmp_path / "c.sqlite", paths[:15])
     with sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
         assert run(tmp_path / "c.sqlite", paths[:15]) == first
         other.execute("COMMIT")
     with sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None) as other:
-        other.execute("BEGIN IMMEDIATE")  # it can be read, not written
+        other.execute("BEGIN IMMEDIATE")  # allows reading, blocks writing
         assert run(tmp_path / "c.sqlite", paths)[:15] == first
     assert run(tmp_path / "c.sqlite", paths)[:15] == first
 
 
 def test_two_processes_share_one_cache(tmp_path, paths):
     code = (
-        "import sys; from pathlib import Path; from dataprocess.verify import ImageVerifier\n"
+        "import sys; from pathlib import Path; from dataprocess.verify_images import ImageVerifier\n"
         "with ImageVerifier(Path(sys.argv[1]), 1) as verifier:\n"
         "    for path in sys.argv[2:]: verifier.verify([path])"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code, str(tmp_path / "c.sqlite")]
     children = [subprocess.Popen([*command, *part], cwd=root) for part in (paths, paths[::-1])]
     assert [child.wait() for child in children] == [0, 0]
@@ -253,7 +264,7 @@ def test_two_processes_share_one_cache(tmp_path, paths):
         assert rows.execute("SELECT count(*) FROM verdicts").fetchone() == (27,)
 
 
-def test_names_that_are_no_unicode_and_names_that_cannot_be(tmp_path, decoded):
+def test_file_names_that_are_not_unicode_or_not_possible(tmp_path, decoded):
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")
     Path(strange).write_bytes(jpeg(0))
     names = [strange, str(tmp_path / "a\0b"), str(tmp_path / "\ud800"), str(tmp_path), ""]

@@ -1,5 +1,7 @@
-"""Samples in one row without padding: they learn what padded ones do, and none sees another.
-`sh tests/run.sh tests/test_packing.py`"""
+"""Samples in one row without padding: they train like padded ones, and none attends to another.
+
+Run: python -m pytest tests/dataset/test_packing.py
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from config import IGNORE_INDEX, InputError
-from dataset.batch import collate
-from dataset.loader import count_tokens, split_batch
-from dataset.order import SampleOrder, micro_batches, packed_rows
-from dataset.order import bucket, pack
-from model.build import build_model, checkpoint_activations, load_processors
-from qwen import attention, load_language_model
+from config import IGNORE_INDEX, InputError, LoraConfig, ModelConfig, Trainable, TrainableConfig, TrainConfig
+from config.typed_yaml import FolderOrHub
+from dataset.batch import Batch, collate
+from dataset.order import PackedRow, SampleOrder, bucket, micro_batches, pack, packed_rows
+from model.build import Built, build_model, checkpoint_activations, load_processors
+from qwen import attention, image_token_id, load_language_model
 from qwen.attention import packed_sdpa
-from training.step import count_targets, on_device
+from tests.toy_batches import CPU, PAD, samples_of, text_sample
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe, write_qwen3, write_qwen3_moe
 from tests.toy_towers import write_clip
 
@@ -35,16 +36,14 @@ WRITERS = {
     "qwen2_moe": write_qwen2_moe,
     "qwen3_moe": write_qwen3_moe,
 }
-PAD = 0
-CPU = torch.device("cpu")
 
-# --- which sample stands in which row
+# --- which row a sample is in
 
 LENGTHS = st.lists(st.integers(1, 4000), min_size=1, max_size=60)
 
 
 @given(LENGTHS, st.integers(1, 8))
-def test_every_sample_stands_once_in_its_order_in_a_row_that_is_not_empty(lengths, rows):
+def test_every_sample_is_in_one_row_in_order_and_no_row_is_empty(lengths, rows):
     found = pack(lengths, rows)
     assert len(found) == rows and sorted(chain(*found)) == list(range(len(lengths)))
     assert all(row == sorted(row) for row in found)
@@ -55,7 +54,7 @@ def test_every_sample_stands_once_in_its_order_in_a_row_that_is_not_empty(length
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 3))
 def test_no_row_is_longer_than_four_thirds_of_the_best_possible(lengths, rows):
-    """By trying every way."""
+    """All ways are tried."""
     best = min(
         max(sum(n for n, row in zip(lengths, way, strict=True) if row == i) for i in range(rows))
         for way in product(range(rows), repeat=len(lengths))
@@ -63,12 +62,12 @@ def test_no_row_is_longer_than_four_thirds_of_the_best_possible(lengths, rows):
     assert max(sum(lengths[place] for place in row) for row in pack(lengths, rows)) <= 4 / 3 * best
 
 
-def test_packing_is_what_makes_rows_about_equally_long():
+def test_rows_are_about_equally_long():
     lengths = [100, 900, 120, 80, 90, 110, 700, 300]
     assert [sum(lengths[i] for i in row) for row in pack(lengths, 3)] == [900, 780, 720]
 
 
-def test_few_sizes_come_again_and_again_and_little_is_wasted():
+def test_row_lengths_are_rounded_to_few_sizes_and_little_is_wasted():
     sizes = [bucket(length) for length in range(1, 2**15 + 1)]
     for length, size in enumerate(sizes, start=1):
         assert 0 <= size - length < 16 or (length >= 256 and size - length <= length / 16)
@@ -77,31 +76,35 @@ def test_few_sizes_come_again_and_again_and_little_is_wasted():
     assert sizes == sorted(sizes) and all(bucket(size) == size for size in set(sizes))
 
 
-# --- shares of a step
+# --- the rows of a step
+
+
+def packed_rows_of(order: SampleOrder, steps: range, samples: int, rows: int, **share) -> list[PackedRow]:
+    return list(packed_rows(order, steps, samples_per_step=samples, rows=rows, **share))
 
 
 @pytest.mark.parametrize("world", range(1, 9))
-def test_all_processes_together_have_each_row_of_each_step_once(world):
-    """And the samples of a step are those that padded micro-batches hold."""
+def test_the_processes_together_have_each_row_of_each_step_once(world):
+    """The samples of a step are those of its padded micro-batches."""
     order, steps, size = SampleOrder(np.arange(13), 3, np.ones(13)), range(2, 6), 3
     rows = 2 * world
-    by_rank = [list(shares(order, steps, size * rows, rows, rank, world)) for rank in range(world)]
-    lengths = {key: 5 + 7 * key[1] % 11 for rank in by_rank for share in rank for key in share.keys}
+    by_rank = [packed_rows_of(order, steps, size * rows, rows, rank=rank, world_size=world) for rank in range(world)]
+    lengths = {key: 5 + 7 * key[1] % 11 for rank in by_rank for item in rank for key in item.keys}
     for i, step in enumerate(steps):
-        mine = [share for rank in by_rank for share in rank[2 * i : 2 * i + 2]]
-        assert sorted(share.row for share in mine) == list(range(rows)) and {share.rows for share in mine} == {rows}
+        items = [item for rank in by_rank for item in rank[2 * i : 2 * i + 2]]
+        assert sorted(item.row for item in items) == list(range(rows)) and {item.rows for item in items} == {rows}
         taken = [
-            share.keys[place] for share in mine for place in pack([lengths[key] for key in share.keys], rows)[share.row]
+            item.keys[place] for item in items for place in pack([lengths[key] for key in item.keys], rows)[item.row]
         ]
-        padded = chain(*micro_batches(order, range(step, step + 1), size, rows, 0, 1))
+        padded = chain(*micro_batches(order, range(step, step + 1), batch_size=size, accumulation=rows))
         assert sorted(taken) == sorted(padded)
     assert all(len(rank) == 2 * len(steps) for rank in by_rank)
 
 
-def test_shares_that_start_in_the_middle_are_the_tail_of_the_whole():
+def test_rows_that_start_in_the_middle_are_the_tail_of_the_whole():
     order = SampleOrder(np.arange(13), 3, np.ones(13))
-    whole = list(shares(order, range(9), 8, 4, 1, 2))
-    assert list(shares(order, range(5, 9), 8, 4, 1, 2)) == whole[5 * 2 :]
+    whole = packed_rows_of(order, range(9), 8, 4, rank=1, world_size=2)
+    assert packed_rows_of(order, range(5, 9), 8, 4, rank=1, world_size=2) == whole[5 * 2 :]
 
 
 # --- the row
@@ -116,50 +119,23 @@ def folders(tmp_path_factory):
     return folder
 
 
-def build(folders, language_model: str, trainable: dict | None = None):
-    words = {"vision_tower": "frozen", "projector": "full", "language_model": "lora", "embeddings": "frozen"}
+def build(folders, name: str, **words: str) -> Built:
+    settings = ModelConfig(vision_tower=FolderOrHub(folders / "clip"), language_model=FolderOrHub(folders / name))
+    trainable = TrainableConfig(**{part: Trainable(word) for part, word in words.items()})
     built = build_model(
-        load_processors(str(folders / "clip"), None, str(folders / language_model)), str(folders / "clip"),
-        vision_feature_layer=-2, image_size=None, projector="mlp", projector_hidden_size=None,
-        language_model=str(folders / language_model), trainable=words | (trainable or {}), dtype=torch.float32, seed=0,
-        lora={"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["all-linear"]},
+        load_processors(settings), settings, LoraConfig(r=4, alpha=8.0), TrainConfig(trainable=trainable),
+        dtype=torch.float32, seed=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         for name, parameter in built.model.named_parameters():
-            if "lora_B" in name:  # zero at birth: lora_A would have no gradient
+            if "lora_B" in name:  # it begins as zeros, and lora_A would have no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
     return built
 
 
-def samples_of(image_token: int, pictures=(1, 0, 3, 0, 1), seed: int = 0) -> list[dict]:
-    """A sample for each number of pictures, of 16 tokens each, with text before, between and after; a few last tokens are
-    learned, and in the second one every token, the first as well."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for i, count in enumerate(pictures):
-        text = torch.randint(10, 200, (6 + 5 * i,), generator=generator)
-        ids = torch.cat([text[:2], *[torch.cat([torch.full((16,), image_token), text[2:3]])] * count, text[2:]])
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        labels[-(2 + i) :] = ids[-(2 + i) :]
-        pixels = torch.randn(count, 3, 28, 28, generator=generator) if count else None
-        samples.append(
-            {
-                "id": f"s{i}",
-                "replaced": None,
-                "input_ids": ids,
-                "labels": ids.clone() if i == 1 else labels,
-                "pixel_values": pixels,
-                "patch_features": None,
-                "image_keys": [f"{i}.{j}" for j in range(count)],
-                "is_cached": [False] * count,
-            }  # fmt: skip
-        )
-    return samples
-
-
-def values(built, batch: dict) -> dict[str, torch.Tensor]:
-    """The loss and every gradient."""
+def values(built: Built, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the loss and every gradient."""
     built.model.zero_grad(set_to_none=True)
     loss = built.model(**batch.model_inputs(CPU)).answers
     loss.backward()
@@ -169,13 +145,13 @@ def values(built, batch: dict) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict, expected: dict) -> None:
-    """To 1e-6, in the norm of each tensor."""
+    """Compare the norm of each tensor's difference with 1e-6 of its norm."""
     assert found.keys() == expected.keys()
     errors = {name: float((found[name] - true).norm() / true.norm()) for name, true in expected.items()}
     assert {name: error for name, error in errors.items() if error > 1e-6} == {}
 
 
-def test_a_row_says_what_it_is_made_of_and_no_label_reaches_across():
+def test_a_row_lists_its_samples_lengths_and_no_label_reaches_across():
     samples = samples_of(300)
     batch = collate(samples, PAD, packed=True)
     sizes = [len(sample.input_ids) for sample in samples]
@@ -183,36 +159,35 @@ def test_a_row_says_what_it_is_made_of_and_no_label_reaches_across():
     assert batch.attention_mask is None and batch.lengths[:5] == sizes and batch.num_tokens == total
     assert batch.input_ids.shape == batch.labels.shape == (1, bucket(total)) and bucket(total) > total
     assert sum(batch.lengths) == bucket(total) and max(batch.lengths) == max(sizes)
-    parts = zip(samples, *(batch[key][0].split(batch.lengths) for key in ("input_ids", "labels")), strict=False)
+    parts = zip(samples, *(row[0].split(batch.lengths) for row in (batch.input_ids, batch.labels)), strict=False)
     for sample, ids, labels in parts:
         assert torch.equal(ids, sample.input_ids) and torch.equal(labels[1:], sample.labels[1:])
         assert labels[0] == IGNORE_INDEX
     assert (batch.input_ids[0, total:] == PAD).all() and (batch.labels[0, total:] == IGNORE_INDEX).all()
-    assert samples[1]["labels"][0] != IGNORE_INDEX, "the sample itself is left as it is"
-    assert batch.num_targets == count_targets(collate(samples, PAD))
+    assert samples[1].labels[0] != IGNORE_INDEX, "the sample itself is not changed"
+    assert batch.num_targets == collate(samples, PAD).num_targets
 
 
-def test_what_fills_a_row_is_no_document_longer_than_a_sample():
-    """A model that refuses what is past its positions would refuse the filler otherwise."""
-    short = {"pixel_values": None, "patch_features": None, "image_keys": [], "is_cached": [], "replaced": None}
-    samples = [
-        short | {"id": str(i), "input_ids": torch.ones(9).long(), "labels": torch.ones(9).long()} for i in range(58)
-    ]
-    batch = collate(samples, PAD, packed=True)
+def test_filler_documents_are_not_longer_than_the_longest_sample():
+    """A model with a limit on positions would refuse longer ones."""
+    batch = collate([text_sample(str(i), 9) for i in range(58)], PAD, packed=True)
     assert len(batch.lengths) > 58 + 1 and max(batch.lengths) == 9
     assert sum(batch.lengths) == batch.input_ids.shape[1] == bucket(58 * 9)
 
 
-def packed_and_padded(built) -> tuple[dict, dict]:
-    samples = samples_of(built.chat_values()["image_token_id"])
-    return tuple(values(built, collate(samples, PAD, packed)) for packed in (True, False))
+def packed_and_padded(built: Built) -> list[dict[str, torch.Tensor]]:
+    samples = samples_of(image_token_id(built.tokenizer))
+    return [values(built, collate(samples, PAD, packed)) for packed in (True, False)]
 
 
 @pytest.mark.parametrize("language_model", WRITERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(folders, language_model, checkpointing):
-    """Text, one picture and three; also where the layers are computed twice. In float32 the loss and the gradient as a
-    whole: a small part of it is rounded otherwise by about 1e-6. In float64 each part (the cross entropy is float32)."""
+    """Samples without images, with one and with three; also with activation checkpointing.
+
+    In float32 the loss and the gradient as a whole are compared, because rounding changes small parts of it by about 1e-6;
+    in float64 each parameter's (the cross entropy is float32 in both).
+    """
     built = build(folders, language_model)
     if checkpointing:
         checkpoint_activations(built.model)
@@ -227,9 +202,9 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(folders, lan
     assert len(packed) > 20
 
 
-def test_packed_rows_are_padded_ones_where_all_of_the_language_model_trains(folders):
-    """Its embeddings, which are the head's weights as well, among it."""
-    built = build(folders, "qwen2", trainable={"language_model": "full", "embeddings": "full"})
+def test_packed_rows_equal_padded_ones_if_the_whole_language_model_trains(folders):
+    """Including its embeddings, which are also the head's weights."""
+    built = build(folders, "qwen2", language_model="full", embeddings="full")
     built.model.double()
     packed, padded = packed_and_padded(built)
     assert_same(packed, padded)
@@ -237,8 +212,8 @@ def test_packed_rows_are_padded_ones_where_all_of_the_language_model_trains(fold
 
 
 @pytest.mark.parametrize("language_model", WRITERS)
-def test_a_sample_is_the_same_whatever_stands_beside_it(folders, language_model):
-    """To the last bit, also where the neighbours are others of the same lengths; its own tokens do matter."""
+def test_a_sample_does_not_depend_on_the_samples_beside_it(folders, language_model):
+    """Bit for bit, with other neighbours of the same lengths; the neighbours' own outputs do change."""
     model = build(folders, language_model).model.causal_lm.model.eval()
     generator = torch.Generator().manual_seed(0)
     rows = [[torch.randint(10, 200, (n,), generator=generator) for n in (7, 12, 9)] for _ in range(2)]
@@ -260,7 +235,7 @@ def test_a_sample_is_the_same_whatever_stands_beside_it(folders, language_model)
 
 
 def block_diagonal(lengths: list[int], window: int | None = None) -> torch.Tensor:
-    """[1, 1, L, L]: each token sees its own document up to itself, `window` tokens of it."""
+    """Return [1, 1, L, L], true where a token attends: to its own document up to itself, at most `window` tokens."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     places = torch.arange(sum(lengths))
     distance = places[:, None] - places
@@ -269,7 +244,7 @@ def block_diagonal(lengths: list[int], window: int | None = None) -> torch.Tenso
 
 
 def sliding(folders, folder, window: int):
-    """The Qwen2 of `folders` with windows in its second layer."""
+    """Copy the Qwen2 of `folders` to `folder`, with a sliding window in its second layer."""
     shutil.copytree(folders / "qwen2", folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
@@ -282,7 +257,7 @@ LENGTHS_OF_ROW = [5, 23, 1, 14]
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_a_row_is_what_transformers_makes_of_it_with_an_explicit_mask(folders, tmp_path, window):
+def test_a_row_equals_transformers_own_model_with_an_explicit_mask(folders, tmp_path, window):
     """And each document alone, with the mask that transformers makes itself."""
     folder = folders / "qwen2" if window is None else sliding(folders, tmp_path / "windows", window)
     ours = load_language_model(str(folder), torch.float32)
@@ -303,15 +278,15 @@ def test_a_row_is_what_transformers_makes_of_it_with_an_explicit_mask(folders, t
         ).logits  # fmt: skip
     torch.testing.assert_close(found, masked, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(found, alone, rtol=1e-5, atol=2e-5)
-    assert ((found - unwindowed).abs().max() > 1e-3) == bool(window), "the window does matter"
+    assert ((found - unwindowed).abs().max() > 1e-3) == bool(window), "the window makes a difference"
 
 
-# --- flash-attn, and what cannot keep documents apart
+# --- flash-attn, and attention that cannot separate documents
 
 
-def test_flash_attention_is_told_where_each_document_starts(folders, monkeypatch):
+def test_flash_attention_gets_the_start_of_each_document(folders, monkeypatch):
     built = build(folders, "qwen2")
-    batch = collate(samples_of(built.chat_values()["image_token_id"]), PAD, packed=True)
+    batch = collate(samples_of(image_token_id(built.tokenizer)), PAD, packed=True)
     expected = values(built, batch)
     calls = []
 
@@ -332,60 +307,28 @@ def test_flash_attention_is_told_where_each_document_starts(folders, monkeypatch
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_an_attention_that_cannot_keep_documents_apart_is_refused(folders, attention):
-    """Without `lengths` it would let them see each other, silently."""
+def test_attention_that_cannot_separate_documents_is_refused(folders, attention):
+    """It would ignore `lengths`, and documents would attend to each other."""
     model = load_language_model(str(folders / "qwen2"), torch.float32, attention)
     with pytest.raises(ValueError, match=f'"{attention}" cannot keep documents'):
         model(input_ids=torch.ones(1, 8).long(), lengths=[5, 3], use_cache=False)
 
 
-def test_qwen_v1s_limit_is_for_a_sample_and_not_for_the_row(tmp_path):
+def test_qwen_v1s_limit_applies_to_a_sample_and_not_to_the_row(tmp_path):
     model = load_language_model(str(write_qwen1(tmp_path / "lm", seq_length=16)), torch.float32)
     model(input_ids=torch.ones(1, 32).long(), lengths=[16, 16], use_cache=False)
     with pytest.raises(InputError, match="17"):
         model(input_ids=torch.ones(1, 33).long(), lengths=[16, 17], use_cache=False)
 
 
-# --- a batch in pieces
-
-
-def same(a: dict, b: dict) -> bool:
-    def equal(x, y):
-        return torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
-
-    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("pieces", [2, 3, 5, 8])
-def test_pieces_are_what_their_samples_alone_would_make_with_cached_and_fresh_pictures(packed, pieces):
-    """Sample 2 has a cached picture between two fresh ones, sample 0 a cached one, sample 4 a fresh one."""
-    samples = samples_of(300)
-    for place, cached in ((0, [True]), (2, [False, True, False])):
-        pixels, kept = samples[place]["pixel_values"], torch.tensor(cached)
-        samples[place] |= {
-            "pixel_values": pixels[~kept] if not all(cached) else None,
-            "patch_features": torch.full((sum(cached), 4, 2), float(place)), "is_cached": cached,
-            "image_keys": [f"{place}.{j}" for j, is_cached in enumerate(cached) if not is_cached],
-        }  # fmt: skip
-    if packed:
-        samples[1]["labels"][0] = IGNORE_INDEX  # as the row has it
-    whole = collate(samples, PAD, packed)
-    assert whole["is_cached"] == [True, False, True, False, False] and len(whole["image_keys"]) == 3
-    found = list(split_batch(whole, pieces, PAD))
-    size = -(-5 // pieces)
-    expected = [collate(samples[first : first + size], PAD, packed) for first in range(0, 5, size)]
-    assert len(found) == len(expected) and all(same(a, b) for a, b in zip(found, expected, strict=True))
-
-
-# --- attention in bfloat16 on a CPU, which has an implementation of its own
+# --- attention in bfloat16 on a CPU, which has its own implementation
 
 
 @pytest.mark.parametrize("lengths", [(1, 5, 3), (128, 129, 1), (300, 127), (256,)])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_attention_in_bfloat16_is_no_further_from_the_exact_one_than_torchs(lengths, heads, monkeypatch):
-    """Output and the gradients of queries, keys and values, against float64, over documents shorter and longer than a
-    block; strided as a model hands them over."""
+def test_attention_in_bfloat16_is_as_exact_as_torchs(lengths, heads, monkeypatch):
+    """Compare the output and the gradients of queries, keys and values with float64, for documents shorter and longer than a
+    block, with the strides that a model's tensors have."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, sum(lengths), count, 16) for count in (heads[0], heads[1], heads[1], heads[0])]
     values = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
@@ -397,20 +340,18 @@ def test_attention_in_bfloat16_is_no_further_from_the_exact_one_than_torchs(leng
         return [out, *torch.autograd.grad(out, inputs, values[3].to(dtype))]
 
     exact, calls = run(torch.float64), []
-    own = attention._CausalDocuments.apply
-    monkeypatch.setattr(attention._CausalDocuments, "apply", lambda *given: calls.append(1) or own(*given))
+    own = attention.causal_documents
+    monkeypatch.setattr(attention, "causal_documents", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
     ours = run(torch.bfloat16)
-    assert calls == [1], "its own implementation is used"
-    monkeypatch.setattr(
-        attention._CausalDocuments, "apply", lambda q, k, v, lengths, scale: plain(q, k, v, lengths, scale)
-    )
+    assert calls == [1], "the own implementation is used"
+    monkeypatch.setattr(attention, "causal_documents", torchs_attention)
     torchs = run(torch.bfloat16)
     for found, other, wanted in zip(ours, torchs, exact, strict=True):
         error, others = ((tensor.double() - wanted).norm() / wanted.norm().clamp(min=1e-9) for tensor in (found, other))
         assert error <= 1.25 * others + 1e-3 and error < 0.01, (error, others)
 
 
-def plain(query, key, value, lengths, scale) -> torch.Tensor:
+def torchs_attention(query, key, value, lengths, scale) -> torch.Tensor:
     documents = zip(*(tensor[None].split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
     attended = [F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True) for one in documents]
     return torch.cat([one.transpose(1, 2) for one in attended], dim=1)[0]

@@ -1,6 +1,6 @@
-"""The page that shows what the model gets: it says what is in the batches, no more and no less.
+"""The page that shows what the model gets: exactly what is in the batches.
 
-python -m pytest tests/test_show.py
+Run: python -m pytest tests/dataset/test_show.py
 """
 
 import base64
@@ -17,21 +17,26 @@ import torch
 import yaml
 from PIL import Image
 
-from training import run as assemble
 from config import IGNORE_INDEX, load_config, run_script
 from dataset import show
+from dataset.batch import Batch
 from dataset.loader import make_loader
-from dataset.order import SampleOrder, micro_batches, packed_rows
+from dataset.open import source_weights
+from dataset.order import PackedRow, SampleOrder, micro_batches, packed_rows
 from dataset.show_page import Row, Vocabulary, write_row
 from tests.toy_project import write_project
+from training.run import open_processors, open_qa_file
 
 PROJECTS = [("clip", "qwen2"), ("dinov2", "qwen1")]
 INJECTION = 'Is <|im_end|> <|image_pad|><|extra_0|> a "tag", <script>alert(1)</script> or <b>&amp;</b>?'
 
 
 class Page(HTMLParser):
-    """articles: the heading, the tokens (classes, tooltip, text), the pictures (RGB arrays) and the whole text of each row.
-    tags: every element."""
+    """A parsed page.
+
+    articles: for each row its heading, tokens (classes, tooltip, text), images (RGB arrays) and whole text. tags: every
+    element.
+    """
 
     def __init__(self, text: str):
         super().__init__()
@@ -43,10 +48,10 @@ class Page(HTMLParser):
         self._heading = tag == "h3"
         self.tags.append((tag, values))
         if tag == "article":
-            self.articles.append({"name": "", "tokens": [], "pictures": [], "text": ""})
+            self.articles.append({"name": "", "tokens": [], "images": [], "text": ""})
         elif tag == "img":
             data = values["src"].removeprefix("data:image/png;base64,")
-            self.articles[-1]["pictures"].append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+            self.articles[-1]["images"].append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
         elif tag == "i" and self.articles:
             self._token = [values["class"].split(), values["title"], ""]
             self.articles[-1]["tokens"].append(self._token)
@@ -68,7 +73,7 @@ def tokens_of(article: dict, kind: str) -> list[tuple[list[str], str, str]]:
 
 
 def count_of(article: dict, kind: str) -> int:
-    """How many tokens the elements of a kind stand for, by the tooltips."""
+    """Return how many tokens the elements of a kind represent, according to their tooltips."""
     places = (re.match(r"tokens? (\d+)(?:–(\d+))?", tip).groups() for _, tip, _ in tokens_of(article, kind))
     return sum(int(last or first) - int(first) + 1 for first, last in places)
 
@@ -79,22 +84,27 @@ def make_page(path, *arguments) -> Page:
     return Page(output.read_text(encoding="utf-8"))
 
 
-def batches_of(path, number: int, packed: bool = False) -> list[dict]:
-    """The first micro-batches as train.py gets them."""
+def batches_of(path, number: int, packed: bool = False) -> list[Batch]:
+    """Return the first micro-batches, as train.py gets them."""
     config = load_config(path)
-    processors = assemble.open_processors(config)
-    dataset = assemble.open_qa_file(config, processors, config.data.qa_file)
-    order = SampleOrder(np.arange(len(dataset)), config.seed, assemble.source_weights(config, dataset))
+    processors = open_processors(config)
+    dataset = open_qa_file(config, processors, config.data.qa_file)
+    order = SampleOrder(np.arange(len(dataset)), config.seed, source_weights(dataset, config.data))
     size, accumulation = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    keys: list[list[tuple[int, int]] | PackedRow] = []
     if packed:
-        keys = shares(order, range(number), size * accumulation, accumulation, 0, 1)
+        keys += packed_rows(order, range(number), samples_per_step=size * accumulation, rows=accumulation)
     else:
-        keys = micro_batches(order, range(number), size, accumulation, 0, 1)
-    return list(make_loader(dataset, list(keys)[:number], processors.tokenizer.pad_token_id, 0, False, packed))
+        keys += micro_batches(order, range(number), batch_size=size, accumulation=accumulation)
+    return list(make_loader(dataset, keys[:number], processors.tokenizer.pad_token_id, packed=packed))
+
+
+def image_token_of(path) -> int:
+    return show.vocabulary(open_processors(load_config(path))).image_token_id
 
 
 def padded_project(folder, *kind) -> Path:
-    """Whose batches are padded; `train.packing=on` on the command line packs them."""
+    """Write a project whose batches are padded; `train.packing=on` on the command line packs them."""
     path = write_project(folder, *kind)
     values = yaml.safe_load(path.read_text())
     values["train"]["packing"] = "off"
@@ -103,7 +113,7 @@ def padded_project(folder, *kind) -> Path:
 
 
 def write_qa(path, records: list[dict], **data) -> None:
-    """Make a project's QA file of these records alone."""
+    """Give a project a QA file of these records and nothing else."""
     values = yaml.safe_load(path.read_text())
     values["data"] |= {"sources": [], "validation_file": None, "qa_file": "own.jsonl", "max_length": 2000, **data}
     values["train"]["eval_steps"] = None
@@ -126,13 +136,13 @@ def fresh(tmp_path):
     return padded_project(tmp_path / "project", *PROJECTS[0])
 
 
-# --- what the batch holds is what the page shows
+# --- the page shows what is in the batch
 
 
-def test_the_page_counts_what_the_batches_hold(project):
+def test_the_page_counts_what_is_in_the_batches(project):
     page = make_page(project, "--count", "6")
     batches = batches_of(project, 3)
-    token = show.vocabulary(assemble.open_processors(load_config(project))).image_token_id
+    token = image_token_of(project)
     rows = [(batch, i) for batch in batches for i in range(len(batch.ids))]
     assert len(page.articles) == len(rows) == 6
     padded = 0
@@ -148,22 +158,22 @@ def test_the_page_counts_what_the_batches_hold(project):
         }
         assert {kind: count_of(article, kind) for kind in expected} == expected
         assert article["name"] == batch.ids[i] and "source train" in article["text"]
-        said = article["text"].replace(",", "")
-        assert f"{int(mask.sum())} tokens" in said and "type colour" in said
+        text = article["text"].replace(",", "")
+        assert f"{int(mask.sum())} tokens" in text and "type colour" in text
         for kind in ("image", "prompt", "supervised"):
-            assert f"{expected[kind]} {kind}" in said
-        assert (f"padding × {expected['padding']}" in said) == bool(expected["padding"])
+            assert f"{expected[kind]} {kind}" in text
+        assert (f"padding × {expected['padding']}" in text) == bool(expected["padding"])
         assert f", {expected['supervised'] / int(mask.sum()):.1%} learned: " in article["text"]
         padded += expected["padding"]
     assert padded > 0
 
 
-def test_a_packed_row_is_one_article_with_all_that_training_gets_in_it(project):
-    """Every row of a step, in order; a sample's own counts are in its part of the row, the padding after the last."""
+def test_a_packed_row_is_one_article_with_everything_that_training_gets(project):
+    """Every row of a step is shown, in order. A sample's counts are in its part of the row, padding comes after the last."""
     page = make_page(project, "--count", "12", "train.packing=on")
     batches = batches_of(project, 6, packed=True)
-    token = show.vocabulary(assemble.open_processors(load_config(project))).image_token_id
-    processor = assemble.open_processors(load_config(project)).image_processor
+    token = image_token_of(project)
+    processor = open_processors(load_config(project)).image_processor
     assert len(page.articles) == len(batches) == 6 and sum(len(batch.ids) for batch in batches) == 12
     for article, batch in zip(page.articles, batches, strict=True):
         ids, labels, supervised = batch.input_ids[0], batch.labels[0], batch.labels[0] != IGNORE_INDEX
@@ -183,12 +193,12 @@ def test_a_packed_row_is_one_article_with_all_that_training_gets_in_it(project):
                 rf"{name}source train · type colour · epoch \d{length} tokens, {share} learned", article["text"]
             )
         shown = processor.denormalise(batch.pixel_values).numpy()
-        assert all(np.array_equal(a, b) for a, b in zip(article["pictures"], shown, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(article["images"], shown, strict=True))
     assert sum("position 0 " in tip for article in page.articles for _, tip, _ in article["tokens"]) == 12 + 6
 
 
 def test_a_packed_row_is_shown_whole_and_each_sample_under_its_own_name(fresh):
-    """Text of four lengths, so that rows of a step are not made of neighbours; the last row may bring a sample more."""
+    """Texts of four lengths, so that a row's samples are not neighbours in the order; the last row may add a sample."""
     write_qa(fresh, [{"type": f"kind{i}", "conversations": talk("Q", "A" * (1 + 9 * (i % 4)))} for i in range(8)])
     more = ("train.packing=on", "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2")
     for count, rows in ((1, 1), (5, 2), (9, 3)):
@@ -203,7 +213,7 @@ def test_a_packed_row_is_shown_whole_and_each_sample_under_its_own_name(fresh):
     ).read_text(encoding="utf-8")
 
 
-def test_what_is_supervised_reads_as_the_answers_and_their_stop_tokens(project):
+def test_supervised_tokens_read_as_the_answers_and_their_stop_tokens(project):
     page = make_page(project, "--count", "9")
     qa = load_config(project).data.qa_file
     records = {record["id"]: record for record in map(json.loads, qa.read_text().splitlines())}
@@ -224,12 +234,12 @@ def test_what_is_supervised_reads_as_the_answers_and_their_stop_tokens(project):
     assert seen == set(records)  # an epoch of the toy project
 
 
-def test_the_pictures_are_what_the_encoder_is_shown_and_not_the_files(fresh):
+def test_images_are_those_that_the_encoder_gets_and_not_the_files(fresh):
     folder = fresh.parent / "images"
     noise = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
     for i, pixels in enumerate(noise):
         Image.fromarray(pixels).save(folder / f"{i}.png")
-    names = [["0.png", "1.png"], [], ["2.png"]]  # two pictures in a row, none, one: nothing may shift
+    names = [["0.png", "1.png"], [], ["2.png"]]  # two images in a row, none, one: nothing may shift
     write_qa(
         fresh,
         [
@@ -238,14 +248,14 @@ def test_the_pictures_are_what_the_encoder_is_shown_and_not_the_files(fresh):
         ],
     )
     page = make_page(fresh, "--count", "3", "train.per_device_train_batch_size=3")
-    processor = assemble.open_processors(load_config(fresh)).image_processor
+    processor = open_processors(load_config(fresh)).image_processor
     for article in page.articles:
         some = names[int(article["name"].removeprefix("r"))]
-        assert len(article["pictures"]) == len(tokens_of(article, "image")) == len(some)
-        for name, shown in zip(some, article["pictures"], strict=True):
-            picture = Image.open(folder / name)
-            assert np.array_equal(shown, processor.denormalise(processor([picture]))[0].numpy())
-            resized = np.asarray(picture.resize(shown.shape[:2]))
+        assert len(article["images"]) == len(tokens_of(article, "image")) == len(some)
+        for name, shown in zip(some, article["images"], strict=True):
+            image = Image.open(folder / name)
+            assert np.array_equal(shown, processor.denormalise(processor([image]))[0].numpy())
+            resized = np.asarray(image.resize(shown.shape[:2]))
             assert shown.shape == (28, 28, 3) and not np.array_equal(shown, resized)
     small = [values for tag, values in page.tags if tag == "img"]
     assert len(small) == 3 and all(v["class"] == "pixels" and int(v["width"]) % 28 == 0 for v in small)
@@ -256,18 +266,18 @@ def test_the_pictures_are_what_the_encoder_is_shown_and_not_the_files(fresh):
 
 def test_typed_special_tokens_and_markup_are_shown_as_text(fresh):
     asked = [{"type": "image"}, {"type": "text", "text": "\nWhat does <image> mean? " + INJECTION}]
-    picture = {"image": "images/0.png"}
-    write_qa(fresh, [{"conversations": talk(INJECTION, INJECTION)}, {"conversations": talk(asked, "Text."), **picture}])
+    image = {"image": "images/0.png"}
+    write_qa(fresh, [{"conversations": talk(INJECTION, INJECTION)}, {"conversations": talk(asked, "Text."), **image}])
     page = make_page(fresh, "--count", "2")
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe"}
-    assert sum(tag == "b" for tag, _ in page.tags) == 2  # our own: the number of tokens of each row
+    assert sum(tag == "b" for tag, _ in page.tags) == 2  # the page's own: the number of tokens of each row
     parts, plain = sorted(page.articles, key=lambda article: "mean?" not in article["text"])
     assert "".join(text for *_, text in tokens_of(plain, "supervised")) == INJECTION + "<|im_end|>"
     assert INJECTION in "".join(text for *_, text in tokens_of(plain, "prompt"))
-    for article, pictures in ((parts, 1), (plain, 0)):
+    for article, images in ((parts, 1), (plain, 0)):
         special = [text for *_, text in tokens_of(article, "special")]
-        assert special == ["<|im_start|>", "<|im_end|>"] * 2  # those of the format, and none that was typed
-        assert len(tokens_of(article, "image")) == len(article["pictures"]) == pictures
+        assert special == ["<|im_start|>", "<|im_end|>"] * 2  # only those of the prompt format
+        assert len(tokens_of(article, "image")) == len(article["images"]) == images
     assert "What does <image> mean? " + INJECTION in "".join(text for *_, text in tokens_of(parts, "prompt"))
 
 
@@ -280,7 +290,7 @@ def test_a_name_is_escaped(fresh):
     assert "script" not in {tag for tag, _ in page.tags}
 
 
-def test_characters_of_several_tokens_stay_together_and_what_is_invisible_shows(fresh):
+def test_characters_of_several_tokens_stay_together_and_invisible_ones_are_shown(fresh):
     answer = "图片里有一只猫🐈\t\u202e\u0000\r\n  é\ufffd"
     write_qa(fresh, [{"conversations": talk("Q", answer)}])
     page = make_page(fresh, "--count", "1")
@@ -295,7 +305,7 @@ def test_characters_of_several_tokens_stay_together_and_what_is_invisible_shows(
     assert {"tab", "end", None} == set(classes)
 
 
-def test_an_answer_that_is_cut_inside_a_character_is_shown(fresh):
+def test_an_answer_cut_inside_a_character_is_shown(fresh):
     write_qa(fresh, [{"conversations": talk("Q", "🐈" * 40)}], max_length=50)
     page = make_page(fresh, "--count", "1", "train.per_device_train_batch_size=1")
     (article,) = page.articles
@@ -304,7 +314,7 @@ def test_an_answer_that_is_cut_inside_a_character_is_shown(fresh):
     assert set("".join(text for *_, text in tokens)) <= {"🐈", "\ufffd"}
 
 
-# --- the row, whatever made it
+# --- one row
 
 
 WORDS = Vocabulary(lambda token: bytes([token]), {256: "<s>", 257: "<img>"}, image_token_id=257, num_image_tokens=2)
@@ -319,7 +329,7 @@ def row(ids, labels=None, positions=None, names=(("a", ""),), padding=0) -> Row:
 
 
 def test_a_row_of_several_samples_has_a_line_between_them():
-    """What restarts the positions begins a sample, in the middle of a run of one kind, too."""
+    """A sample begins where positions restart, even between tokens of one kind."""
     packed = row([97, 98, 99, 100, 256, 256], positions=[0, 1, 0, 1, 2, 3], names=[("one", ""), ("two", "")], padding=2)
     before, after = write_row(packed, WORDS).split("<hr>")
     assert [[t[2] for t in Page("<article>" + half).articles[-1]["tokens"]] for half in (before, after)] == [
@@ -331,7 +341,7 @@ def test_a_row_of_several_samples_has_a_line_between_them():
         write_row(row([97, 98], positions=[0, 0]), WORDS)
 
 
-def test_a_label_of_another_token_and_a_learned_image_token_are_not_shown_as_good():
+def test_a_wrong_label_and_a_learned_image_token_are_not_shown_as_right():
     wrong = row([97, 98, 257, 257, 257, 257], [IGNORE_INDEX, 97, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 257])
     (article,) = Page(write_row(wrong, WORDS)).articles
     assert [(token[0][0], token[2]) for token in article["tokens"]] == [
@@ -344,7 +354,7 @@ def test_a_label_of_another_token_and_a_learned_image_token_are_not_shown_as_goo
     assert "id 98 · label 97" in article["tokens"][1][1]
 
 
-def test_a_token_that_is_markup_by_itself_is_text():
+def test_a_token_that_is_markup_is_shown_as_text():
     markup = '<script src="x">&lt;'
     words = Vocabulary(lambda token: markup.encode(), {256: markup}, image_token_id=257, num_image_tokens=2)
     page = Page(write_row(row([97, 256]), words))
@@ -356,8 +366,8 @@ def test_a_token_that_is_markup_by_itself_is_text():
 # --- the script
 
 
-def test_count_is_how_many_and_the_order_is_the_runs(fresh, capsys):
-    for count, rows in ((1, 1), (3, 3), (20, 20)):  # also within a micro-batch, and beyond the epoch
+def test_count_limits_the_samples_and_their_order_is_that_of_training(fresh, capsys):
+    for count, rows in ((1, 1), (3, 3), (20, 20)):  # also inside of a micro-batch, and beyond the epoch
         page = make_page(fresh, "--count", str(count))
         names = [name for batch in batches_of(fresh, 10) for name in batch.ids]
         assert [article["name"] for article in page.articles] == names[:rows]
@@ -367,7 +377,7 @@ def test_count_is_how_many_and_the_order_is_the_runs(fresh, capsys):
     assert capsys.readouterr().out.split()[-1] == str(fresh.parent / "page.html")
 
 
-def test_a_record_that_training_leaves_out_is_not_shown_and_moves_the_others(fresh):
+def test_a_record_that_training_leaves_out_is_not_shown(fresh):
     """The order is a permutation of the records that are used."""
     long = [{"role": "user", "content": "<image>" * 8}, *talk("Q", "A")[1:]]  # 8 x 16 tokens
     records = [{"conversations": talk("Q", "A")} for _ in range(9)]
@@ -380,12 +390,12 @@ def test_a_record_that_training_leaves_out_is_not_shown_and_moves_the_others(fre
     assert "left out as they do not fit: 1 of 9 records" in (fresh.parent / "page.html").read_text()
 
 
-def test_the_page_needs_nothing_else_and_stands_in_the_runs_folder(fresh, capsys):
+def test_the_page_is_in_the_runs_folder_and_needs_no_other_file(fresh, capsys):
     assert show.main(["--config", str(fresh), "--count", "2"]) == 0
     output = fresh.parent / "run" / "show.html"
     assert capsys.readouterr().out.splitlines()[-1] == str(output)
     text = output.read_text(encoding="utf-8")
-    for word in ("tower", "lm", "config.yaml", "128 tokens", "16 tokens a picture", "28 × 28 pixels", "seed 1"):
+    for word in ("tower", "lm", "config.yaml", "128 tokens", "16 tokens an image", "28 × 28 pixels", "seed 1"):
         assert word in text
     addresses = [v for tag, values in Page(text).tags for k, v in values.items() if k in ("src", "href")]
     assert addresses and all(address.startswith("data:image/png;base64,") for address in addresses)
@@ -413,7 +423,7 @@ def test_no_weights_are_opened(fresh):
         (["--count", "2", "data.max_length=20"], "no record fits"),
     ],
 )
-def test_mistakes_are_one_message(fresh, capsys, monkeypatch, arguments, message):
+def test_a_mistake_is_one_message(fresh, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(fresh.parent)
     if "broken" in arguments:
         make_page(fresh, "--count", "1")

@@ -1,5 +1,7 @@
-"""The demo: its world says only what is in the picture and keeps what is held out apart; its files are exact; its
-backbones load and know what they claim to know, and nothing of what is held out."""
+"""The demo: texts describe the images, held-out data stays separate, files are reproducible, backbones score well.
+
+Run: python -m pytest tests/demo/test_world.py
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
 
 from config import InputError
-from demo import world as world
-from demo import draw as maker
-from demo import language, vision
+from demo import draw, language, vision, world
 
-DEMO = Path(__file__).parent.parent / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 
 
-def seen_in(picture: Image.Image) -> list[str | None]:
-    """The colour at each of the four places, from the pixels alone: every shape covers the middle of its corner."""
-    pixels = np.asarray(picture, dtype=float)
+def seen_in(image: Image.Image) -> list[str | None]:
+    """The colour at each of the four places, from the pixels: every shape covers the middle of its corner."""
+    pixels = np.asarray(image, dtype=float)
     colours = []
     for y in (15, 45):
         for x in (15, 45):
@@ -38,13 +38,13 @@ def scenes(count: int, make=world.training_scene, **extra) -> list[world.Scene]:
     return [make(rng, **extra) for _ in range(count)]
 
 
-def test_a_picture_shows_its_scene():
+def test_an_image_shows_its_scene():
     rng = np.random.default_rng(0)
     for scene in scenes(200):
         assert seen_in(world.draw_scene(scene, rng)) == [None if pair is None else pair[0] for pair in scene]
 
 
-def test_every_answer_is_true_of_the_scene():
+def test_every_answer_is_true():
     rng = np.random.default_rng(0)
     types = set()
     for scene in scenes(300):
@@ -71,7 +71,7 @@ def test_every_answer_is_true_of_the_scene():
     assert types == set(world.SCENE_TYPES)
 
 
-def test_chinese_says_the_same_as_english():
+def test_chinese_and_english_texts_have_the_same_meaning():
     for scene in scenes(100):
         english = world.scene_questions(scene, "en", np.random.default_rng(1))
         chinese = world.scene_questions(scene, "zh", np.random.default_rng(1))
@@ -84,7 +84,7 @@ def test_chinese_says_the_same_as_english():
             assert a.answer.endswith("Yes.") == b.answer.endswith("？有。")
 
 
-def test_held_out_scenes_and_unseen_pairs_stay_apart():
+def test_held_out_scenes_and_unseen_pairs_are_not_in_training():
     train = scenes(3000)
     held_out = scenes(300, world.held_out_scene)
     unseen = scenes(300, world.held_out_scene, unseen=True)
@@ -113,13 +113,13 @@ def test_no_training_text_names_an_unseen_pair():
 
 @pytest.fixture()
 def small(monkeypatch):
-    """make_demo with fewer pictures."""
+    """make_demo with fewer images."""
     for name, value in {"SCENES": 60, "CAPTIONED": 10, "HELD_OUT": 12}.items():
-        monkeypatch.setattr(maker, name, value)
+        monkeypatch.setattr(draw, name, value)
     images, labels, held_out = world.load_digits()
     few = np.concatenate([np.flatnonzero(~held_out)[:30], np.flatnonzero(held_out)[:20]])
     monkeypatch.setattr(world, "load_digits", lambda: (images[few], labels[few], held_out[few]))
-    return maker.make_demo
+    return draw.make_demo
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -144,8 +144,8 @@ def test_the_files_have_the_layouts_of_llava_and_ai_challenger(small, tmp_path):
             turns = record["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
             assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
-            picture = Image.open(tmp_path / "images" / part.split("_")[0] / record["image"])
-            assert picture.size == (world.SIDE, world.SIDE) and picture.mode == "RGB"
+            image = Image.open(tmp_path / "images" / part.split("_")[0] / record["image"])
+            assert image.size == (world.SIDE, world.SIDE) and image.mode == "RGB"
             assert ("type" in record) == (len(turns) == 2 and part.endswith("validation"))
     captions = json.loads((tmp_path / "captions_train.json").read_text(encoding="utf-8"))
     for record in captions:
@@ -166,31 +166,31 @@ def test_validation_has_every_type_and_a_quarter_in_chinese(small, tmp_path):
         assert len(answers) == 12 and sum(not answer.isascii() for answer in answers) == 3
 
 
-def test_texts_and_dialogs_without_pictures_are_half_chinese_and_say_what_is_true(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(maker, "TEXTS", 40)
-    monkeypatch.setattr(maker, "DIALOGS", 40)
+def test_records_without_images_are_half_chinese_and_answerable(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "TEXTS", 40)
+    monkeypatch.setattr(draw, "DIALOGS", 40)
     counts = small(tmp_path)
 
     def lines(name: str) -> list[dict]:
         return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
 
-    texts, told, held = (lines(name) for name in ("texts_train.jsonl", "told_train.jsonl", "told_validation.jsonl"))
+    texts, dialogs, held = (lines(name) for name in ("texts_train.jsonl", "told_train.jsonl", "told_validation.jsonl"))
     assert len(texts) == counts["texts_train.jsonl"] == 40 and sum(not one["text"].isascii() for one in texts) == 20
-    assert len(told) == 40 and len(held) == maker.HELD_OUT_TOLD * len(world.SCENE_TYPES)
-    for one in told + held:
+    assert len(dialogs) == 40 and len(held) == draw.HELD_OUT_DIALOGS * len(world.SCENE_TYPES)
+    for one in dialogs + held:
         assert [turn["role"] for turn in one["conversations"]] == ["user", "assistant"] * (
             len(one["conversations"]) // 2
         )
         assert all("<image>" not in turn["content"] for turn in one["conversations"])
     assert {one["type"] for one in held} == set(world.SCENE_TYPES)
-    for one in held:  # what is asked can be told from what is told
+    for one in held:  # the first turn contains the answer
         asked, answer = (turn["content"] for turn in one["conversations"])
         if one["type"] == "colour":
             colour = next(colour for colour in world.COLOURS if colour in answer or world.CHINESE[colour] in answer)
             assert colour in asked or world.CHINESE[colour] in asked
 
 
-def test_described_pictures_are_there_with_all_that_can_be_said(small, tmp_path):
+def test_described_images_exist(small, tmp_path):
     counts = small(tmp_path)
     for part in ("train", "validation"):
         records = (tmp_path / f"described_{part}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -203,7 +203,7 @@ def test_described_pictures_are_there_with_all_that_can_be_said(small, tmp_path)
 
 
 @pytest.mark.parametrize("language", world.LANGUAGES)
-def test_the_facts_are_every_answer_that_the_scenes_questions_have(language):
+def test_the_facts_are_all_answers_about_the_scene(language):
     rng = np.random.default_rng(0)
     for _ in range(50):
         scene = world.training_scene(rng)
@@ -212,23 +212,23 @@ def test_the_facts_are_every_answer_that_the_scenes_questions_have(language):
         assert set(found) == asked and len(found) == len(asked)
 
 
-def test_complete_means_all_there_and_of_this_version(small, tmp_path, monkeypatch):
+def test_complete_means_all_files_of_this_version(small, tmp_path, monkeypatch):
     folder = tmp_path / "demo"
-    assert not maker.is_complete(folder)
+    assert not draw.is_complete(folder)
     small(folder)
-    assert maker.is_complete(folder)
+    assert draw.is_complete(folder)
     (folder / "scenes_train.json").unlink()
-    assert not maker.is_complete(folder)
+    assert not draw.is_complete(folder)
     small(folder)
     monkeypatch.setattr(world, "VERSION", world.VERSION + 1)
-    assert not maker.is_complete(folder)
+    assert not draw.is_complete(folder)
 
 
-def test_drawing_again_keeps_other_files_and_never_replaces_foreign_ones(small, tmp_path):
+def test_drawing_again_keeps_other_files(small, tmp_path):
     small(tmp_path / "demo")
     (tmp_path / "demo" / "qa.jsonl").write_text("mine")
     small(tmp_path / "demo", seed=1)
-    assert (tmp_path / "demo" / "qa.jsonl").read_text() == "mine" and maker.is_complete(tmp_path / "demo")
+    assert (tmp_path / "demo" / "qa.jsonl").read_text() == "mine" and draw.is_complete(tmp_path / "demo")
     foreign = tmp_path / "foreign" / "images"
     foreign.mkdir(parents=True)
     (foreign / "holiday.jpg").write_text("mine")
@@ -242,7 +242,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO / "language_model")
 
 
-def test_a_word_is_one_token_wherever_it_stands(tokenizer):
+def test_a_word_is_one_token_in_every_context(tokenizer):
     for scene in scenes(40):
         for language_ in world.LANGUAGES:
             rng = np.random.default_rng(0)
@@ -253,11 +253,11 @@ def test_a_word_is_one_token_wherever_it_stands(tokenizer):
                 assert "".join(tokens) == text
                 for name in (*world.COLOURS, *world.SHAPES):
                     word = f" {name}" if language_ == "en" else world.CHINESE[name]
-                    said = len(re.findall(rf"{word}\b" if language_ == "en" else word, text))
-                    assert tokens.count(word) == said, tokens
+                    expected = len(re.findall(rf"{word}\b" if language_ == "en" else word, text))
+                    assert tokens.count(word) == expected, tokens
 
 
-def test_the_special_tokens_are_known_by_name(tokenizer):
+def test_special_tokens_have_ids(tokenizer):
     ids = tokenizer.convert_tokens_to_ids(list(language.SPECIALS))
     assert len(set(ids)) == len(language.SPECIALS) and None not in ids
     assert tokenizer.eos_token == "<|im_end|>"
@@ -270,13 +270,13 @@ def test_the_shipped_files_are_small():
     assert sum(path.stat().st_size for path in files) < 10e6
 
 
-def test_the_encoder_sees_more_than_a_random_one_on_held_out_pictures():
+def test_the_encoder_beats_a_random_one_on_held_out_images():
     encoder = CLIPVisionModel.from_pretrained(DEMO / "vision_tower", dtype=torch.float32).eval()
     processor = CLIPImageProcessor.from_pretrained(DEMO / "vision_tower")
     rng = np.random.default_rng(0)
-    picture = world.draw_scene(world.held_out_scene(rng), rng)
-    pixels, _ = vision.batch([picture], [vision.scene_labels((None,) * 4)])
-    torch.testing.assert_close(processor(picture, return_tensors="pt")["pixel_values"], pixels, atol=1e-6, rtol=0)
+    image = world.draw_scene(world.held_out_scene(rng), rng)
+    pixels, _ = vision.batch([image], [vision.scene_labels((None,) * 4)])
+    torch.testing.assert_close(processor(image, return_tensors="pt")["pixel_values"], pixels, atol=1e-6, rtol=0)
     learned, untrained = vision.probe(encoder, count=300), vision.probe(vision.new_encoder(0).eval(), count=300)
     for name in ("colour", "shape", "place"):
         assert learned[name] > 0.98, learned
@@ -284,7 +284,7 @@ def test_the_encoder_sees_more_than_a_random_one_on_held_out_pictures():
     assert learned["shape"] > untrained["shape"] + 0.1
 
 
-def test_the_language_model_answers_about_told_scenes_it_never_read(tokenizer):
+def test_the_language_model_answers_about_held_out_described_scenes(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(DEMO / "language_model", dtype=torch.float32).eval()
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     scores = language.probe(model, tokenizer, batches=3)

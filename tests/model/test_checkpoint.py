@@ -1,4 +1,7 @@
-"""Checkpoint folders: whole or absent, damage noticed and named. `sh tests/run.sh tests/test_checkpoint.py`"""
+"""Checkpoints: written as a whole or not at all, damage found and named, weights the same after loading.
+
+Run: python -m pytest tests/model/test_checkpoint.py
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from training import run as assemble
 import qwen
 from config import InputError, load_config
 from model.checkpoint_folder import latest_checkpoint, verify_folder, write_folder
 from tests.toy_project import run_training, write_project
+from training.run import open_model, open_processors
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +29,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of a finished run's folder, to be damaged."""
+    """Copy the folder of a finished run, for a test to damage."""
     shutil.copytree(trained.parent / "run", tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_written_as_a_whole_or_not_at_all(tmp_path):
     def fail(folder):
         (folder / "half").write_text("half")
         raise OSError("disk full")
@@ -56,7 +59,7 @@ def test_every_file_is_in_the_manifest_and_nothing_is_pickled(run):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
-def test_damage_is_named_and_auto_resume_takes_the_one_before(run, damage):
+def test_damage_is_named_and_auto_resume_uses_the_previous_checkpoint(run, damage):
     victim = run / "checkpoint-2" / ("manifest.json" if damage == "manifest" else "projector.safetensors")
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
@@ -70,12 +73,12 @@ def test_damage_is_named_and_auto_resume_takes_the_one_before(run, damage):
         victim.write_text("{")
     with pytest.raises(InputError, match=victim.name):
         verify_folder(run / "checkpoint-2")
-    said = []
-    assert latest_checkpoint(run, said.append) == run / "checkpoint-1"
-    assert len(said) == 1 and victim.name in said[0]
+    reports = []
+    assert latest_checkpoint(run, reports.append) == run / "checkpoint-1"
+    assert len(reports) == 1 and victim.name in reports[0]
 
 
-def test_a_manifest_cannot_point_outside_its_folder(run):
+def test_a_manifest_cannot_name_files_outside_its_folder(run):
     path = run / "final" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"]["../checkpoint-2/projector.safetensors"] = manifest["files"]["projector.safetensors"]
@@ -84,15 +87,15 @@ def test_a_manifest_cannot_point_outside_its_folder(run):
         verify_folder(run / "final")
 
 
-def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
-    with pytest.raises(InputError, match="no such checkpoint"):
+def test_a_folder_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="checkpoint folder does not exist"):
         verify_folder(tmp_path / "absent")
     with pytest.raises(InputError, match="manifest.json"):
         verify_folder(tmp_path)
 
 
 def test_peft_loads_the_adapter_of_a_checkpoint(trained, run):
-    """The folder is also an ordinary PEFT adapter: another tool reads the same weights from it."""
+    """The folder is also an ordinary PEFT adapter with the same weights."""
     lm = qwen.load_language_model(str(trained.parent / "lm"))
     with torch.no_grad():
         loaded = PeftModel.from_pretrained(lm, run / "final")
@@ -104,7 +107,7 @@ def test_peft_loads_the_adapter_of_a_checkpoint(trained, run):
 
 
 def _replace(folder, name, change):
-    """Rewrite one file of a checkpoint and its manifest: a whole checkpoint with other content."""
+    """Write a copy of a checkpoint with one file changed and a manifest that fits."""
 
     def write(partial):
         shutil.copytree(folder, partial, dirs_exist_ok=True)
@@ -140,7 +143,7 @@ def test_weights_that_do_not_fit_are_refused(trained, run, name, change, message
 
 
 def test_a_new_run_starts_from_the_weights_of_another(trained, tmp_path):
-    """model.start_from: with learning rates of zero the result is exactly what it started from."""
+    """With learning rates of zero, a run with model.start_from ends with exactly the weights it started from."""
     folder = trained.parent / "run" / "final"
     run_training(
         trained, f"model.start_from={folder}", f"output_dir={tmp_path / 'second'}", "train.projector_lr=0",
@@ -152,8 +155,8 @@ def test_a_new_run_starts_from_the_weights_of_another(trained, tmp_path):
 
 
 @pytest.mark.parametrize("words", ["full", "top:1"])
-def test_trained_parts_of_the_language_model_and_encoder_come_back(trained, tmp_path, words):
-    """full and top:N: what was trained is in the checkpoint, and a run that starts from it has the same weights."""
+def test_trained_parts_of_the_language_model_and_encoder_are_restored(trained, tmp_path, words):
+    """What full and top:N trained is in the checkpoint, and a run that starts from it has the same weights."""
     common = [
         f"train.trainable.language_model={words}", "train.lora_lr=null", "train.eval_steps=null", "train.score_samples=1",
         f"train.trainable.vision_tower={words}", "train.trainable.embeddings=full", "train.max_steps=1",
@@ -174,15 +177,15 @@ def test_trained_parts_of_the_language_model_and_encoder_come_back(trained, tmp_
     assert "model.embed_tokens.weight" in load_file(first / "language_model.safetensors")
     lm = qwen.load_language_model(str(trained.parent / "lm"))
     changed = load_file(first / "language_model.safetensors")["model.norm.weight"]
-    assert not torch.equal(changed, lm.model.norm.weight), "training changed what it should"
+    assert not torch.equal(changed, lm.model.norm.weight), "training did not change the norm"
     assert load_config(first / "config.yaml").train.trainable.language_model == words
 
 
 @pytest.mark.parametrize(
     "later", [["train.trainable.language_model=frozen", "train.lora_lr=null"], []], ids=["frozen", "lora"]
 )
-def test_what_an_earlier_run_trained_stays_though_it_is_frozen_now(trained, tmp_path, later):
-    """A second run trains other parts than the first: its checkpoint still holds the first one's language model."""
+def test_what_an_earlier_run_trained_stays_in_the_checkpoint_if_a_later_run_freezes_it(trained, tmp_path, later):
+    """The checkpoint of the second run still holds the language model of the first."""
     short = ["train.eval_steps=null", "train.score_samples=1", "train.max_steps=1", "train.save_steps=1"]
     full = ["train.trainable.language_model=full", "train.lora_lr=null", "train.language_model_lr=1e-2"]
     run_training(trained, *short, *full, f"output_dir={tmp_path / 'a'}")
@@ -194,6 +197,6 @@ def test_what_an_earlier_run_trained_stays_though_it_is_frozen_now(trained, tmp_
 
     config = load_config(tmp_path / "b" / "final" / "config.yaml")
     for folder in ("final", "checkpoint-1"):  # as test.py and a resumed run build it
-        model = assemble.build(config, "fp32", assemble.open_processors(config), tmp_path / "b" / folder).model
+        model = open_model(config, "fp32", open_processors(config), tmp_path / "b" / folder).model
         rebuilt = {name.replace(".base_layer", ""): p for name, p in model.causal_lm.named_parameters()}
         assert all(torch.equal(rebuilt[key], first[key]) for key in first)

@@ -1,7 +1,7 @@
-"""What makes the decoder fast changes none of its numbers: LoRA and feed-forward fused, element-wise parts compiled, Liger's
-kernels. The reference is PEFT's own chain on transformers' own modules.
+"""Fused LoRA and feed-forward blocks, compiled element-wise operations and Liger's kernels give the same numbers as PEFT's
+own computation on transformers' own modules.
 
-    python -m pytest -q tests/test_fused.py
+Run: python -m pytest tests/model/test_fused_lora.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTH, LAYERS, RANK = 32, 2, 4
 
 
 def build(family: str = "qwen2", dtype=torch.float32, **lora_settings) -> nn.Module:
-    """PEFT around a tiny model of random weights, biases and LoRA B included; LoRA in float32."""
+    """Return a tiny model with LoRA. All weights are random, also biases and lora_B; LoRA is float32."""
     torch.manual_seed(0)
     model_class, config_class = FAMILIES[family]
     model = model_class(
@@ -59,7 +59,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def step(model: nn.Module, bf16: bool = False, rows: int = 2, tokens: int = 9) -> dict[str, torch.Tensor]:
-    """The output, the input's gradient and those of all trained weights, by name, of a forward and backward."""
+    """Run forward and backward. Returns the output and, by name, the gradients of the input and of all trained weights."""
     generator = torch.Generator().manual_seed(5)
     dtype = model.get_base_model().lm_head.weight.dtype
     x, weight = (torch.randn(rows, tokens, WIDTH, generator=generator).to(dtype) for _ in range(2))
@@ -88,14 +88,14 @@ def assert_equal_to_rounding(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_output_and_all_gradients_are_those_of_pefts_chain(family):
+def test_output_and_all_gradients_equal_pefts(family):
     model = build(family)
     assert_equal_to_rounding(step(fuse(model)), step(model))
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp"])
-def test_in_bf16_it_is_no_further_from_the_exact_result_than_pefts_chain(name):
-    """Output and every gradient; base weights in bfloat16, LoRA's and their gradients in float32."""
+def test_bf16_is_as_exact_as_pefts(name):
+    """Output and every gradient. Base weights are bfloat16, LoRA's weights and gradients float32."""
     model = build(dtype=torch.bfloat16)
     errors = []
     for one in (fuse(model), model):
@@ -124,7 +124,7 @@ def test_lora_on_some_of_the_layers(targets):
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp"])
-def test_gradients_are_the_derivatives(name):
+def test_gradients_equal_numerical_derivatives(name):
     module = fuse(build(dtype=torch.float64)).get_base_model().model.layers[0].get_submodule(name)
     assert isinstance(module, FusedLoraLinear if name.endswith("q_proj") else FusedMLP)
     weights = [p for p in module.parameters() if p.requires_grad]
@@ -132,7 +132,7 @@ def test_gradients_are_the_derivatives(name):
     assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *weights))
 
 
-def test_a_layer_may_stand_twice_in_a_graph_and_gradients_accumulate():
+def test_a_layer_used_twice_in_a_graph_accumulates_gradients():
     model = build()
     results = []
     for one in (model, fuse(model)):
@@ -157,8 +157,8 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name, products, saved", [("self_attn.q_proj", 8, 2), ("mlp", 3 * 8, 2 * 2)])
-def test_a_frozen_input_costs_no_gradient(name, products, saved):
-    """A linear layer: 3 products forward; backward 1 for the low rank, 2 for LoRA's gradients and 2 for the input's."""
+def test_a_frozen_input_takes_fewer_products(name, products, saved):
+    """A linear layer has 3 products forward; backward 1 for the low rank, 2 for LoRA's gradients and 2 for the input's."""
     module = fuse(build()).get_base_model().model.layers[0].get_submodule(name)
     for requires_grad in (True, False):
         x = torch.randn(3, WIDTH, requires_grad=requires_grad)
@@ -175,7 +175,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_answers_are_the_same_and_a_single_token_too():
+def test_generated_tokens_are_equal():
     model = build().eval()
     other = fuse(model)
     ids = torch.randint(1, 50, (2, 5), generator=torch.Generator().manual_seed(2))
@@ -208,13 +208,13 @@ NOT_PLAIN = {
 
 
 @pytest.mark.parametrize("case", NOT_PLAIN)
-def test_whatever_is_not_the_plain_case_is_pefts_own(case, monkeypatch):
-    """To the last bit, and the fused functions are not called."""
+def test_any_other_case_is_computed_by_peft(case, monkeypatch):
+    """Bit for bit, and the fused functions are not called."""
     settings, change = NOT_PLAIN[case]
     model = build(**settings)
     other = copy.deepcopy(model)
     fuse_lora(other)
-    for function in (fused._LoraLinear, fused._LoraMLP):
+    for function in (fused_lora._LoraLinear, fused_lora._LoraMLP):
         monkeypatch.setattr(function, "apply", lambda *_: pytest.fail("fused"))
     results = []
     for one in (model, other):
@@ -229,7 +229,7 @@ def test_whatever_is_not_the_plain_case_is_pefts_own(case, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_draws_and_scales_as_pefts_does(family):
+def test_dropout_draws_and_scales_as_pefts(family):
     model = build(family, lora_dropout=0.5)
     results = []
     for one in (fuse(model), model):
@@ -239,17 +239,17 @@ def test_dropout_draws_and_scales_as_pefts_does(family):
     assert error(step(model)["output"], results[1]["output"]) > 1e-3, "another seed, another mask"
 
 
-def test_dropout_is_nothing_while_answering():
+def test_dropout_is_off_in_eval_mode():
     model = build(lora_dropout=0.5).eval()
     assert_equal_to_rounding(step(fuse(model)), step(model))
 
 
-def test_bf16_outside_of_autocast_is_pefts_to_cast():
+def test_bf16_outside_autocast_is_computed_by_peft():
     model = build(dtype=torch.bfloat16)
     assert torch.equal(step(fuse(model))["output"], step(model)["output"])
 
 
-def test_names_and_adapter_are_as_before_and_merging_works():
+def test_names_stay_the_same_and_merging_works():
     model = build()
     other = fuse(model)
     assert list(other.state_dict()) == list(model.state_dict())
@@ -271,7 +271,7 @@ def test_names_and_adapter_are_as_before_and_merging_works():
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """An empty folder in place of the system's temporary one and of the home, with no compiler's settings in sight."""
+    """An empty folder as the system's temporary folder and home, and no environment variables of compilers."""
     torch.compiler.reset()
     folder = tmp_path / "temporary"
     folder.mkdir()
@@ -279,82 +279,82 @@ def temporary(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(folder))
     monkeypatch.setattr(tempfile, "tempdir", None)
     for name in ("CXX", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
+        monkeypatch.setenv(name, "")  # monkeypatch then removes what the code sets
         monkeypatch.delenv(name)
     yield folder
     torch.compiler.reset()
 
 
-def test_compiled_for_any_number_of_rows_at_once_and_equal_to_plain(temporary, tmp_path):
-    """Four operations, four graphs, whatever the lengths; float32. Nothing is written but into the folder."""
+def test_compiled_once_for_any_number_of_rows_and_equal_to_plain(temporary, tmp_path):
+    """Four operations make four graphs for all lengths. Nothing is written outside the folder."""
     model = build()
     other = fuse(model)
-    said = []
-    assert compile_elementwise(other, "cpu", tmp_path / "cache", said.append)
+    reports = []
+    assert compile_elementwise(other, "cpu", tmp_path / "cache", reports.append)
     torch._dynamo.utils.counters.clear()
     for tokens in (9, 23, 4):
         assert_equal_to_rounding(step(other, tokens=tokens), step(model, tokens=tokens))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     assert_equal_to_rounding(step(other, rows=1, tokens=1), step(model, rows=1, tokens=1))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-    assert not said and any((tmp_path / "cache" / "inductor").iterdir()) and not list(temporary.rglob("*"))
+    assert not reports and any((tmp_path / "cache" / "inductor").iterdir()) and not list(temporary.rglob("*"))
 
 
-def test_without_a_compiler_nothing_is_compiled_and_it_is_said_once(temporary, tmp_path, monkeypatch):
+def test_a_missing_compiler_is_reported_once(temporary, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     model = build()
     other = fuse(model)
-    said = []
-    assert not compile_elementwise(other, "cpu", tmp_path / "cache", said.append)
-    assert len(said) == 1 and "no-such-compiler" in said[0]
+    reports = []
+    assert not compile_elementwise(other, "cpu", tmp_path / "cache", reports.append)
+    assert len(reports) == 1 and "no-such-compiler" in reports[0]
     assert_equal_to_rounding(step(other), step(model))
 
 
-def test_a_compiler_that_fails_in_a_step_costs_one_line_and_nothing_else(temporary, tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_reported_once(temporary, tmp_path, monkeypatch):
     def fail(*arguments):
         raise torch._dynamo.exc.TorchDynamoException("the compiler\nis broken")
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
     model = build()
     other = fuse(model)
-    said = []
-    assert compile_elementwise(other, "cpu", tmp_path / "cache", said.append)
+    reports = []
+    assert compile_elementwise(other, "cpu", tmp_path / "cache", reports.append)
     for _ in range(2):
         assert_equal_to_rounding(step(other), step(model))
-    assert len(said) == 1 and "\n" not in said[0] and "the compiler" in said[0]
+    assert len(reports) == 1 and "\n" not in reports[0] and "the compiler" in reports[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_operations_are_those_of_the_library_and_their_derivatives(dtype):
+def test_the_operations_equal_the_librarys_and_their_derivatives(dtype):
     generator = torch.Generator().manual_seed(6)
     gate, up, dy = (torch.randn(5, 8, generator=generator, dtype=dtype).requires_grad_() for _ in range(3))
     expected = nn.functional.silu(gate) * up
     derivatives = torch.autograd.grad(expected, (gate, up), dy)
     with torch.no_grad():
-        assert error(compiled.silu_mul(gate, up), expected) < 1e-6
-        *found, hidden = compiled.silu_mul_backward(dy, gate, up)
-        assert torch.equal(hidden, compiled.silu_mul(gate, up))
+        assert error(elementwise.silu_mul(gate, up), expected) < 1e-6
+        *found, hidden = elementwise.silu_mul_backward(dy, gate, up)
+        assert torch.equal(hidden, elementwise.silu_mul(gate, up))
         assert max(map(error, found, derivatives)) < 1e-6
 
-    norm = compiled.Qwen2RMSNorm(8).to(dtype)
+    norm = elementwise.Qwen2RMSNorm(8).to(dtype)
     norm.weight.data.normal_(generator=generator)
     expected = norm(gate)
     (derivative,) = torch.autograd.grad(expected, gate, dy)
     with torch.no_grad():
-        y, scale = compiled.rms_norm(gate, norm.weight, norm.variance_epsilon)
+        y, scale = elementwise.rms_norm(gate, norm.weight, norm.variance_epsilon)
         assert error(y, expected) < 1e-6
-        assert error(compiled.rms_norm_backward(dy, gate, norm.weight, scale), derivative) < 1e-6
+        assert error(elementwise.rms_norm_backward(dy, gate, norm.weight, scale), derivative) < 1e-6
 
 
-def test_a_norm_that_trains_keeps_the_librarys_way(temporary, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "_missing_compiler", lambda device: None)
+def test_a_norm_that_trains_uses_the_librarys_forward(temporary, tmp_path, monkeypatch):
+    monkeypatch.setattr(elementwise, "_missing_compiler", lambda device: None)
     model = build()
     other = copy.deepcopy(model)
     compile_elementwise(other, "cpu", tmp_path / "cache", pytest.fail)
     for one in (model, other):
         for name, parameter in one.named_parameters():
             parameter.requires_grad_("norm" in name)
-    monkeypatch.setattr(compiled._RMSNorm, "apply", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(elementwise._RMSNorm, "apply", lambda *_: pytest.fail("compiled"))
     found, expected = step(other), step(model)
     assert all(torch.equal(found[name], expected[name]) for name in expected) and len(expected) == 2 + 2 * LAYERS + 1
 
@@ -364,7 +364,7 @@ def test_a_norm_that_trains_keeps_the_librarys_way(temporary, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_liger_is_asked_for_its_kernels_and_not_for_its_loss(family, monkeypatch):
+def test_ligers_kernels_are_applied_without_its_loss(family, monkeypatch):
     calls = []
     package, module = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.transformers")
     setattr(module, f"apply_liger_kernel_to_{family}", lambda **options: calls.append(options))
@@ -381,6 +381,6 @@ def test_liger_is_asked_for_its_kernels_and_not_for_its_loss(family, monkeypatch
     ]  # fmt: skip
 
 
-def test_without_liger_nothing_happens(monkeypatch):
+def test_without_liger_nothing_changes(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     assert not use_liger(build().get_base_model())

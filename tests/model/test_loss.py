@@ -1,5 +1,7 @@
-"""The head and the cross entropy in chunks: the plain way's numbers, without its memory.
-`sh tests/run.sh tests/test_loss.py`"""
+"""The chunked cross entropy: the loss and gradients of the full logits, without their memory.
+
+Run: python -m pytest tests/model/test_loss.py
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,18 @@ from model import loss as module
 from model.loss import chunk_rows, summed_cross_entropy
 
 WIDTH, VOCABULARY = 24, 160
-TARGETS = [1, 63, 64, 65, 200]  # below, at and above one chunk of 64; several, the last one not full
+TARGETS = [1, 63, 64, 65, 200]  # below, at and above one chunk of 64; several chunks, the last one not full
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """64 tokens at once, the least that there is."""
+    """Make chunks of 64 tokens, the smallest possible."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert chunk_rows(VOCABULARY) == 64
 
 
 def make(count: int, dtype=torch.float64, head=nn.Linear) -> tuple[Tensor, nn.Module, Tensor]:
-    """hidden [count, D], a head and targets [count]; logits of some size, so that the softmax is not flat."""
+    """Return hidden [count, D], a head and targets [count]. The logits are large enough for an uneven softmax."""
     generator = torch.Generator().manual_seed(count)
     hidden = torch.randn(count, WIDTH, generator=generator).to(dtype).requires_grad_()
     lm_head = head(WIDTH, VOCABULARY, bias=False).to(dtype)
@@ -40,7 +42,7 @@ def plain(hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
 
 
 def exact(hidden: Tensor, lm_head: nn.Linear, targets: Tensor) -> list[Tensor]:
-    """The loss and the gradients of hidden and of the head in float64, for a loss that is multiplied by 1/7."""
+    """Return the loss, and the gradients of hidden and head for a seventh of it, computed in float64."""
     hidden = hidden.detach().double().requires_grad_()
     weight = lm_head.weight.detach().double().requires_grad_()
     loss = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
@@ -53,15 +55,15 @@ def values(function, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> lis
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Relative, in the norm."""
+    """Return the relative error in the norm."""
     return float((found.double() - expected).norm() / expected.norm())
 
 
-# --- the same numbers
+# --- equal numbers
 
 
 @pytest.mark.parametrize("count", TARGETS)
-def test_value_and_gradients_are_those_of_the_full_logits(count):
+def test_loss_and_gradients_equal_those_of_the_full_logits(count):
     given = make(count, torch.float32)
     found = values(summed_cross_entropy, *given)
     assert found[0].dtype == torch.float32 and found[0].shape == ()
@@ -70,8 +72,8 @@ def test_value_and_gradients_are_those_of_the_full_logits(count):
 
 @pytest.mark.parametrize("count", TARGETS)
 @pytest.mark.parametrize("mixed", [False, True])
-def test_half_precision_is_no_worse_than_the_plain_way(count, mixed):
-    """Against float64. mixed: float32 weights under autocast, as what trains is kept; else all in bfloat16."""
+def test_half_precision_is_as_exact_as_with_full_logits(count, mixed):
+    """Compared with float64. mixed: float32 weights under autocast, as for a head that trains; else all in bfloat16."""
     given = make(count, torch.float32 if mixed else torch.bfloat16)
     reference = exact(*given)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -82,7 +84,7 @@ def test_half_precision_is_no_worse_than_the_plain_way(count, mixed):
 
 
 @pytest.mark.parametrize("frozen", ["head", "hidden"])
-def test_only_what_trains_has_a_gradient(frozen):
+def test_frozen_inputs_have_no_gradient(frozen):
     hidden, lm_head, targets = make(130, torch.float32)
     reference = exact(hidden, lm_head, targets)
     (lm_head.weight if frozen == "head" else hidden).requires_grad_(False)
@@ -93,7 +95,7 @@ def test_only_what_trains_has_a_gradient(frozen):
         assert error(grad, reference[1 if name == "hidden" else 2]) < 1e-6
 
 
-def test_nothing_trains_or_nothing_is_asked_for():
+def test_loss_without_gradients():
     hidden, lm_head, targets = make(130, torch.float32)
     with torch.no_grad():
         loss = summed_cross_entropy(hidden, lm_head, targets)
@@ -101,7 +103,7 @@ def test_nothing_trains_or_nothing_is_asked_for():
     torch.testing.assert_close(loss, plain(hidden, lm_head, targets).detach(), rtol=1e-6, atol=0)
 
 
-def test_tied_embeddings_get_the_gradients_of_both_their_uses():
+def test_tied_embeddings_get_the_gradients_of_both_uses():
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
@@ -125,7 +127,7 @@ class WithBias(nn.Linear):
 
 
 class WithLora(nn.Module):
-    """PEFT around a head that is called lm_head, whose LoRA is not zero."""
+    """A head with LoRA that is not zero."""
 
     def __new__(cls, width, vocabulary, bias=False):
         inner = nn.ModuleDict({"lm_head": nn.Linear(width, vocabulary, bias=False)})
@@ -135,8 +137,7 @@ class WithLora(nn.Module):
 
 
 @pytest.mark.parametrize("head", [WithBias, WithLora])
-def test_a_head_that_is_more_than_a_matrix_counts_whole(head):
-    """Its bias and its LoRA are in the loss, and they learn."""
+def test_a_heads_bias_and_lora_are_in_the_loss_and_have_gradients(head):
     hidden, lm_head, targets = make(130, torch.float32, head)
     grads, losses = [], []
     for function in (summed_cross_entropy, plain):
@@ -151,7 +152,7 @@ def test_a_head_that_is_more_than_a_matrix_counts_whole(head):
     assert all(error(grad, grads[1][name].double()) < 1e-6 for name, grad in grads[0].items())
 
 
-def test_no_target_at_all_is_zero_with_zero_gradients():
+def test_without_targets_loss_and_gradients_are_zero():
     hidden, lm_head, targets = make(3, torch.float32)
     loss = summed_cross_entropy(hidden[:0], lm_head, targets[:0])
     loss.backward()
@@ -159,7 +160,7 @@ def test_no_target_at_all_is_zero_with_zero_gradients():
 
 
 def test_a_large_loss_scale_does_not_overflow_the_heads_gradient_in_half_precision():
-    """It multiplies the float32 sum over all chunks; float16 ends at 65,504."""
+    """The scale multiplies a float32 sum over all chunks; the largest float16 is 65,504."""
     hidden, lm_head, targets = make(130, torch.float32)
     expected = exact(hidden, lm_head, targets)[2] * 7
     with torch.autocast("cpu", torch.float16):
@@ -168,11 +169,11 @@ def test_a_large_loss_scale_does_not_overflow_the_heads_gradient_in_half_precisi
     assert error(grad / 2.0**20, expected) < 1e-2
 
 
-# --- without its memory
+# --- memory
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that was made inside."""
+    """Records the number of elements of the largest tensor created within the context."""
 
     def __init__(self):
         super().__init__()
@@ -187,20 +188,20 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_no_more_than_a_chunk_of_logits_is_ever_made(trains):
-    """Forward and backward, of 640 tokens: what stands beside is of the size of hidden or of the head."""
+def test_at_most_one_chunk_of_logits_exists(trains):
+    """In forward and backward of 640 tokens no tensor is larger than a chunk, hidden or the head."""
     hidden, lm_head, targets = make(640, torch.float32)
     lm_head.weight.requires_grad_(trains)
-    chunk, beside = 64 * VOCABULARY, max(hidden.numel(), lm_head.weight.numel())
+    chunk, inputs = 64 * VOCABULARY, max(hidden.numel(), lm_head.weight.numel())
     with Largest() as ours:
         summed_cross_entropy(hidden, lm_head, targets).backward()
     with Largest() as usual:
         plain(hidden, lm_head, targets).backward()
-    assert ours.elements <= max(chunk, beside) < usual.elements == 640 * VOCABULARY
+    assert ours.elements <= max(chunk, inputs) < usual.elements == 640 * VOCABULARY
 
 
 @pytest.mark.parametrize("vocabulary, mib", [(420, 96), (151_936, 96), (151_936, 1), (10**6, 200)])
-def test_a_chunk_is_as_large_as_is_allowed_but_at_least_64_tokens(monkeypatch, vocabulary, mib):
+def test_a_chunk_is_as_large_as_allowed_and_at_least_64_tokens(monkeypatch, vocabulary, mib):
     monkeypatch.setattr(module, "CHUNK_BYTES", mib * 2**20)
     rows = chunk_rows(vocabulary)
     assert rows % 64 == 0 and rows >= 64

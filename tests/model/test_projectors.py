@@ -1,6 +1,6 @@
-"""The projectors: what each makes of patches, how many tokens, that each trains, saves, goes on and answers.
+"""Projectors: what each computes from patches, how many tokens it makes; each trains, saves, resumes and answers.
 
-python -m pytest tests/test_projectors.py
+Run: python -m pytest tests/model/test_projectors.py
 """
 
 import json
@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import test
-from training.run import (answerer, build, chat_format, open_processors)
 from config import InputError, load_config, run_script
 from dataset.conversation import question_parts
 from model.answer import Request
 from model.build import read_pixels
-from model.projector import (PROJECTORS, MLPProjector, build_projector, num_image_tokens, grid_positions)
+from model.projector import PROJECTORS, MLPProjector, build_projector, grid_positions, num_image_tokens
 from tests.toy_project import run_training, write_project
 from tests.toy_towers import write_clip
+from training.run import chat_format, open_answerer, open_model, open_processors
 
 IN, OUT, SIDE = 128, 24, 4  # two attention heads
 TOKENS = {"mlp": 16, "low_rank_mlp": 16, "pixel_shuffle": 4, "resampler": 32}  # of 4 x 4 patches
 
 
 def make(kind: str, in_features: int = IN, **options) -> nn.Module:
-    """With every weight random, those of the norms too."""
+    """Build a projector whose weights are all random, also those of the norms."""
     torch.manual_seed(0)
     projector = build_projector(kind, in_features, None, OUT, **options)
     with torch.no_grad():
@@ -46,15 +46,15 @@ def patches(images: int = 3, side: int = SIDE, width: int = IN) -> torch.Tensor:
 
 @pytest.mark.parametrize("images", [3, 0])
 @pytest.mark.parametrize("kind", PROJECTORS)
-def test_the_tokens_are_as_many_as_was_said_without_weights(kind, images):
+def test_the_number_of_tokens_is_known_without_weights(kind, images):
     features = make(kind)(patches(images))
-    assert features.shape == (images, count_tokens(kind, SIDE * SIDE), OUT)
-    assert count_tokens(kind, SIDE * SIDE) == TOKENS[kind]
+    assert features.shape == (images, num_image_tokens(kind, SIDE * SIDE), OUT)
+    assert num_image_tokens(kind, SIDE * SIDE) == TOKENS[kind]
 
 
-def test_a_resampler_makes_as_many_tokens_as_it_has_queries_of_any_grid():
+def test_a_resampler_makes_one_token_per_query_for_any_grid():
     projector = make("resampler", num_queries=5)
-    assert count_tokens("resampler", 729, 5) == 5
+    assert num_image_tokens("resampler", 729, 5) == 5
     assert {projector(patches(side=side)).shape for side in (1, 3, 8)} == {(3, 5, OUT)}
 
 
@@ -63,7 +63,7 @@ def test_a_resampler_takes_an_encoder_of_any_width(width):
     assert make("resampler", width)(patches(width=width)).shape == (3, 32, OUT)
 
 
-def test_the_middle_is_as_wide_as_said_and_each_kind_has_its_default():
+def test_the_middle_width_is_as_configured_and_each_kind_has_a_default():
     widths = {kind: build_projector(kind, 8, None, OUT) for kind in ("mlp", "low_rank_mlp", "pixel_shuffle")}
     assert {kind: p.linear_1.out_features for kind, p in widths.items()} == {
         "mlp": OUT, "low_rank_mlp": 384, "pixel_shuffle": OUT,
@@ -78,7 +78,7 @@ def test_the_names_of_an_mlps_tensors_are_llavas(kind):
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
-def test_a_picture_does_not_depend_on_those_beside_it(kind):
+def test_an_image_does_not_depend_on_the_others_of_the_batch(kind):
     projector, features = make(kind), patches()
     torch.testing.assert_close(projector(features)[1:2], projector(features[1:2]))
 
@@ -87,8 +87,8 @@ def test_a_picture_does_not_depend_on_those_beside_it(kind):
 # Pixel shuffle
 
 
-def test_a_token_of_pixel_shuffle_is_four_neighbours_in_reading_order():
-    """Each token, by plain loops: the patches at (2r, 2c), (2r, 2c + 1), (2r + 1, 2c), (2r + 1, 2c + 1), then the MLP."""
+def test_a_token_of_pixel_shuffle_joins_four_neighbours_in_reading_order():
+    """By plain loops: the patches at (2r, 2c), (2r, 2c + 1), (2r + 1, 2c), (2r + 1, 2c + 1), then the MLP."""
     side, projector = 6, make("pixel_shuffle", 8)
     features = patches(side=side, width=8)
     mlp = MLPProjector(4 * 8, None, OUT)
@@ -102,7 +102,7 @@ def test_a_token_of_pixel_shuffle_is_four_neighbours_in_reading_order():
 
 
 @pytest.mark.parametrize("patch", range(16))
-def test_a_patch_reaches_the_token_of_its_square_alone(patch):
+def test_a_patch_changes_only_the_token_of_its_square(patch):
     projector, features = make("pixel_shuffle"), patches(1)
     changed = features.clone()
     changed[0, patch] += 1
@@ -115,9 +115,9 @@ def test_a_patch_reaches_the_token_of_its_square_alone(patch):
 # Resampler
 
 
-def test_the_resampler_is_torchs_attention_with_the_same_weights():
-    """Queries ask from their places, normalised patches with theirs answer, the patches themselves are what is
-    told; the queries are added, normalised, and put through the MLP."""
+def test_the_resampler_equals_torchs_attention_with_the_same_weights():
+    """Positions are added to queries and keys, not to values. The queries are added to the result, which is normalised and
+    passes the MLP."""
     ours, features = make("resampler"), patches()
     attention = nn.MultiheadAttention(IN, IN // 64, batch_first=True)
     with torch.no_grad():
@@ -130,23 +130,24 @@ def test_the_resampler_is_torchs_attention_with_the_same_weights():
     torch.testing.assert_close(ours(features), ours.mlp(ours.norm(ours.queries + seen)), rtol=1e-4, atol=1e-5)
 
 
-def first_looks(num_queries: int, side: int) -> torch.Tensor:
-    """[Q, side * side]: how much each query of a new resampler looks at each patch, of pictures of nothing but places."""
+def first_attention(num_queries: int, side: int) -> torch.Tensor:
+    """Return [Q, side * side], the attention of each query of a new resampler to each patch, from positions only."""
     torch.manual_seed(0)
     projector = build_projector("resampler", IN, None, OUT, num_queries=num_queries)
     rows = next(rows for rows in range(math.isqrt(num_queries), 0, -1) if num_queries % rows == 0)
-    asked = projector.query(grid_positions(rows, num_queries // rows, side, IN)).unflatten(1, (-1, 64)).transpose(0, 1)
+    queries = (
+        projector.query(grid_positions(rows, num_queries // rows, side, IN)).unflatten(1, (-1, 64)).transpose(0, 1)
+    )
     keys = projector.key(grid_positions(side, side, side, IN)).unflatten(1, (-1, 64)).transpose(0, 1)
-    return (asked @ keys.mT / 8).softmax(-1).mean(0).detach()
+    return (queries @ keys.mT / 8).softmax(-1).mean(0).detach()
 
 
 @pytest.mark.parametrize("num_queries, side", [(16, 4), (32, 16), (4, 16)])
-def test_each_query_first_looks_around_its_own_place(num_queries, side):
-    """As many queries as patches, or fewer: the patch looked at most is among those nearest to the query's place."""
+def test_each_query_first_attends_to_the_patches_near_it(num_queries, side):
+    """With as many queries as patches or fewer, the patch with the most attention is among those nearest to the query."""
     rows = next(rows for rows in range(math.isqrt(num_queries), 0, -1) if num_queries % rows == 0)
     columns = num_queries // rows
-    looks = first_looks(num_queries, side)
-    for query, seen in enumerate(looks):
+    for query, seen in enumerate(first_attention(num_queries, side)):
         row, column = divmod(query, columns)
         place = (row + 0.5) * side / rows - 0.5, (column + 0.5) * side / columns - 0.5
         distance = torch.tensor([math.dist(place, divmod(patch, side)) for patch in range(side * side)])
@@ -155,8 +156,8 @@ def test_each_query_first_looks_around_its_own_place(num_queries, side):
         assert seen[near].mean() > 1.2 * seen[~near].mean()
 
 
-def test_the_resampler_sees_where_a_patch_stands():
-    """Shuffled, mirrored or transposed, the same patches are another picture; without their places they would not be."""
+def test_the_resampler_depends_on_the_positions_of_patches():
+    """Shuffled, mirrored or transposed, the same patches give other tokens; without positions they would not."""
     projector, features = make("resampler"), patches(1)
     grid = features.unflatten(1, (SIDE, SIDE))
     moved = {
@@ -169,8 +170,8 @@ def test_the_resampler_sees_where_a_patch_stands():
         assert (projector(features) - projector(other)).abs().max() > 0.01, how
 
 
-def test_patches_in_another_order_with_their_places_are_the_same_picture(monkeypatch):
-    """What the places are for: taken along, any order of the patches is as good, and without any the order is not seen."""
+def test_only_the_positions_make_the_order_of_patches_matter(monkeypatch):
+    """Patches reordered together with their positions give the same tokens; so do patches in any order without positions."""
     projector, features = make("resampler"), patches()
     order = torch.randperm(SIDE * SIDE, generator=torch.Generator().manual_seed(2))
     places = grid_positions
@@ -187,12 +188,12 @@ def test_patches_in_another_order_with_their_places_are_the_same_picture(monkeyp
     torch.testing.assert_close(projector(features[:, order]), projector(features), rtol=1e-4, atol=1e-5)
 
 
-def test_queries_in_another_order_with_their_places_give_the_same_tokens_in_that_order(monkeypatch):
+def test_queries_reordered_with_their_positions_give_the_same_tokens_reordered(monkeypatch):
     projector, features = make("resampler"), patches()
     before, order = projector(features), torch.randperm(32, generator=torch.Generator().manual_seed(2))
     places = grid_positions
     projector.queries.data = projector.queries.data[order]
-    assert (projector(features) - before[:, order]).abs().max() > 0.01  # a query is not told by its vector alone
+    assert (projector(features) - before[:, order]).abs().max() > 0.01  # a query also depends on its position
     monkeypatch.setattr(
         "model.projector.grid_positions",
         lambda *args: places(*args)[order] if args[0] * args[1] == 32 else places(*args),
@@ -200,10 +201,10 @@ def test_queries_in_another_order_with_their_places_give_the_same_tokens_in_that
     torch.testing.assert_close(projector(features), before[:, order], rtol=1e-4, atol=1e-5)
 
 
-def test_places_are_sines_and_cosines_of_how_far_down_and_right():
-    """A point a patch has the patch's own numbers; fewer points are spread evenly."""
+def test_positions_are_sines_and_cosines_of_row_and_column():
+    """With one point a patch they are the patch's row and column; fewer points are evenly spaced."""
     width, side = 8, 3
-    frequencies = [math.pi / 2, math.pi / 2 / side]  # a quarter turn a patch, a quarter turn a picture
+    frequencies = [math.pi / 2, math.pi / 2 / side]  # a quarter turn a patch, a quarter turn an image
 
     def waves(at: float) -> list[float]:
         return [2 * math.sin(f * at) for f in frequencies] + [2 * math.cos(f * at) for f in frequencies]
@@ -218,11 +219,11 @@ def test_places_are_sines_and_cosines_of_how_far_down_and_right():
     torch.testing.assert_close(lower, torch.tensor(waves(1.75) + waves(1)))
     many = grid_positions(27, 27, 27, 64)
     distances = torch.cdist(many, many) + torch.eye(27 * 27)
-    assert distances.min() > 0.3  # no two places are alike
+    assert distances.min() > 0.3  # no two positions are equal
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
-def test_gradients_reach_every_weight_the_queries_included(kind):
+def test_gradients_reach_every_weight_and_query(kind):
     projector = make(kind)
     projector(patches()).pow(2).sum().backward()
     still = [name for name, p in projector.named_parameters() if p.grad is None or not p.grad.abs().sum() > 1e-3]
@@ -237,7 +238,7 @@ def test_gradients_reach_every_weight_the_queries_included(kind):
 KINDS = {"low_rank_mlp": [], "pixel_shuffle": [], "resampler": ["model.num_queries=3"]}
 TOY_TOKENS = {"low_rank_mlp": 16, "pixel_shuffle": 4, "resampler": 3}
 PATCHES, WIDTH = 16, 32  # of the toy project's encoder
-PICTURES_SEEN = 11  # in two steps of four, and those that are held out
+IMAGES_SEEN = 11  # eight in two steps of four, and three that are held out
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request, project):
-    """(kind, the overrides that chose it, the folder of a run of two steps)."""
+    """Return (kind, the overrides that choose it, the folder of a run of two steps)."""
     kind = request.param
     words = [
         f"model.projector={kind}",
@@ -261,14 +262,14 @@ def trained(request, project):
     return kind, words, folder
 
 
-def test_each_kind_trains_and_every_tensor_of_it_moves(trained):
+def test_each_kind_trains_all_its_tensors(trained):
     kind, _, folder = trained
     first, last = (load_file(folder / name / "projector.safetensors") for name in ("checkpoint-1", "final"))
     assert first.keys() == last.keys() == make(kind).state_dict().keys()
     assert [name for name in first if torch.equal(first[name], last[name])] == []
 
 
-def test_each_kind_goes_on_from_a_checkpoint_bit_for_bit_and_answers(trained, project, tmp_path):
+def test_each_kind_resumes_bit_for_bit_and_answers(trained, project, tmp_path):
     kind, words, folder = trained
     again = tmp_path / "run"
     shutil.copytree(folder / "checkpoint-1", again / "checkpoint-1")
@@ -286,19 +287,19 @@ def test_each_kind_goes_on_from_a_checkpoint_bit_for_bit_and_answers(trained, pr
     assert len(answers[0]) == 12 and answers[0] == answers[1]
 
 
-def test_a_picture_takes_the_projectors_tokens_in_the_prompt_and_is_answered_from_them(trained, project):
-    """The Answerer's text is what plain greedy decoding gives with the features put in by hand."""
+def test_an_image_takes_the_projectors_tokens_in_the_prompt_and_is_answered_from_them(trained, project):
+    """The Answerer's text equals that of plain greedy decoding with the features passed in."""
     kind, _, folder = trained
     config = load_config(folder / "final" / "config.yaml")
     processors = open_processors(config, folder / "final")
     assert processors.num_image_tokens == TOY_TOKENS[kind]
-    built = build(config, "fp32", processors, folder / "final")
+    built = open_model(config, "fp32", processors, folder / "final")
     model, path = built.model.eval(), project.parent / "images" / "1.png"
     turns = [("user", question_parts("Which colour?", num_images=1))]
     ids = torch.tensor([chat_format(config, processors).encode_prompt(turns)])
     assert (ids == model.causal_lm.config.image_token_id).sum() == TOY_TOKENS[kind]
 
-    ask = answerer(config, built, "fp32", torch.device("cpu"))
+    answerer = open_answerer(config, built, "fp32", torch.device("cpu"))
     with torch.no_grad():
         features = model.projector(model.vision_tower(read_pixels(built.image_processor, path)[None]))
         assert features.shape == (1, TOY_TOKENS[kind], model.causal_lm.config.hidden_size)
@@ -309,13 +310,13 @@ def test_a_picture_takes_the_projectors_tokens_in_the_prompt_and_is_answered_fro
             if ids[0, -1] in model.causal_lm.generation_config.eos_token_id:
                 break
     expected = built.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True).strip()
-    assert ask.answer([Request(turns, [path])]) == [expected]
+    assert answerer.answer([Request(turns, [path])]) == [expected]
 
 
-def test_the_feature_cache_holds_the_encoders_patches_whatever_the_projector(trained, project):
-    """So that another projector needs no picture to be encoded again: every kind here shares one cache."""
+def test_all_projectors_share_one_feature_cache(trained, project):
+    """The cache holds the encoder's patches, so with another projector no image is encoded again."""
     (rows,) = (project.parent / "qa.features").glob("*/features.bin")
-    assert rows.stat().st_size == PICTURES_SEEN * PATCHES * WIDTH * 4
+    assert rows.stat().st_size == IMAGES_SEEN * PATCHES * WIDTH * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_the_feature_cache_holds_the_encoders_patches_whatever_the_projector(tra
 
 @pytest.fixture
 def unbuilt(tmp_path):
-    """A project whose encoder has a grid of 3 x 3 and no weights: whatever is refused, is refused before they are read."""
+    """A project whose encoder has a grid of 3 x 3 and whose weights are missing: a refusal cannot come after reading them."""
     path = write_project(tmp_path, pictures=4)
     write_clip(tmp_path / "tower", image_size=21)
     for part in ("tower", "lm"):
@@ -343,12 +344,12 @@ def unbuilt(tmp_path):
         (["model.projector=resampler", "data.max_length=32"], ["data.max_length", "32 tokens", "projector"]),
     ],
 )
-def test_a_mistake_is_one_message_before_a_weight_is_read(unbuilt, capsys, overrides, words):
+def test_a_mistake_is_one_message_before_weights_are_read(unbuilt, capsys, overrides, words):
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: run_training(unbuilt, *overrides))
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("error:") == 1
-    last = said.splitlines()[-1]
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and printed.count("error:") == 1
+    last = printed.splitlines()[-1]
     assert [word for word in words if word not in last] == [], last
 
 
@@ -359,4 +360,4 @@ def test_a_checkpoint_does_not_fit_another_projector(trained, project):
             project, [f"model.projector={other}", *KINDS[other], f"model.start_from={folder / 'final'}"]
         )
         with pytest.raises(InputError, match=r"final/projector.safetensors: .* another .*projector"):
-            build(config, "fp32", open_processors(config))
+            open_model(config, "fp32", open_processors(config))

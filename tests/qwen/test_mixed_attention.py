@@ -19,9 +19,9 @@ from model.model import VisionLanguageModel
 from model.projector import build_projector
 from qwen.attention import document_masks
 from qwen.injection import number_images
-from tests.model.test_answer import NEW, SHARED, Tower, make_prompts, one_at_a_time, pictures_of
 from tests.qwen.test_injection import LAYOUTS, N, answer, make_batch
 from tests.toy_language import HIDDEN, WRITERS, scratch_sizes, write_qwen2
+from tests.toy_model import NEW, SHARED, Tower, make_prompts, one_at_a_time, random_images
 from tests.toy_project import SIZES
 
 IMAGE, TEXT = 999, 5
@@ -198,7 +198,7 @@ def test_packed_and_padded_rows_have_equal_gradients(folders, family):
     model = load(folders, family).double()
     layout = (1, 0, 3, 2)
     padded = make_batch(model, layout)
-    lengths = padded.attention_mask.sum(1).tolist()
+    lengths = padded["attention_mask"].sum(1).tolist()
     weight = torch.randn(HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
     def gradients(batch, rows) -> list[torch.Tensor]:
@@ -210,7 +210,7 @@ def test_packed_and_padded_rows_have_equal_gradients(folders, family):
 
     mask = {key: padded[key] for key in ("input_ids", "attention_mask")}
     expected = gradients(mask, lambda states: [row[:length] for row, length in zip(states, lengths, strict=True)])
-    ids = torch.cat([row[:length] for row, length in zip(padded.input_ids, lengths, strict=True)])[None]
+    ids = torch.cat([row[:length] for row, length in zip(padded["input_ids"], lengths, strict=True)])[None]
     found = gradients({"input_ids": ids, "lengths": lengths}, lambda states: list(states[0].split(lengths)))
     assert len(found) == len(expected) > 20
     for one, other in zip(found, expected, strict=True):
@@ -267,7 +267,7 @@ def test_a_shared_image_changes_no_token(folders, family, shapes):
     lm = load(folders, family)
     torch.manual_seed(0)
     vlm = VisionLanguageModel(Tower(), build_projector("mlp", 16, HIDDEN, HIDDEN), lm).eval()
-    prompts, pixels = make_prompts(vlm, shapes), pictures_of(3)
+    prompts, pixels = make_prompts(vlm, shapes), random_images(3)
     found = generate(vlm, prompts, pixels, max_new_tokens=NEW).tolist()
     assert found == one_at_a_time(vlm, prompts, pixels)
     lm.config.image_attention = "causal"

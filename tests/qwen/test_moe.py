@@ -17,15 +17,15 @@ from transformers.models.qwen2_moe import modeling_qwen2_moe
 import qwen
 from config import IGNORE_INDEX, InputError
 from dataset.batch import collate
-from model.build import build_model, checkpoint_activations, load_processors
+from model.build import Built, checkpoint_activations
 from model.loss import balance_loss
-from tests.test_packing import CPU, PAD, samples_of
-from tests.test_training import assert_equal_files, rows
+from tests.runs.test_training import assert_equal_files, rows
+from tests.toy_batches import CPU, PAD, samples_of
 from tests.toy_language import scratch_sizes, write_qwen2_moe, write_qwen3_moe
+from tests.toy_model import build_toy, train_config
 from tests.toy_project import run_training, write_project
 from tests.toy_towers import write_clip
-from training.memory import kept_bytes
-from training.step import on_device
+from training.memory import activation_bytes_per_token
 
 WRITERS = {"qwen2_moe": write_qwen2_moe, "qwen3_moe": write_qwen3_moe}
 SIZES = {
@@ -43,14 +43,8 @@ def folders(tmp_path_factory):
     return folder
 
 
-def build(folders, family: str = "qwen2_moe", word: str = "full", **options):
-    words = {"vision_tower": "frozen", "projector": "full", "language_model": word, "embeddings": "frozen"}
-    return build_model(
-        load_processors(str(folders / "clip"), None, str(folders / family)), str(folders / "clip"),
-        vision_feature_layer=-2, image_size=None, projector="mlp", projector_hidden_size=None,
-        language_model=str(folders / family), trainable=words, dtype=torch.float32, seed=0,
-        lora={"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ["all-linear"]}, **options,
-    )  # fmt: skip
+def build(folders, family: str = "qwen2_moe", **settings) -> Built:
+    return build_toy(folders, family, train=train_config(language_model="full"), **settings)
 
 
 def routers(model) -> dict[str, torch.Tensor]:
@@ -133,7 +127,7 @@ def balance_by_hand(logits: tuple, is_read: list[bool], top_k: int) -> float:
 def test_the_balance_loss_equals_transformers_and_the_formula(folders, family):
     """For a padded batch, whose padding is not counted."""
     built = build(folders, family)
-    batch = collate(samples_of(built.chat_values()["image_token_id"], pictures=(0, 0, 0)), PAD)
+    batch = collate(samples_of(qwen.image_token_id(built.tokenizer), images=(0, 0, 0)), PAD)
     inputs = batch.model_inputs(CPU)
     found = built.model(**inputs).balance
     theirs = AutoModelForCausalLM.from_pretrained(folders / family, dtype=torch.float32, experts_implementation="eager")
@@ -149,11 +143,11 @@ def test_the_balance_loss_equals_transformers_and_the_formula(folders, family):
 def test_packed_and_padded_batches_have_the_same_balance_loss_and_gradients(folders, attention):
     """The tokens that fill up a packed row are not counted either."""
     built = build(folders, attention=attention)
-    samples = samples_of(built.chat_values()["image_token_id"])
+    samples = samples_of(qwen.image_token_id(built.tokenizer))
     found = []
     for packed in (True, False):
         built.model.zero_grad()
-        batch = collate(samples, PAD, packed)
+        batch = collate(samples, PAD, packed=packed)
         assert not packed or len(batch.lengths) > len(samples)  # there are tokens that fill up the row
         loss = built.model(**batch.model_inputs(CPU)).balance
         loss.backward()
@@ -176,7 +170,7 @@ def test_the_gradient_of_the_balance_loss_reaches_every_router_and_lowers_it(fol
     built = build(folders)
     if checkpointing:
         checkpoint_activations(built.model)
-    batch = collate(samples_of(built.chat_values()["image_token_id"]), PAD, packed=True)
+    batch = collate(samples_of(qwen.image_token_id(built.tokenizer)), PAD, packed=True)
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -215,7 +209,8 @@ def test_activation_checkpointing_keeps_the_gradients_of_both_losses(folders):
         built = build(folders)
         if checkpointing:
             checkpoint_activations(built.model)
-        losses = built.model(**on_device(collate(samples_of(built.chat_values()["image_token_id"]), PAD, True), CPU))
+        batch = collate(samples_of(qwen.image_token_id(built.tokenizer)), PAD, packed=True)
+        losses = built.model(**batch.model_inputs(CPU))
         (losses.answers + 10 * losses.balance).backward()
         found.append({name: p.grad for name, p in built.model.named_parameters() if p.requires_grad})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -223,7 +218,7 @@ def test_activation_checkpointing_keeps_the_gradients_of_both_losses(folders):
 
 def test_right_tokens_are_counted_without_gradients_and_a_dense_model_has_no_experts(folders):
     built = build(folders)
-    batch = collate(samples_of(built.chat_values()["image_token_id"]), PAD, packed=True)
+    batch = collate(samples_of(qwen.image_token_id(built.tokenizer)), PAD, packed=True)
     assert built.model(**batch.model_inputs(CPU)).right is None
     with torch.no_grad():
         right = built.model(**batch.model_inputs(CPU)).right
@@ -326,11 +321,11 @@ def test_liger_kernels_are_refused_with_experts(train, tmp_path):
         train(f"output_dir={tmp_path}", "train.liger_kernels=on")
 
 
-def test_kept_bytes_of_a_token_count_the_experts_that_it_uses(folders):
-    """Two experts of 48 and one of 64, each forward and back; twice as many experts do not keep more."""
+def test_activation_bytes_of_a_token_count_the_experts_that_it_uses(folders):
+    """Two experts of 48 and one of 64, each forward and back; with twice as many experts they are the same."""
     built = build(folders)
     config = built.model.causal_lm.config
-    before = kept_bytes(built.model)
+    before = activation_bytes_per_token(built.model)
     assert before == 2 * ((8 + 3 * 2) * 64 + 4 * (2 * 48 + 64)) * 4
     config.num_experts *= 2
-    assert kept_bytes(built.model) == before
+    assert activation_bytes_per_token(built.model) == before

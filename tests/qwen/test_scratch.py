@@ -19,10 +19,10 @@ import test
 from config import InputError, load_config
 from dataset import show
 from model.checkpoint_folder import write_folder
-from tests.test_training import assert_equal_files, rows
+from tests.runs.test_training import assert_equal_files, rows
 from tests.toy_language import SENTENCES, scratch_sizes, write_qwen2, write_qwen3
 from tests.toy_project import SIZES, run_training, write_staged_project, write_yaml
-from training.run import build, open_processors
+from training.run import open_model, open_processors
 
 DENSE = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
 DENSE |= {"intermediate_size": 72}
@@ -114,7 +114,7 @@ def whole(project):
 def test_the_model_is_equal_at_every_precision(project, whole):
     """First weights and RoPE's frequencies are float32, so a model trained in half precision can be read in any."""
     config = load_config(project)
-    made = [build(config, precision, open_processors(config)).model.causal_lm for precision in ("fp32", "bf16", "fp16")]
+    made = [open_model(config, precision, open_processors(config)).model.causal_lm for precision in ("fp32", "bf16", "fp16")]
     tensors = [[*model.parameters(), *model.buffers()] for model in made]
     for other in tensors[1:]:
         for of_one, of_other in zip(tensors[0], other, strict=True):
@@ -139,7 +139,7 @@ def test_a_vocabulary_with_gaps_gets_embeddings_up_to_its_highest_id(project, wh
     config = load_config(
         project, [f"model.from_scratch.tokenizer={tmp_path / 'gaps'}", "model.from_scratch.vocab_size=null"]
     )
-    assert build(config, "fp32", open_processors(config)).model.causal_lm.config.vocab_size == 704
+    assert open_model(config, "fp32", open_processors(config)).model.causal_lm.config.vocab_size == 704
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3_moe"])
@@ -165,7 +165,7 @@ def test_an_interrupted_run_from_scratch_ends_the_same(project, whole, tmp_path)
 
 def test_a_checkpoint_contains_the_whole_language_model(project, whole):
     config = load_config(whole / "final" / "config.yaml")
-    built = build(config, "fp32", open_processors(config, whole / "final"), whole / "final")
+    built = open_model(config, "fp32", open_processors(config, whole / "final"), whole / "final")
     saved = load_file(whole / "final" / "language_model.safetensors")
     assert saved.keys() == {name for name, _ in built.model.causal_lm.named_parameters()}
     for name, parameter in built.model.causal_lm.named_parameters():
@@ -202,7 +202,7 @@ def test_a_checkpoint_without_the_whole_model_is_refused(whole, tmp_path, change
     folder = changed_folder(whole / "final", tmp_path / "final", change)
     config = load_config(folder / "config.yaml")
     with pytest.raises(InputError, match=words):
-        build(config, "fp32", open_processors(config, folder), folder)
+        open_model(config, "fp32", open_processors(config, folder), folder)
 
 
 def test_a_huge_size_in_a_checkpoints_config_is_refused_without_allocating(whole, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_huge_size_in_a_checkpoints_config_is_refused_without_allocating(whole
     words = ["model.from_scratch.hidden_size=16384", "model.from_scratch.moe_intermediate_size=131072"]
     config = load_config(whole / "final" / "config.yaml", words)
     with pytest.raises(InputError, match="of another shape"):
-        build(config, "fp32", open_processors(config, whole / "final"), whole / "final")
+        open_model(config, "fp32", open_processors(config, whole / "final"), whole / "final")
     assert made == ["meta"]
 
 

@@ -330,7 +330,7 @@ def test_a_checkpoint_that_is_damaged_is_refused_by_the_files_name(run, final, i
         (damaged / name).unlink()
         missing = exit_message(capsys, "--checkpoint", damaged, "--images", images)
         assert f"{damaged}/manifest.json: lists '{name}'" in missing
-    assert "no such checkpoint" in exit_message(capsys, "--checkpoint", tmp_path / "none", "--images", images)
+    assert "checkpoint folder does not exist" in exit_message(capsys, "--checkpoint", tmp_path / "none", "--images", images)
     assert "not a checkpoint" in exit_message(capsys, "--checkpoint", images, "--images", images)
     config = final.parent.parent / "config.yaml"
     assert "train.sh first" in exit_message(capsys, "--config", config, "output_dir=nowhere", images)

@@ -1,5 +1,5 @@
-"""A run's folder whatever happens: kills, full disks, two runs at once, what is kept.
-`sh tests/run.sh tests/test_durability.py`"""
+"""A run's folder survives kills, full disks and a second run; which checkpoints are kept.
+`sh tests/run.sh tests/runs/test_durability.py`"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,16 +20,18 @@ from accelerate import PartialState, debug_launcher
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from training import resume
-from config import InputError, load_config
-from training.provenance import git_commit
+from config import Config, InputError, load_config
 from model import checkpoint_folder as folders
-from model.checkpoint_folder import (latest_checkpoint, prune_checkpoints, recover, verify_folder, write_folder)
+from model.checkpoint_folder import latest_checkpoint, prune_checkpoints, recover, verify_folder, write_folder
 from tests.toy_project import run_training, write_project
+from training import resume
+from training.provenance import git_commit
+from training.run import open_model, open_processors
+from training.state import Position
 
 
-def written(content: str):
-    """Writes a folder with a file, a large one, and one in a folder of its own."""
+def files_with(content: str):
+    """Return a function that fills a folder with a small file, and with a large one in a subfolder."""
 
     def write(folder: Path) -> None:
         (folder / "a").write_text(content)
@@ -39,6 +42,7 @@ def written(content: str):
 
 
 def content_of(folder: Path) -> str:
+    """Return the content that `files_with` wrote, after verifying that the folder is whole."""
     verify_folder(folder)
     content = (folder / "a").read_text()
     assert (folder / "inner" / "b.safetensors").read_bytes() == content.encode() * 1000
@@ -56,7 +60,7 @@ def flip(path: Path) -> None:
 
 
 def killed_at(call: int, work) -> bool:
-    """Whether a child that does `work` was killed before its `call`-th access to the disk; it had ended before otherwise."""
+    """Do `work` in a child that is killed before its `call`-th access to the disk. False if it ended before that."""
     child = os.fork()
     if child == 0:
         calls = 0
@@ -82,7 +86,7 @@ def killed_at(call: int, work) -> bool:
 
 @pytest.fixture
 def no_flush(monkeypatch):
-    """A killed process loses nothing that it gave to the kernel: these tests need not wait for the disk."""
+    """Skip fsync: a kill loses nothing that the kernel already has, so these tests need not wait for the disk."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -91,8 +95,8 @@ def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(tmp_path, no_fl
     (tmp_path / ".mine.partial").mkdir()
     for call in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
-        write_folder(folder, written("old"))
-        killed = killed_at(call, lambda: write_folder(folder, written("new")))
+        write_folder(folder, files_with("old"))
+        killed = killed_at(call, lambda: write_folder(folder, files_with("new")))
         recover(tmp_path)
         seen.add(content_of(folder))
         assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.partial", "best"], call
@@ -105,7 +109,7 @@ def test_a_kill_at_any_call_leaves_a_first_folder_whole_or_absent(tmp_path, no_f
     folder, seen = tmp_path / "checkpoint-1", set()
     for call in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
-        killed = killed_at(call, lambda: write_folder(folder, written("new")))
+        killed = killed_at(call, lambda: write_folder(folder, files_with("new")))
         recover(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] in ([], [folder.name])
         seen.add(content_of(folder) if folder.exists() else None)
@@ -115,12 +119,12 @@ def test_a_kill_at_any_call_leaves_a_first_folder_whole_or_absent(tmp_path, no_f
 
 
 @pytest.mark.parametrize("work", ["recover", "prune"])
-def test_a_kill_while_the_folder_is_put_in_order_loses_nothing(tmp_path, work, no_flush):
-    """Between the renames of a replacement, and while old checkpoints are removed."""
+def test_a_kill_during_recovery_or_pruning_loses_nothing(tmp_path, work, no_flush):
+    """Recovery starts between the renames of a replacement; pruning removes old checkpoints."""
     for call in range(1, 1000):
         shutil.rmtree(tmp_path)
         for step in (1, 2, 3):
-            write_folder(tmp_path / f"checkpoint-{step}", written(str(step)))
+            write_folder(tmp_path / f"checkpoint-{step}", files_with(str(step)))
         (tmp_path / "checkpoint-2").rename(tmp_path / ".checkpoint-2.replaced")
         shutil.copytree(tmp_path / "checkpoint-3", tmp_path / ".checkpoint-3.replaced")
         shutil.copytree(tmp_path / "checkpoint-3", tmp_path / ".checkpoint-2.partial")
@@ -139,8 +143,8 @@ def test_a_kill_while_the_folder_is_put_in_order_loses_nothing(tmp_path, work, n
     assert call > 10 and (tmp_path / "checkpoint-3").exists()
 
 
-def test_everything_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
-    """A power cut loses what was not flushed: files, their folders, and after the renames the folder that holds the name."""
+def test_everything_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    """A power cut loses what was not flushed: files, their folders, and after the renames the parent folder."""
     events, fsync, rename = [], os.fsync, os.rename
     monkeypatch.setattr(
         os, "fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
@@ -148,7 +152,7 @@ def test_everything_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monk
     monkeypatch.setattr(os, "rename", lambda a, b, **_: (events.append((Path(a).name, Path(b).name)), rename(a, b)))
     for content in ("old", "new"):
         events.clear()
-        write_folder(tmp_path / "final", written(content))
+        write_folder(tmp_path / "final", files_with(content))
         partial = tmp_path / ".final.partial"
         inside = {str(partial / name) for name in ("a", "inner", "inner/b.safetensors", "manifest.json")}
         named = events.index((".final.partial", "final"))
@@ -156,12 +160,12 @@ def test_everything_is_on_the_disk_before_the_folder_has_its_name(tmp_path, monk
         assert events[named + 1] == str(tmp_path)
 
 
-def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path):
+def test_an_error_while_writing_keeps_the_old_folder(tmp_path):
     def fail(folder):
-        written("half")(folder)
+        files_with("half")(folder)
         raise KeyboardInterrupt
 
-    write_folder(tmp_path / "final", written("old"))
+    write_folder(tmp_path / "final", files_with("old"))
     with pytest.raises(KeyboardInterrupt):
         write_folder(tmp_path / "final", fail)
     assert content_of(tmp_path / "final") == "old" and len(list(tmp_path.iterdir())) == 1
@@ -186,9 +190,9 @@ def fill_text(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fill", [fill_tensors, fill_tokenizer, fill_text])
-def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_and_says_what_is_needed(tmp_path, fill):
-    """RLIMIT_FSIZE, as `ulimit -f` sets it, on everything that writes into a checkpoint: Python, safetensors, tokenizers."""
-    write_folder(tmp_path / "checkpoint-20", written("old"))
+def test_a_file_size_limit_keeps_the_earlier_checkpoint_and_names_the_needed_space(tmp_path, fill):
+    """RLIMIT_FSIZE (`ulimit -f`), for each library that writes into a checkpoint: Python, safetensors, tokenizers."""
+    write_folder(tmp_path / "checkpoint-20", files_with("old"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -197,35 +201,35 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_and_says_what_is_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = str(caught.value)
-    assert "checkpoint-40: a file would be larger than is allowed here" in message
+    assert "checkpoint-40: a file would exceed the size limit" in message
     assert f"needs about 4.{'0' if fill is fill_tensors else '1'} MB" in message and "MB are free there" in message
-    assert "goes on from checkpoint-20" in message and "save_total_limit" in message and "output_dir" in message
+    assert "resume from checkpoint-20" in message and "save_total_limit" in message and "output_dir" in message
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20"]
     assert content_of(tmp_path / "checkpoint-20") == "old"
 
 
-@pytest.mark.parametrize("number, said", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota")])
+@pytest.mark.parametrize("number, reason", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota")])
 @pytest.mark.parametrize("call", ["fsync", "mkdir", "rename"])
-def test_a_full_disk_at_any_call_is_one_message(tmp_path, monkeypatch, call, number, said):
-    """Some file systems find only at the flush that there is no room; a folder's entry takes room as well."""
+def test_a_full_disk_at_any_call_is_one_message(tmp_path, monkeypatch, call, number, reason):
+    """Some file systems report a full disk only at the flush, and a folder's entry needs space too."""
 
     def full(*_, **__):
         raise OSError(number, os.strerror(number))
 
-    write_folder(tmp_path / "final", written("old"))
+    write_folder(tmp_path / "final", files_with("old"))
     with monkeypatch.context() as patched:
         patched.setattr(os, call, full)
-        with pytest.raises(InputError, match=f"final: .*{said}.*begins anew"):
-            write_folder(tmp_path / "final", written("new"))
+        with pytest.raises(InputError, match=f"final: .*{reason}.*start over"):
+            write_folder(tmp_path / "final", files_with("new"))
         patched.setattr(os, "rename", lambda *_: full())
         if call == "fsync":
-            with pytest.raises(InputError, match=said):
+            with pytest.raises(InputError, match=reason):
                 folders.replace_text(tmp_path / "run.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["final"] and content_of(tmp_path / "final") == "old"
 
 
-def test_a_rename_that_fails_half_way_puts_the_old_folder_back(tmp_path, monkeypatch):
-    write_folder(tmp_path / "final", written("old"))
+def test_a_failed_second_rename_restores_the_old_folder(tmp_path, monkeypatch):
+    write_folder(tmp_path / "final", files_with("old"))
     rename = os.rename
 
     def fail_second(source, target, **_):
@@ -236,11 +240,11 @@ def test_a_rename_that_fails_half_way_puts_the_old_folder_back(tmp_path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(os, "rename", fail_second)
         with pytest.raises(InputError, match="the disk is full"):
-            write_folder(tmp_path / "final", written("new"))
+            write_folder(tmp_path / "final", files_with("new"))
     assert content_of(tmp_path / "final") == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_another_error_keeps_its_own_words(tmp_path):
+def test_other_errors_pass_through_unchanged(tmp_path):
     def fail(_):
         raise OSError(errno.EIO, "a broken disk")
 
@@ -249,12 +253,12 @@ def test_another_error_keeps_its_own_words(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is kept
+# Which checkpoints are kept
 
 
 def test_pruning_keeps_the_newest(tmp_path):
     for step in (5, 10, 100):
-        write_folder(tmp_path / f"checkpoint-{step}", written(str(step)))
+        write_folder(tmp_path / f"checkpoint-{step}", files_with(str(step)))
     (tmp_path / "checkpoint-x").mkdir()
     prune_checkpoints(tmp_path, None, pytest.fail)
     assert len(list(tmp_path.iterdir())) == 4
@@ -263,40 +267,40 @@ def test_pruning_keeps_the_newest(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove"])
-def test_the_last_good_checkpoint_is_never_removed(tmp_path, damage):
-    """The newest one is read back before an older one goes; a damaged one does not count, and is named."""
+def test_the_last_intact_checkpoint_is_never_removed(tmp_path, damage):
+    """The newest one is read back before an older one is removed; a damaged one does not count, and is named."""
     for step in (1, 2, 3, 4):
-        write_folder(tmp_path / f"checkpoint-{step}", written(str(step)))
+        write_folder(tmp_path / f"checkpoint-{step}", files_with(str(step)))
     for step in (3, 4):
         victim = tmp_path / f"checkpoint-{step}" / "inner" / "b.safetensors"
         flip(victim) if damage == "flip" else victim.unlink()
-    said = []
-    prune_checkpoints(tmp_path, 1, said.append)
+    reports = []
+    prune_checkpoints(tmp_path, 1, reports.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (2, 3, 4)]
-    assert len(said) == 2 and all("does not count" in text and "b.safetensors" in text for text in said)
-    assert latest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-2"
+    assert len(reports) == 2 and all("does not count" in text and "b.safetensors" in text for text in reports)
+    assert latest_checkpoint(tmp_path, reports.append) == tmp_path / "checkpoint-2"
     flip(tmp_path / "checkpoint-2" / "a")
-    prune_checkpoints(tmp_path, 1, said.append)
-    assert len(list(tmp_path.iterdir())) == 3, "no good one is known: nothing goes"
+    prune_checkpoints(tmp_path, 1, reports.append)
+    assert len(list(tmp_path.iterdir())) == 3, "removed a checkpoint although no intact one is left"
 
 
-def test_a_linked_checkpoint_is_unlinked_and_what_it_points_to_stays(tmp_path):
-    write_folder(tmp_path / "elsewhere" / "checkpoint-1", written("1"))
+def test_pruning_a_linked_checkpoint_removes_only_the_link(tmp_path):
+    write_folder(tmp_path / "elsewhere" / "checkpoint-1", files_with("1"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
-    write_folder(tmp_path / "run" / "checkpoint-2", written("2"))
+    write_folder(tmp_path / "run" / "checkpoint-2", files_with("2"))
     prune_checkpoints(tmp_path / "run", 1, pytest.fail)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
     assert content_of(tmp_path / "elsewhere" / "checkpoint-1") == "1"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One run a folder
+# One run per folder
 
 
 def hold_and_fork(run: Path, ready: int) -> None:
-    """A run that has a worker, as the loader's: forked while the lock is held, and alive after its parent."""
-    with resume.RunLock(run, print):
+    """Hold the lock in a process with a forked worker, like the loader's, that outlives it."""
+    with resume.RunLock(run):
         worker = os.fork()
         if worker:
             os.write(ready, str(worker).encode())
@@ -304,26 +308,26 @@ def hold_and_fork(run: Path, ready: int) -> None:
             signal.pause()
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path):
-    """Freed by a SIGKILL at once, though a forked worker of the killed run is still there."""
-    run, (told, ready) = tmp_path / "run", os.pipe()
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
+    """A SIGKILL releases the lock at once, although a forked worker of the killed run is still alive."""
+    run, (reader, ready) = tmp_path / "run", os.pipe()
     holder = os.fork()
     if holder == 0:
         hold_and_fork(run, ready)
-    worker = int(os.read(told, 20))
+    worker = int(os.read(reader, 20))
     try:
         with pytest.raises(InputError, match=rf"{run}: another run writes there \(process {holder} on .*, since 2"):
-            resume.RunLock(run, pytest.fail).__enter__()
+            resume.RunLock(run).__enter__()
         (run / ".checkpoint-1.partial").mkdir()
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        os.kill(worker, 0)  # still there
-        with resume.RunLock(run, pytest.fail):
-            assert [path.name for path in run.iterdir()] == [".lock"], "what the killed run left is cleared away"
+        os.kill(worker, 0)  # still alive
+        with resume.RunLock(run):
+            assert [path.name for path in run.iterdir()] == [".lock"], "a leftover of the killed run was not removed"
             assert json.loads((run / ".lock").read_text())["pid"] == os.getpid()
     finally:
         os.kill(worker, signal.SIGKILL)
-        os.close(told)
+        os.close(reader)
         os.close(ready)
 
 
@@ -332,19 +336,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / ".lock").symlink_to(tmp_path / "file")
     for folder in (tmp_path / "file", tmp_path / "linked"):
-        with pytest.raises(InputError, match=f"{folder}: no run can write there"):
-            resume.RunLock(folder, pytest.fail).__enter__()
+        with pytest.raises(InputError, match=f"{folder}: cannot be written"):
+            resume.RunLock(folder).__enter__()
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch):
+def test_a_disk_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    said = []
     monkeypatch.setattr(resume.fcntl, "lockf", no_locks)
-    with resume.RunLock(tmp_path, said.append):
-        assert len(said) == 1 and "start no second run" in said[0]
+    with resume.RunLock(tmp_path):
+        assert capsys.readouterr().out.count("start no second run") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,36 +363,36 @@ def project(tmp_path_factory):
 
 @pytest.fixture
 def run(project, tmp_path):
-    """A copy of a finished run's folder, to be damaged, and its config."""
+    """The config of a copy of a finished run's folder, which a test may damage."""
     shutil.copytree(project.parent / "run", tmp_path / "run")
     overrides = ["train.eval_steps=null", "train.max_steps=2", f"output_dir={tmp_path / 'run'}"]
     return load_config(project, overrides)
 
 
-def test_each_file_is_read_once_to_find_the_checkpoint(run, monkeypatch):
+def test_finding_the_checkpoint_reads_each_file_once(run, monkeypatch, capsys):
     read, sha256 = [], folders._sha256
     monkeypatch.setattr(folders, "_sha256", lambda path: (read.append(path), sha256(path))[1])
     newest = run.output_dir / "checkpoint-2"
-    assert resume.find_checkpoint(run, "auto", pytest.fail) == newest
+    assert resume.find_checkpoint(run, "auto") == newest and capsys.readouterr().out == ""
     assert sorted(read) == sorted(p for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json")
     flip(newest / "projector.safetensors")
-    said = []
-    assert resume.find_checkpoint(run, "auto", said.append) == run.output_dir / "checkpoint-1"
-    assert len(said) == 1 and str(newest / "projector.safetensors") in said[0]
+    assert resume.find_checkpoint(run, "auto") == run.output_dir / "checkpoint-1"
+    (report,) = capsys.readouterr().out.splitlines()
+    assert str(newest / "projector.safetensors") in report
 
 
-def test_two_processes_go_on_from_the_same_checkpoint_or_both_stop(run, tmp_path, capfd):
-    """The main process reads and reports; the other one gets its result, and its error."""
+def test_two_processes_resume_from_the_same_checkpoint_or_both_stop(run, tmp_path, capfd):
+    """The main process reads and reports; the other one receives its result or its error."""
     flip(run.output_dir / "checkpoint-2" / "adapter_model.safetensors")
 
     def work() -> None:
-        PartialState._reset_state()  # of the process that this one was forked from
+        PartialState._reset_state()  # inherited from the process that was forked
         rank, read, sha256 = PartialState(cpu=True).process_index, [], folders._sha256
         folders._sha256 = lambda path: (read.append(str(path)), sha256(path))[1]
-        found = resume.find_checkpoint(run, "auto", lambda text: print(f"rank {rank} said", flush=True))
+        found = resume.find_checkpoint(run, "auto")
         outcome = {"found": found.name, "read": len(read)}
         try:
-            resume.find_checkpoint(run, str(run.output_dir / "final"), print)
+            resume.find_checkpoint(run, str(run.output_dir / "final"))
         except InputError as error:
             outcome["error"] = str(error)
         (tmp_path / f"{rank}.json").write_text(json.dumps(outcome))
@@ -398,52 +401,67 @@ def test_two_processes_go_on_from_the_same_checkpoint_or_both_stop(run, tmp_path
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["found"] == second["found"] == "checkpoint-1" and first["read"] > 0 and second["read"] == 0
     assert first["error"] == second["error"] and "no training state" in first["error"]
-    assert capfd.readouterr().out.count("said") == 1
+    assert capfd.readouterr().out.count("damaged checkpoint") == 1
 
 
-class Opened:
-    """What resume.py's functions use of a Run, around a trained model."""
+class FakeRun(SimpleNamespace):
+    """The attributes of a Run that training.resume uses, around a real model."""
 
-    def __init__(self, config):
-        from training import run as assemble
-
-        self.config = config
-        self.built = assemble.build(config, "fp32", assemble.open_processors(config))
-        self.accelerator = type("", (), {"num_processes": 1, "scaler": None, "wait_for_everyone": lambda self: None})()
-        self.identity, self.total_steps, self.said = {"qa_sha256": "abc"}, 9, []
-        self.say = self.said.append
+    def __init__(self, config: Config):
+        built = open_model(config, "fp32", open_processors(config))
+        super().__init__(
+            config=config,
+            built=built,
+            model=built.model,
+            accelerator=SimpleNamespace(num_processes=1, scaler=None, wait_for_everyone=lambda: None),
+            fingerprint={"qa_sha256": "abc"},
+            total_steps=9,
+        )
 
 
 @pytest.fixture(scope="module")
 def opened(project):
-    return Opened(load_config(project))
+    return FakeRun(load_config(project))
 
 
 @pytest.fixture
 def opened_run(opened, project, tmp_path):
+    """A run of the project's model with an empty folder, before its first step. Its optimizer has made one."""
     opened.config = load_config(project, [f"output_dir={tmp_path / 'run'}", "train.save_total_limit=1"])
     opened.config.output_dir.mkdir()
-    opened.said.clear()
+    opened.position = Position()
+    parameters = [p for p in opened.model.parameters() if p.requires_grad]
+    opened.optimizer = wrapped(torch.optim.AdamW(parameters, lr=0.0))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    opened.optimizer.optimizer.step()
     return opened
 
 
-def adam(run: Opened):
-    """What accelerate makes of an optimizer: a shell around it."""
-    parameters = [p for p in run.built.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    return type("", (), {"optimizer": optimizer})()
+def wrapped(optimizer: torch.optim.Optimizer) -> SimpleNamespace:
+    """Wrap an optimizer as accelerate does."""
+    return SimpleNamespace(optimizer=optimizer)
 
 
-def test_every_folder_says_how_it_came_about(opened_run, monkeypatch):
+def save_at(run: FakeRun, step: int) -> Path:
+    """Save the checkpoint of `step` and return its folder."""
+    run.position.step = step
+    resume.save_checkpoint(run)
+    return run.config.output_dir / f"checkpoint-{step}"
+
+
+def change_state(checkpoint: Path, **values) -> None:
+    path = checkpoint / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_every_folder_records_how_it_was_made(opened_run, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "a-secret")
-    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.record_start(opened_run, None, 0, ["train.py", "seed=1"])
-    resume.save_checkpoint(opened_run, optimizer, 3, 0)
-    resume.record_start(opened_run, folder / "checkpoint-3", 3, ["train.py"])
-    resume.write_final(opened_run, None)
+    folder = opened_run.config.output_dir
+    resume.record_start(opened_run, None, ["train.py", "seed=1"])
+    save_at(opened_run, 3)
+    resume.record_start(opened_run, folder / "checkpoint-3", ["train.py"])
+    resume.write_final(opened_run)
     text = (folder / "final" / "run.json").read_text()
     first, second = json.loads(text)
     assert text == (folder / "run.json").read_text() and "a-secret" not in text
@@ -454,17 +472,17 @@ def test_every_folder_says_how_it_came_about(opened_run, monkeypatch):
     assert set(first["machine"]) == {"host", "cpu", "gpus", "processes"} and first["qa_sha256"] == "abc"
     assert first["config_sha256"] == second["config_sha256"] and first["started"] <= second["started"]
     (folder / "run.json").unlink()  # --resume of another run's checkpoint, in a new folder
-    resume.record_start(opened_run, folder / "checkpoint-3", 3, ["train.py"])
+    resume.record_start(opened_run, folder / "checkpoint-3", ["train.py"])
     assert [entry["step"] for entry in json.loads((folder / "run.json").read_text())] == [0, 3]
     (folder / "run.json").write_text("{")
     with pytest.raises(InputError, match="run.json.*remove it"):
-        resume.record_start(opened_run, None, 0, [])
+        resume.record_start(opened_run, None, [])
     os.truncate(folder / "run.json", 1 << 30)
     with pytest.raises(InputError, match="run.json: 1,074 MB"):
-        resume.record_start(opened_run, None, 0, [])
+        resume.record_start(opened_run, None, [])
 
 
-def test_the_commit_is_that_of_the_folder_and_says_what_was_changed(tmp_path):
+def test_git_commit_is_the_folders_own_and_marks_changes(tmp_path):
     def git(*words):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
@@ -485,85 +503,96 @@ def test_the_commit_is_that_of_the_folder_and_says_what_was_changed(tmp_path):
     assert git_commit(tmp_path / "copy") is None, "inside another repository"
 
 
-def test_the_best_model_is_kept_beside_the_others(opened_run):
-    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    assert resume.best_val_loss(opened_run) == float("inf")
-    resume.write_best(opened_run, 3, 0.75)
+def test_the_best_model_is_kept_beside_the_others(opened_run, capsys):
+    folder = opened_run.config.output_dir
+    assert resume.lowest_val_loss(folder) == float("inf")
+    opened_run.position.step = 3
+    resume.write_best(opened_run, 0.75)
     kept = load_file(folder / "best" / "projector.safetensors")
     with torch.no_grad():
-        opened_run.built.model.projector.linear_1.bias += 1
+        opened_run.model.projector.linear_1.bias += 1
     for step in (4, 5):
-        resume.save_checkpoint(opened_run, optimizer, step, 0)
+        save_at(opened_run, step)
     assert sorted(path.name for path in folder.iterdir()) == ["best", "checkpoint-5"]
     verify_folder(folder / "best")
     assert json.loads((folder / "best" / "best.json").read_text()) == {"step": 3, "val_loss": 0.75}
-    assert resume.best_val_loss(opened_run) == 0.75
+    assert resume.lowest_val_loss(folder) == 0.75
     now = load_file(folder / "best" / "projector.safetensors")
     assert all(torch.equal(kept[key], now[key]) for key in kept)
     assert not (folder / "best" / "state.safetensors").exists() and (folder / "best" / "tokenizer").is_dir()
     (folder / "best" / "best.json").write_text("{}")
-    assert resume.best_val_loss(opened_run) == float("inf") and "best.json" in opened_run.said[0]
+    assert capsys.readouterr().out == ""
+    assert resume.lowest_val_loss(folder) == float("inf") and "best.json" in capsys.readouterr().out
 
 
-def test_a_checkpoint_says_beforehand_how_much_room_it_takes(opened_run, monkeypatch):
-    """To the byte, but for the tensors' names."""
-    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    asked, write = [], resume.write_folder
-    monkeypatch.setattr(resume, "write_folder", lambda f, w, room: (asked.append(room), write(f, w, room)))
-    resume.save_checkpoint(opened_run, optimizer, 1, 0)
-    resume.write_final(opened_run, None)
-    for name, room in zip(("checkpoint-1", "final"), asked, strict=True):
+def test_a_checkpoint_knows_its_size_before_it_is_written(opened_run, monkeypatch):
+    """All tensors, to the byte; file headers are not counted."""
+    folder, announced, write = opened_run.config.output_dir, [], resume.write_folder
+    monkeypatch.setattr(resume, "write_folder", lambda f, w, room: (announced.append(room), write(f, w, room)))
+    save_at(opened_run, 1)
+    resume.write_final(opened_run)
+    for name, room in zip(("checkpoint-1", "final"), announced, strict=True):
         saved = [load_file(path) for path in (folder / name).glob("*.safetensors")]
         assert room == sum(tensor.nbytes for tensors in saved for tensor in tensors.values())
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(opened_run):
-    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1, 0)
-    again = type("", (), {"optimizer": torch.optim.AdamW(optimizer.optimizer.param_groups[0]["params"])})()
-    assert resume.load_position(opened_run, again, folder / "checkpoint-1") == (1, 0)
-    for parameter, state in optimizer.optimizer.state.items():
-        assert all(torch.equal(state[key], again.optimizer.state[parameter][key]) for key in state)
+def test_the_optimizer_is_restored_bit_for_bit(opened_run):
+    checkpoint, saved = save_at(opened_run, 1), opened_run.optimizer.optimizer
+    fresh = torch.optim.AdamW(saved.param_groups[0]["params"])
+    opened_run.optimizer = wrapped(fresh)
+    assert resume.load_position(opened_run, checkpoint) == Position(1, 0)
+    assert saved.state.keys() == fresh.state.keys() != set()
+    for parameter, state in saved.state.items():
+        assert all(torch.equal(state[key], fresh.state[parameter][key]) for key in state)
 
 
 @pytest.mark.parametrize(
-    "step, message", [(10, "the run has 9 steps"), (-1, "no number"), (True, "no number"), (1.5, "no")]
+    "step, message",
+    [
+        (10, "the run has 9 steps"),
+        (-1, "not a number of steps"),
+        (True, "not a number of steps"),
+        (1.5, "not a number of steps"),
+    ],
 )
-def test_a_step_that_cannot_be_is_refused(opened_run, step, message):
-    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1, 0)
-    path = folder / "checkpoint-1" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+def test_an_impossible_step_is_refused(opened_run, step, message):
+    checkpoint = save_at(opened_run, 1)
+    change_state(checkpoint, step=step)
     with pytest.raises(InputError, match=f"state.json.*{message}"):
-        resume.load_position(opened_run, optimizer, folder / "checkpoint-1")
+        resume.load_position(opened_run, checkpoint)
+
+
+@pytest.mark.parametrize("count", [-1, True, None, "0"])
+def test_an_impossible_count_of_bad_steps_is_refused(opened_run, count):
+    checkpoint = save_at(opened_run, 1)
+    change_state(checkpoint, bad_steps=count)
+    with pytest.raises(InputError, match='state.json: "bad_steps" is not a count'):
+        resume.load_position(opened_run, checkpoint)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda name, tensor: {name: torch.full_like(tensor, float("nan"))}, "no numbers"),
+        (lambda name, tensor: {name: torch.full_like(tensor, float("nan"))}, "not finite"),
         (lambda name, tensor: {name: tensor.reshape(-1, 1).clone()}, "AdamW"),
         (lambda name, tensor: {}, "AdamW"),
         (lambda name, tensor: {name: tensor.to(torch.int32)}, "int32"),
         (lambda name, tensor: {"stranger/" + name: tensor}, "other parameters"),
     ],
 )
-def test_an_optimizer_state_that_does_not_fit_is_refused(opened_run, change, message):
-    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1, 0)
-    path = folder / "checkpoint-1" / "state.safetensors"
+def test_an_unsuitable_optimizer_state_is_refused(opened_run, change, message):
+    checkpoint = save_at(opened_run, 1)
+    path = checkpoint / "state.safetensors"
     tensors = load_file(path)
     name = "projector.linear_1.bias/exp_avg"
     save_file({k: v for k, v in tensors.items() if k != name} | change(name, tensors[name]), path)
     with pytest.raises(InputError, match=f"state.safetensors.*{message}"):
-        resume.load_position(opened_run, optimizer, folder / "checkpoint-1")
+        resume.load_position(opened_run, checkpoint)
 
 
-def test_another_loss_scaler_is_refused(opened_run):
-    """fp16 keeps one; without it the run would not go on as it was."""
-    folder, optimizer = opened_run.config.output_dir, adam(opened_run)
-    resume.save_checkpoint(opened_run, optimizer, 1, 0)
-    path = folder / "checkpoint-1" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"scaler": {"scale": 1.0}}))
-    with pytest.raises(InputError, match="scaler"):
-        resume.load_position(opened_run, optimizer, folder / "checkpoint-1")
+def test_a_loss_scaler_of_another_precision_is_refused(opened_run):
+    """Only fp16 keeps a scaler, and without its state the run would continue differently."""
+    checkpoint = save_at(opened_run, 1)
+    change_state(checkpoint, scaler={"scale": 1.0})
+    with pytest.raises(InputError, match='"scaler" is of another kind of run'):
+        resume.load_position(opened_run, checkpoint)

@@ -1,9 +1,10 @@
-"""What goes wrong while a run trains: numbers that are none, memory that is full, processes that die, pictures that vanish,
-a full disk. `sh tests/run.sh tests/test_faults.py`"""
+"""Faults while a run trains: values that are not finite, full memory, killed workers, missing images, a full disk.
+`sh tests/run.sh tests/runs/test_faults.py`"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -22,34 +23,35 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
-from training import run as assemble
-from training import step as step_module
+import dataset.loader
+import model.answer
 import test
 import train
+import training.held_out
+import training.log
+import training.memory
+import training.run
 from config import InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
-from dataset import loader
-from dataset.batch import collate
-from training import log
-from training.log import RunLog
-from model import answer
+from dataset.batch import Batch, collate
 from model.model import VisionLanguageModel
-from training.step import Stepper, on_device
+from tests.toy_project import fresh_accelerate, run_training, write_project
+from training.log import RunLog
 from training.memory import is_out_of_memory, memory_advice
-from tests.toy_project import run_training, write_project
+from training.parallel import sum_gradients
+from training.step import Stepper
 
 QUICK = ("train.eval_steps=null", "train.score_samples=1", "train.save_total_limit=null")
 WEIGHTS = ("projector.safetensors", "adapter_model.safetensors")
-BAD = "3.png"  # the picture of the record train:r3
+BAD = "3.png"  # the image of the record train:r3
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """Its pictures are read and encoded anew in every run: what a test makes of them must not be kept for the next."""
+    """A project without a feature cache: what a test does to images must not reach the next test."""
     path = write_project(tmp_path_factory.mktemp("project"))
     values = yaml.safe_load(path.read_text())
     values["train"]["cache_features"] = "off"
@@ -59,26 +61,26 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def curves():
-    """Drawing curves.png at every checkpoint would take most of this file's time; the tests of it call this."""
-    draw = runlog.draw_curves
+    """Skip curves.png, which would take most of this file's time. Yields the real function, for the tests of it."""
+    draw = training.log.draw_curves
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(runlog, "draw_curves", lambda metrics, picture: None)
+        patched.setattr(training.log, "draw_curves", lambda runs, image: None)
         yield draw
 
 
 @pytest.fixture
 def own(project, tmp_path):
-    """A project whose pictures a test may damage."""
+    """The config of a project whose images a test may damage."""
     folder = tmp_path / "own"
     shutil.copytree(project.parent, folder, ignore=shutil.ignore_patterns("run", "qa.*", "validation.jsonl", ".*"))
     return folder / "config.yaml"
 
 
 def rows(folder: Path, name: str = "metrics") -> list[dict]:
-    """The rows of a log, each of them JSON as the standard has it."""
+    """Return the rows of a log, checking that each is standard JSON (no NaN, no Infinity)."""
 
     def refuse(word: str):
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     path = folder / f"{name}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -105,21 +107,21 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers that go wrong
+# Values that are not finite
 
 
 def poison(monkeypatch, name: str = BAD) -> None:
-    """The picture `name` is read as pixels that are no numbers."""
-    read = assemble.read_pixels
+    """Read the image `name` as NaN."""
+    read = training.run.read_pixels
     monkeypatch.setattr(
-        assemble,
+        training.run,
         "read_pixels",
         lambda processor, path: read(processor, path) * (math.nan if path.name == name else 1.0),
     )
 
 
 def damage_the_gradient(monkeypatch, at_calls: Container[int]) -> None:
-    """The loss of these micro-batches stays a number, its gradient does not."""
+    """Make the gradient of these micro-batches infinite, but not their loss."""
     calls = iter(range(10**6))
 
     class Damage(torch.autograd.Function):
@@ -135,17 +137,17 @@ def damage_the_gradient(monkeypatch, at_calls: Container[int]) -> None:
 
 
 def change_the_loss(monkeypatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """`change` is called once a forward pass of the model."""
+    """Apply `change` to the loss of every forward pass of the model."""
     forward = VisionLanguageModel.forward
 
-    def patched(self, **batch):
-        losses = forward(self, **batch)
+    def patched(self, **inputs):
+        losses = forward(self, **inputs)
         return losses._replace(answers=change(losses.answers))
 
     monkeypatch.setattr(VisionLanguageModel, "forward", patched)
 
 
-def test_a_step_with_a_loss_that_is_no_number_changes_nothing_and_is_written_down(project, tmp_path, monkeypatch):
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_logged(project, tmp_path, monkeypatch):
     poison(monkeypatch)
     common = [f"output_dir={tmp_path}", "train.save_steps=1", "train.max_bad_steps=9", *QUICK]
     run_training(project, *common)
@@ -162,13 +164,13 @@ def test_a_step_with_a_loss_that_is_no_number_changes_nothing_and_is_written_dow
     before, after = (tensors(tmp_path / f"checkpoint-{number}") for number in (first - 1, first))
     assert_equal(before, after)  # weights, moments, and Adam's own count of steps
     goods = [number for number in range(2, 7) if number not in bad_steps]
-    for number in goods:  # the others do learn
+    for number in goods:  # every other step changes the weights
         before, after = (tensors(tmp_path / f"checkpoint-{n}", WEIGHTS) for n in (number - 1, number))
         assert any(not torch.equal(before[key], after[key]) for key in before), number
     assert goods and all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "final", WEIGHTS).values())
 
 
-def test_a_gradient_that_is_no_number_leaves_the_step_out_too(project, tmp_path, monkeypatch):
+def test_a_step_whose_gradient_is_not_finite_is_skipped(project, tmp_path, monkeypatch):
     damage_the_gradient(monkeypatch, {3})  # the second micro-batch of step 2
     run_training(project, f"output_dir={tmp_path}", "train.max_steps=3", "train.save_steps=1", *QUICK)
     (bad,) = rows(tmp_path, "skipped")
@@ -179,15 +181,14 @@ def test_a_gradient_that_is_no_number_leaves_the_step_out_too(project, tmp_path,
 
 
 def test_bad_steps_in_a_row_stop_the_run_with_their_records(project, tmp_path, monkeypatch, capsys):
-    """Exit code 2. The count in a row goes on where the run goes on, and one good step ends it."""
-    bad_calls = set()  # of the model, from 0; two a step
+    """Exit code 2. A resumed run continues the count of bad steps in a row; one good step resets it."""
+    bad_calls = set()  # forward passes, counted from 0; two a step
     calls = iter(range(10**6))
     change_the_loss(monkeypatch, lambda loss: loss * (math.inf if next(calls) in bad_calls else 1.0))
     bad_calls |= {1, 5, 6}  # steps 1, 3 and 4: never three in a row
     common = [f"output_dir={tmp_path}", "train.save_steps=1", "train.max_bad_steps=3", *QUICK]
     with monkeypatch.context() as inner:
-        inner.setattr(train, "finish", lambda run: None)
-        inner.setattr(step_module.Stepper, "__call__", stop_after(4))
+        inner.setattr(Stepper, "forward_and_backward", interrupted_at(4))
         with pytest.raises(KeyboardInterrupt):
             run_training(project, *common)
     states = [json.loads((tmp_path / f"checkpoint-{n}" / "state.json").read_text())["bad_steps"] for n in (1, 2, 3, 4)]
@@ -197,27 +198,33 @@ def test_bad_steps_in_a_row_stop_the_run_with_their_records(project, tmp_path, m
     status = exit_status(project, monkeypatch, *common)
     message = capsys.readouterr().err
     assert status == 2 and "error: step 5:" in message and "3 steps in a row" in message
-    last = rows(tmp_path, "skipped")[-1]
+    skipped = rows(tmp_path, "skipped")
+    last = skipped[-1]
     assert last["step"] == 5 and all(name in message for name in last["records"]) and len(last["records"]) == 4
-    assert [row["step"] for row in rows(tmp_path, "skipped")] == [1, 3, 4, 5] and not (
-        tmp_path / "checkpoint-5"
-    ).exists()
+    assert [row["step"] for row in skipped] == [1, 3, 4, 5] and not (tmp_path / "checkpoint-5").exists()
 
 
-def stop_after(count: int):
-    """A Stepper's call that is interrupted at its step `count`."""
-    call = Stepper.__call__
+def before_step(action: Callable[[int], None]):
+    """Return a `Stepper.forward_and_backward` that calls action(step) first."""
+    forward_and_backward = Stepper.forward_and_backward
 
-    def patched(self, step, *arguments):
-        if step == count:
-            raise KeyboardInterrupt
-        return call(self, step, *arguments)
+    def patched(self, step, micro_batches):
+        action(step)
+        return forward_and_backward(self, step, micro_batches)
 
     return patched
 
 
-def exit_status(config: Path, monkeypatch, *arguments: str) -> int:
-    """What `python train.py` tells the shell."""
+def interrupted_at(number: int):
+    def interrupt(step: int) -> None:
+        if step == number:
+            raise KeyboardInterrupt
+
+    return before_step(interrupt)
+
+
+def exit_status(config: Path, monkeypatch, *arguments: str) -> object:
+    """Return the exit status of `python train.py`."""
     with monkeypatch.context() as patched, fresh_accelerate():
         patched.setattr(sys, "argv", ["train.py", "--config", str(config), *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -225,92 +232,84 @@ def exit_status(config: Path, monkeypatch, *arguments: str) -> int:
     return ended.value.code
 
 
-@contextlib.contextmanager
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-
-def test_a_held_out_loss_that_is_no_number_is_no_best_and_no_broken_row(project, tmp_path, monkeypatch, curves):
+def test_a_held_out_loss_that_is_not_finite_is_logged_and_never_best(project, tmp_path, monkeypatch, curves):
     poison(monkeypatch, "10.png")
-    monkeypatch.setattr(runlog, "draw_curves", curves)
+    monkeypatch.setattr(training.log, "draw_curves", curves)
     run_training(project, f"output_dir={tmp_path}", "train.max_steps=3")
     assert [row["val_loss"] for row in rows(tmp_path) if "val_loss" in row] == [None]
     assert (tmp_path / "curves.png").exists() and not (tmp_path / "best").exists()
 
 
-def test_fp16s_scaler_goes_on_after_a_bad_step(project, monkeypatch):
-    """The scaler refuses to unscale twice what it was not told to have updated. A gradient that is no number is taken for
-    one that its scale made too large, until the scale is too small for that."""
+def test_the_fp16_scaler_continues_after_a_bad_step(project, monkeypatch):
+    """The scaler refuses to unscale again before its update. A gradient that is not finite counts as an overflow caused by
+    the scale, until the scale is too small to cause one."""
     damage_the_gradient(monkeypatch, range(4, 9))
     with fresh_accelerate():
         accelerator = Accelerator(cpu=True)
-        model = open_model(project)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        built = build(project)
+        parameters = [parameter for parameter in built.parameters() if parameter.requires_grad]
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        optimizer = AcceleratedOptimizer(torch.optim.AdamW(parameters, lr=0.0), scaler=accelerator.scaler)
+        optimizer = AcceleratedOptimizer(torch.optim.AdamW(parameters, lr=1e-3), scaler=accelerator.scaler)
         accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(wrapped.optimizer)
-        stepper = Stepper(model, optimizer, accelerator, contextlib.nullcontext, 1, 1.0, pad_token_id=0)
+        stepper = Stepper(built, optimizer, accelerator, contextlib.nullcontext, seed=1, max_grad_norm=1.0)
         batch = make_batch(project)
-        broken = batch | {"pixel_values": batch.pixel_values * math.nan}
-        micros = [batch, broken, broken, *[batch] * 6]
-        outcomes = [stepper(i, [micro], [1e-3], False)[0] for i, micro in enumerate(micros)]
-    # the scale falls from 8 to 2 with the two losses, then to 1 with the first of the gradients, and on
+        broken = dataclasses.replace(batch, pixel_values=batch.pixel_values * math.nan)
+        outcomes = []
+        for step, micro_batch in enumerate([batch, broken, broken, *[batch] * 6]):
+            losses = stepper.forward_and_backward(step, [micro_batch])
+            sum_gradients(stepper.parameters)
+            outcomes.append(stepper.clip_and_step(losses))
+    # the two losses halve the scale from 8 to 2; then the gradients halve it to 1, and below
     assert [outcome.is_bad for outcome in outcomes] == [False, True, True, False, False, True, True, True, True]
     assert all(torch.isfinite(parameter).all() for parameter in parameters)
 
 
-def open_model(project: Path, *overrides: str) -> VisionLanguageModel:
+def build(project: Path, *overrides: str) -> VisionLanguageModel:
     config = load_config(project, ["lora.dropout=0", *overrides])
-    return assemble.build(config, "fp32", assemble.open_processors(config)).model
+    return training.run.open_model(config, "fp32", training.run.open_processors(config)).model
 
 
-def make_batch(project: Path, size: int = 2) -> dict:
+def make_batch(project: Path, size: int = 2) -> Batch:
     config = load_config(project, [])
-    processors = assemble.open_processors(config)
+    processors = training.run.open_processors(config)
     prepare_from_config(config)
-    dataset = assemble.open_qa_file(config, processors, config.data.qa_file)
-    return collate([dataset[0, i] for i in range(size)], processors.tokenizer.pad_token_id)
+    train_set = training.run.open_qa_file(config, processors, config.data.qa_file)
+    return collate([train_set[0, i] for i in range(size)], processors.tokenizer.pad_token_id)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A full memory
+# Out of memory
 
 
-def cuda_is_full() -> Exception:
+def cuda_error() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
 
 
-def cpu_is_full() -> Exception:
-    """What torch really says where a CPU has not enough."""
+def cpu_error() -> Exception:
+    """torch's own error when the CPU's memory does not suffice."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     return raised.value
 
 
-class Crowd(torch.autograd.Function):
-    """Passes its first argument on; memory is full in its backward where there are more rows than `limit`."""
+class FullInBackward(torch.autograd.Function):
+    """Returns its first argument. Its backward pass runs out of memory if there are more rows than `limit`."""
 
     @staticmethod
     def forward(context, value, rows, limit):
-        context.is_full = rows > limit
+        context.is_out_of_memory = rows > limit
         return value.clone()
 
     @staticmethod
     def backward(context, gradient):
-        if context.is_full:
-            raise cuda_is_full()
+        if context.is_out_of_memory:
+            raise cuda_error()
         return gradient, None, None
 
 
 @pytest.fixture(scope="module")
 def roomy(project, tmp_path_factory):
-    """A run in which micro-batches of four rows fit."""
+    """The folder of a run in which micro-batches of four rows fit."""
     folder = tmp_path_factory.mktemp("roomy")
     run_training(project, f"output_dir={folder}", *CROWDED, "train.packing=off")
     return folder
@@ -323,33 +322,33 @@ CROWDED = (
 
 
 @pytest.mark.parametrize("where, limit", [("forward", 2), ("backward", 2), ("forward", 1), ("cpu", 2)])
-def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_else(
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     project, roomy, tmp_path, monkeypatch, capsys, where, limit
 ):
-    """backward: the gradients of the first micro-batch and half of the second's stand there when memory is full."""
+    """backward: memory runs out when the gradients of the first micro-batch and half of the second's exist already."""
     sizes = []
     forward = VisionLanguageModel.forward
 
-    def patched(self, **batch):
+    def patched(self, **inputs):
+        count = len(inputs["input_ids"])
         if self.training:
-            sizes.append(len(batch.input_ids))
-        count = len(batch.input_ids)
+            sizes.append(count)
         if where == "backward":
-            losses = forward(self, **batch)
-            return losses._replace(answers=Crowd.apply(losses.answers, count, limit if len(sizes) == 2 else 4))
+            losses = forward(self, **inputs)
+            return losses._replace(answers=FullInBackward.apply(losses.answers, count, limit if len(sizes) == 2 else 4))
         if count > limit:
-            raise cpu_is_full() if where == "cpu" else cuda_is_full()
-        return forward(self, **batch)
+            raise cpu_error() if where == "cpu" else cuda_error()
+        return forward(self, **inputs)
 
     monkeypatch.setattr(VisionLanguageModel, "forward", patched)
     run_training(project, f"output_dir={tmp_path}", *CROWDED, "train.packing=off")
-    said = [line for line in capsys.readouterr().out.splitlines() if "memory was full" in line]
-    for line, rows_before in zip(said, (4, 2), strict=False):
-        assert f"with {rows_before} samples at once: going on with {rows_before // 2} at once" in line
-    if limit == 2:
-        assert len(said) == 1 and sizes == [4] * (2 if where == "backward" else 1) + [2] * 4 * 4  # and remembered
+    messages = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    for line, before in zip(messages, (4, 2), strict=False):
+        assert f"with {before} samples at once: continuing with {before // 2} at once" in line
+    if limit == 2:  # one attempt fails, and later steps use the smaller size at once
+        assert len(messages) == 1 and sizes == [4] * (2 if where == "backward" else 1) + [2] * 4 * 4
     else:
-        assert len(said) == 2 and sizes == [4, 2] + [1] * 8 * 4
+        assert len(messages) == 2 and sizes == [4, 2] + [1] * 8 * 4
     expected, found = rows(roomy), rows(tmp_path)
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-6)
     assert [row["targets"] for row in found] == [row["targets"] for row in expected]
@@ -357,21 +356,21 @@ def test_a_full_memory_halves_the_micro_batch_and_changes_nothing_else(
     assert_close(tensors(roomy / "checkpoint-4"), tensors(tmp_path / "checkpoint-4"))
 
 
-def test_a_packed_row_that_is_too_long_is_cut_into_shorter_ones(project, roomy, tmp_path, monkeypatch, capsys):
-    """Also against padded rows that fit: the same step, however its samples stand in rows. Every record has a picture."""
+def test_out_of_memory_splits_a_packed_row_into_shorter_ones(project, roomy, tmp_path, monkeypatch, capsys):
+    """The result equals a run with padded rows that fit. Every record has one image, so images count a row's samples."""
     sizes, forward = [], VisionLanguageModel.forward
 
-    def patched(self, **batch):
+    def patched(self, **inputs):
         if self.training:
-            assert len(batch.input_ids) == 1
-            sizes.append(len(batch.pixel_values))
+            assert len(inputs["input_ids"]) == 1
+            sizes.append(len(inputs["pixel_values"]))
             if sizes[-1] > 2:
-                raise cuda_is_full()
-        return forward(self, **batch)
+                raise cuda_error()
+        return forward(self, **inputs)
 
     monkeypatch.setattr(VisionLanguageModel, "forward", patched)
     run_training(project, f"output_dir={tmp_path}", *CROWDED, "train.packing=on")
-    assert "memory was full" in capsys.readouterr().out and sizes[0] > 2
+    assert "out of memory" in capsys.readouterr().out and sizes[0] > 2
     assert max(sizes[4:]) <= 2 and sum(size for size in sizes if size <= 2) >= 4 * 8
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in rows(tmp_path)] == pytest.approx([row[key] for row in rows(roomy)], rel=1e-6)
@@ -379,9 +378,9 @@ def test_a_packed_row_that_is_too_long_is_cut_into_shorter_ones(project, roomy, 
     assert_close(tensors(roomy / "checkpoint-4"), tensors(tmp_path / "checkpoint-4"))
 
 
-def test_where_one_sample_does_not_fit_it_is_said_what_would_help(project, tmp_path, monkeypatch, capsys):
-    def full(self, **batch):
-        raise cuda_is_full()
+def test_out_of_memory_with_one_sample_gives_advice(project, tmp_path, monkeypatch, capsys):
+    def full(self, **inputs):
+        raise cuda_error()
 
     monkeypatch.setattr(VisionLanguageModel, "forward", full)
     assert exit_status(project, monkeypatch, f"output_dir={tmp_path}", *QUICK) == 2
@@ -392,136 +391,140 @@ def test_where_one_sample_does_not_fit_it_is_said_what_would_help(project, tmp_p
 
 
 @pytest.mark.parametrize("part", ["evaluation", "answering"])
-def test_a_full_memory_outside_of_steps_is_a_message(project, tmp_path, monkeypatch, capsys, part):
+def test_out_of_memory_outside_of_steps_is_a_message(project, tmp_path, monkeypatch, capsys, part):
     forward = VisionLanguageModel.forward
 
-    def full(self, *arguments, **batch):
-        if part == "evaluation" and self.training:
-            return forward(self, *arguments, **batch)
-        raise cuda_is_full() if part == "evaluation" else cpu_is_full()
+    def full_in_evaluation(self, **inputs):
+        if self.training:
+            return forward(self, **inputs)
+        raise cuda_error()
 
-    monkeypatch.setattr(*((VisionLanguageModel, "forward") if part == "evaluation" else (answer, "generate")), full)
+    def full_in_answering(*_, **__):
+        raise cpu_error()
+
+    if part == "evaluation":
+        monkeypatch.setattr(VisionLanguageModel, "forward", full_in_evaluation)
+    else:
+        monkeypatch.setattr(model.answer, "generate", full_in_answering)
     assert exit_status(project, monkeypatch, f"output_dir={tmp_path}", "train.max_steps=3") == 2
     message = capsys.readouterr().err
-    assert "error: memory is full" in message and "Traceback" not in message and "per_device" in message
+    assert "error: out of memory (" in message and "Traceback" not in message and "per_device" in message
 
 
-def test_another_runtime_error_is_not_taken_for_a_full_memory():
-    assert is_out_of_memory(cuda_is_full()) and is_out_of_memory(cpu_is_full())
+def test_only_out_of_memory_errors_count_as_such():
+    assert is_out_of_memory(cuda_error()) and is_out_of_memory(cpu_error())
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"))
 
 
 @pytest.mark.parametrize("words", ["lora", "full"])
-def test_the_estimates_of_the_advice_are_near_the_truth(project, monkeypatch, words):
-    """Weights and Adam exactly, what the layers keep for their backward within a factor of two."""
+def test_the_estimates_of_the_advice_are_close(project, monkeypatch, words):
+    """Weights and Adam are exact; what the layers keep for the backward pass is within a factor of two."""
     overrides = ["train.trainable.language_model=full", "train.language_model_lr=1e-4", "train.lora_lr=null"]
-    model = open_model(project, *(overrides if words == "full" else []))
+    built = build(project, *(overrides if words == "full" else []))
     batch = make_batch(project, 1)
-    said = []
-    monkeypatch.setattr(step_module, "size_text", lambda count: said.append(count) or str(count))
-    memory_advice(model, [batch])
-    kept, trained, weights = said
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sizes: list[float] = []
+    monkeypatch.setattr(training.memory, "size_text", lambda count: sizes.append(count) or str(count))
+    memory_advice(built, [batch])
+    kept, trained, weights = sizes
+    parameters = [parameter for parameter in built.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
-    real, per_layer = saved_by_layers(model, batch)
-    per_layer.backward()
+    measured, loss = saved_by_layers(built, batch)
+    loss.backward()
     optimizer.step()
     state = [tensor for values in optimizer.state.values() for tensor in values.values() if tensor.dim()]
     held = sum(tensor.nbytes for tensor in [*parameters, *(p.grad for p in parameters), *state])
     assert trained == pytest.approx(held, rel=1e-6)
-    assert weights == sum(tensor.nbytes for tensor in model.parameters())
-    assert real / 2 < kept < real * 2, (kept, real)
+    assert weights == sum(tensor.nbytes for tensor in built.parameters())
+    assert measured / 2 < kept < measured * 2, (kept, measured)
 
 
-def saved_by_layers(model: VisionLanguageModel, batch: dict) -> tuple[int, torch.Tensor]:
-    """(bytes that the decoder layers keep for their backward, the loss)."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+def saved_by_layers(built: VisionLanguageModel, batch: Batch) -> tuple[int, torch.Tensor]:
+    """Return (bytes that the decoder layers keep for the backward pass, the loss)."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
     inside = [False]
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if inside[0] and storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other tensor gets its place
+            kept[storage.data_ptr()] = storage  # keep it alive, so that its address is not used again
         return tensor
 
-    for layer in model.causal_lm.model.layers:
+    for layer in built.causal_lm.model.layers:
         layer.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
         layer.register_forward_hook(lambda *_: inside.__setitem__(0, False))
-    model.train()
+    built.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch.model_inputs(torch.device("cpu"))).answers
+        loss = built(**batch.model_inputs(torch.device("cpu"))).answers
     return sum(storage.nbytes() for storage in kept.values()), loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A process of the loader that dies
+# A killed worker of the loader
 
 
-class GoneBeforeFetched:
-    """Part of a batch: whoever fetches it finds the process that made it gone, a moment before that is known."""
+class LostBatch:
+    """A batch whose worker dies before it is fetched: unpickling fails, and a moment later torch notices the death."""
 
     def __reduce__(self):
-        return _find_gone, (os.getpid(),)
+        return lose_batch, (os.getpid(),)
 
 
-def _find_gone(pid: int) -> None:
-    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+def lose_batch(worker: int) -> None:
+    threading.Timer(0.5, os.kill, (worker, signal.SIGKILL)).start()
     raise ConnectionResetError(104, "Connection reset by peer")
 
 
 @pytest.mark.parametrize("when", ["reading", "sharing", "in a step"])
-def test_a_worker_that_dies_is_named_and_the_run_goes_on_afterwards(project, tmp_path, monkeypatch, capsys, when):
-    """reading: it is killed over a picture. sharing: its batch was announced, and is to be fetched from its memory.
-    in a step: torch notices while this process is somewhere else."""
+def test_a_killed_worker_is_reported_and_the_run_can_resume(project, tmp_path, monkeypatch, capsys, when):
+    """reading: killed while it reads an image. sharing: its batch was announced but not yet fetched from its memory.
+    in a step: torch notices while this process computes."""
     common = [f"output_dir={tmp_path}", "train.num_workers=2", "train.save_steps=1", *QUICK]
-    dead, others = [], multiprocessing.active_children()  # what earlier tests have left
+    dead, others = [], multiprocessing.active_children()  # others: left by earlier tests
     with monkeypatch.context() as patched:
         if when == "reading":
-            read = assemble.read_pixels
+            read = training.run.read_pixels
 
             def die(processor, path):
                 if get_worker_info() is not None and path.name == BAD:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return read(processor, path)
 
-            patched.setattr(assemble, "read_pixels", die)
+            patched.setattr(training.run, "read_pixels", die)
         elif when == "sharing":
-            patched.setattr(loader, "collate", lambda *arguments: {"gone": GoneBeforeFetched()})
+            patched.setattr(dataset.loader, "collate", lambda *_: LostBatch())
         else:
-            call = Stepper.__call__
 
-            def kill(self, step, *arguments):
+            def kill(step: int) -> None:
                 if step == 2:
                     dead.append(next(child for child in multiprocessing.active_children() if child not in others).pid)
                     os.kill(dead[0], signal.SIGKILL)
-                    for _ in range(600):  # ended by the signal
+                    for _ in range(600):  # torch's signal handler ends it
                         time.sleep(0.05)
-                return call(self, step, *arguments)
 
-            patched.setattr(Stepper, "__call__", kill)
+            patched.setattr(Stepper, "forward_and_backward", before_step(kill))
         assert exit_status(project, patched, *common) == 2
     message = capsys.readouterr().err
-    assert "error: a process that reads pictures was killed (DataLoader worker (pid" in message
+    assert "error: a worker process that reads images was killed (DataLoader worker (pid" in message
     assert all(str(pid) in message for pid in dead) and "Traceback" not in message and "num_workers" in message
     assert run_training(project, *common) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures that vanish
+# Images that disappear
 
 
 def prepare(config: Path) -> None:
-    """Make the QA files; pictures are damaged afterwards."""
+    """Make the QA files. The test damages images afterwards."""
     prepare_from_config(load_config(config, []))
 
 
 def damage(config: Path) -> None:
     (config.parent / "images" / BAD).unlink()
-    picture = config.parent / "images" / "5.png"
-    picture.write_bytes(picture.read_bytes()[:60])
+    image = config.parent / "images" / "5.png"
+    image.write_bytes(image.read_bytes()[:60])
 
 
 SKIP = (
@@ -529,12 +532,12 @@ SKIP = (
 )  # fmt: skip
 
 
-def test_a_picture_that_vanished_is_replaced_the_same_way_however_it_is_read(own, tmp_path, capsys):
-    """With no or two workers, and where the run is taken up in the middle. The check at the start only notes it."""
+def test_records_with_unreadable_images_are_replaced_deterministically(own, tmp_path, capsys):
+    """The same replacements without workers, with two, and in a resumed run. The check at the start only notes them."""
     prepare(own)
     damage(own)
     run_training(own, f"output_dir={tmp_path / 'a'}", *SKIP)
-    assert "records with bad pictures, 2, are replaced by others" in capsys.readouterr().out
+    assert "2 records with unreadable images are replaced by others" in capsys.readouterr().out
     listed = rows(tmp_path / "a", "qa.bad_images")
     assert [row["id"] for row in listed] == ["train:r3", "train:r5"]
     replaced = rows(tmp_path / "a", "skipped")
@@ -557,15 +560,13 @@ def test_a_picture_that_vanished_is_replaced_the_same_way_however_it_is_read(own
             assert without_times(rows(tmp_path / other, name)) == without_times(expected)
 
 
-def test_stop_is_the_default_and_the_stopped_run_goes_on_with_skip(own, tmp_path, monkeypatch, capsys):
-    """The picture goes while the run is training. What goes on is the same run, with the QA file that it began with."""
-    call = Stepper.__call__
+def test_an_unreadable_image_stops_the_run_and_skip_resumes_it(own, tmp_path, monkeypatch, capsys):
+    """The image disappears during training. The resumed run keeps the QA file that it began with."""
 
-    def vanish(self, step, *arguments):
+    def remove_image(step: int) -> None:
         if step == 2:
             shutil.rmtree(own.parent / "images")
             shutil.copytree(aside, own.parent / "images")
-        return call(self, step, *arguments)
 
     prepare(own)
     qa = own.parent / "qa.jsonl"
@@ -575,21 +576,22 @@ def test_stop_is_the_default_and_the_stopped_run_goes_on_with_skip(own, tmp_path
     (aside / BAD).unlink()
     common = [f"output_dir={tmp_path / 'run'}", "train.save_steps=1", *QUICK]
     with monkeypatch.context() as patched:
-        patched.setattr(Stepper, "__call__", vanish)
+        patched.setattr(Stepper, "forward_and_backward", before_step(remove_image))
         assert exit_status(own, patched, *common) == 2
     message = capsys.readouterr().err
     assert "train:r3" in message and BAD in message and "data.on_bad_image=skip" in message
     assert (tmp_path / "run" / "checkpoint-3").exists() and not (tmp_path / "run" / "final").exists()
-    assert exit_status(own, monkeypatch, *common) == 2  # not better by itself, and said before the model is read
-    said = capsys.readouterr()
-    assert "missing_image: 1 record" in said.err and "train:r3" in said.err and "data.on_bad_image=skip" in said.out
+    assert exit_status(own, monkeypatch, *common) == 2  # the next start finds the fault before it reads the model
+    printed = capsys.readouterr()
+    assert "missing_image: 1 record" in printed.err and "train:r3" in printed.err
+    assert "data.on_bad_image=skip" in printed.out
     assert run_training(own, *common, "data.on_bad_image=skip") == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert (qa.stat().st_mtime_ns, qa.read_bytes()) == before
     assert sum(row["replaced_records"] for row in rows(tmp_path / "run")) > 0
 
 
-def test_where_no_picture_can_be_read_any_more_the_run_stops(own, tmp_path, monkeypatch, capsys):
+def test_a_run_stops_if_no_image_can_be_read(own, tmp_path, monkeypatch, capsys):
     prepare(own)
     shutil.rmtree(own.parent / "images")
     assert exit_status(own, monkeypatch, f"output_dir={tmp_path}", *SKIP) == 2
@@ -597,7 +599,7 @@ def test_where_no_picture_can_be_read_any_more_the_run_stops(own, tmp_path, monk
     assert message.count("error:") == 1 and "cannot be read either" in message and "train:r" in message
 
 
-def test_held_out_pictures_that_vanish_are_left_out_of_the_scores(own, tmp_path, monkeypatch):
+def test_unreadable_held_out_images_are_left_out_of_the_scores(own, tmp_path, monkeypatch):
     prepare(own)
     (own.parent / "images" / "10.png").unlink()
     common = ["train.max_steps=3", "data.sources=[]", "data.on_bad_image=skip"]
@@ -605,7 +607,7 @@ def test_held_out_pictures_that_vanish_are_left_out_of_the_scores(own, tmp_path,
     assert json.loads((tmp_path / "a" / "final" / "scores.json").read_text())["n"] == 4  # two records of two questions
     assert {row["id"] for row in rows(tmp_path / "a", "samples")} == {"held:r9", "held:r11"}
     assert [row["val_loss"] > 0 for row in rows(tmp_path / "a") if "val_loss" in row] == [True]
-    monkeypatch.setattr(train, "held_out_questions", lambda run, count: [])  # none is left
+    monkeypatch.setattr(training.held_out, "held_out_questions", lambda run, count: [])  # none is readable
     assert run_training(own, f"output_dir={tmp_path / 'b'}", *common) == 0
     assert json.loads((tmp_path / "b" / "final" / "scores.json").read_text())["n"] == 0
 
@@ -624,13 +626,13 @@ def files_of_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def run_log(folder: Path, start_step: int = 0) -> RunLog:
-    return RunLog(folder, start_step, 1, True, 1, lambda values, step: None)
+def open_log(folder: Path, start_step: int = 0) -> RunLog:
+    return RunLog(folder, start_step, logging_steps=1, writes=True, processes=1, track=lambda values, step: None)
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])
 def test_a_row_is_whole_or_absent_on_a_full_disk(tmp_path, room):
-    log = run_log(tmp_path)
+    log = open_log(tmp_path)
     log.validation(1, 0.5, {"loss": 2.5}, [])
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with files_of_at_most(len(before) + room):
@@ -641,28 +643,28 @@ def test_a_row_is_whole_or_absent_on_a_full_disk(tmp_path, room):
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
-def test_the_log_and_its_picture_outlive_a_full_disk(tmp_path, monkeypatch, curves):
-    monkeypatch.setattr(runlog, "draw_curves", curves)
-    log = run_log(tmp_path)
+def test_the_log_and_its_curves_survive_a_full_disk(tmp_path, monkeypatch, curves):
+    monkeypatch.setattr(training.log, "draw_curves", curves)
+    log = open_log(tmp_path)
     for step in range(1, 40):
         log.validation(step, 0.5, {"loss": 2.5}, [])
     log.draw()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with files_of_at_most(1000):
         with pytest.raises(InputError, match="metrics.jsonl: cannot be written"):
-            run_log(tmp_path, 30)
+            open_log(tmp_path, 30)
         assert (tmp_path / "metrics.jsonl").read_bytes() == before
         with pytest.raises(InputError, match="curves.png: cannot be written"):
             log.draw()
     assert sorted(path.name for path in tmp_path.iterdir()) in (["curves.png", "metrics.jsonl"], ["metrics.jsonl"])
-    run_log(tmp_path, 30).draw()
+    open_log(tmp_path, 30).draw()
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 31)) and (tmp_path / "curves.png").exists()
 
 
-def test_a_run_whose_disk_was_full_goes_on_as_if_it_had_not_been(project, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_after_a_full_disk_as_if_it_had_not_stopped(project, tmp_path, monkeypatch, capsys):
     common = ["train.save_steps=2", *QUICK]
     run_training(project, f"output_dir={tmp_path / 'whole'}", *common)
-    append = runlog._append
+    append = training.log._append
 
     def full(path, line):
         if json.loads(line)["step"] == 4:
@@ -671,7 +673,7 @@ def test_a_run_whose_disk_was_full_goes_on_as_if_it_had_not_been(project, tmp_pa
         append(path, line)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runlog, "_append", full)
+        patched.setattr(training.log, "_append", full)
         assert exit_status(project, patched, f"output_dir={tmp_path / 'full'}", *common) == 2
     message = capsys.readouterr().err
     assert message.count("error:") == 1 and "metrics.jsonl: cannot be written (No space left on device)" in message
@@ -681,12 +683,13 @@ def test_a_run_whose_disk_was_full_goes_on_as_if_it_had_not_been(project, tmp_pa
     assert_equal(tensors(tmp_path / "full" / "checkpoint-6"), tensors(tmp_path / "whole" / "checkpoint-6"))
 
 
-def test_answering_without_memory_is_one_message(monkeypatch, capsys):
+def test_out_of_memory_while_answering_is_one_message(monkeypatch, capsys):
     def full():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise cuda_error()
 
     monkeypatch.setattr(test, "main", full)
     with pytest.raises(SystemExit) as stopped:
         run_script(test.main_with_messages)
     assert stopped.value.code == 2
-    assert "memory is full (CUDA out of memory" in (told := capsys.readouterr().err) and "test.batch_size" in told
+    message = capsys.readouterr().err
+    assert "error: out of memory (CUDA out of memory" in message and "test.batch_size" in message

@@ -125,7 +125,7 @@ def test_a_text_of_gigabytes_is_refused_before_it_is_read(tmp_path, name, monkey
     with open(path, "wb") as file:
         file.truncate(1 << 30)  # takes no room
     monkeypatch.setattr("builtins.open", pytest.fail)
-    with pytest.raises(InputError, match=f"{name}: 1,074 MB, more than such a file ever has"):
+    with pytest.raises(InputError, match=f"{name}: 1,074 MB, larger than the limit for this file"):
         verify_folder(tmp_path)
 
 
@@ -162,7 +162,7 @@ def make_pipe(final: Path, outside: Path) -> None:
 @pytest.mark.parametrize("change", [link_file, link_folder, link_in_a_circle, make_pipe])
 def test_a_link_or_a_pipe_in_the_folder_is_refused(final, project, change, capsys):
     change(final, project.parent / "run")  # the manifest stays: what is linked has the right content
-    refused(final, capsys, "a link or no plain file")
+    refused(final, capsys, "a link or special file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

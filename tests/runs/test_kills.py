@@ -1,5 +1,5 @@
-"""A run that is killed (SIGKILL) at any moment and started again ends as one that never was, to the last bit.
-`sh tests/run.sh tests/test_kills.py`"""
+"""A run that is killed (SIGKILL) at any moment and started again ends bit for bit like an uninterrupted one.
+`sh tests/run.sh tests/runs/test_kills.py`"""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from model.checkpoint_folder import verify_folder
 from tests.starts import At, Start
 from tests.toy_project import run_training, write_project
 
-# Samples a step (4) do not divide those of an epoch (9); rows and checkpoints come together with validations and apart.
+# A step's 4 samples do not divide an epoch's 9. Rows, checkpoints and evaluations sometimes coincide and sometimes do not.
 RUN = ("train.max_steps=12", "train.save_steps=2", "train.eval_steps=3", "train.logging_steps=2", "lora.dropout=0.2")
 KILLED = -9
-PLAIN = ("train.packing=off", "train.cache_features=off")  # else rows are packed, and features kept from the first on
+PLAIN = ("train.packing=off", "train.cache_features=off")  # the other kinds pack rows and cache features
 KINDS = [("fp32", 0), ("fp32", 2), ("bf16", 0), ("bf16", 2), ("plain", 2)]
-KILLS = 5  # at random moments, of each kind
+KILLS = 5  # of each kind, at random moments
 
 
 def arguments(kind: str, workers: int) -> tuple[str, ...]:
@@ -34,17 +34,17 @@ def arguments(kind: str, workers: int) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Where nothing has run yet."""
+    """The config of a project in which nothing has run yet."""
     return write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
 def references(project, tmp_path_factory) -> dict[str, tuple[Path, float]]:
-    """The folder of a run without a kill, by kind, and the seconds that it took."""
+    """By kind: the project's folder after an uninterrupted run, and the seconds that it took."""
     found = {}
-    assert Start(project, "--help").end() == 0  # from here on a start is a fork
+    assert Start(project, "--help").end() == 0  # starts the fork server, so that the next starts only fork
     for kind in ("fp32", "bf16", "plain"):
-        config = copied(project, tmp_path_factory.mktemp("whole") / "project")
+        config = copy_project(project, tmp_path_factory.mktemp("whole") / "project")
         began = time.perf_counter()
         start = Start(config, *arguments(kind, 0))
         assert start.end() == 0, start.output()
@@ -53,7 +53,8 @@ def references(project, tmp_path_factory) -> dict[str, tuple[Path, float]]:
     return found
 
 
-def copied(project: Path, folder: Path) -> Path:
+def copy_project(project: Path, folder: Path) -> Path:
+    """Copy a project into `folder`, and return the path of its config.yaml there."""
     shutil.copytree(project.parent, folder)
     return folder / project.name
 
@@ -63,8 +64,8 @@ def metrics(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.endswith(("_per_s", "_mb"))} for row in rows]
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """A saved folder's files, but for those that say when it was made, and without the project's path."""
+def saved_files(folder: Path) -> dict[str, bytes]:
+    """Return a saved folder's files without the project's path, except those that hold times."""
     verify_folder(folder)
     project = str(folder.parent.parent).encode()
     return {
@@ -75,15 +76,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same_end(folder: Path, reference: Path, saved=("checkpoint-10", "checkpoint-12", "best", "final")) -> None:
-    """Trained weights, optimizer, metrics, samples, scores and the data: equal; and nothing half made lies about."""
+    """Assert that two runs have equal weights, optimizer, metrics, samples, scores and data, and left the same files."""
     run, expected = folder / "run", reference / "run"
     assert metrics(run) == metrics(expected)
     assert (run / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
     for name in saved:
-        found, whole = content(run / name), content(expected / name)
+        found, whole = saved_files(run / name), saved_files(expected / name)
         assert found.keys() == whole.keys() >= {"projector.safetensors", "adapter_model.safetensors"}
         assert [file for file in whole if found[file] != whole[file]] == [], name
-    assert "state.safetensors" in content(run / saved[1]) and "scores.json" in content(run / "final")
+    assert "state.safetensors" in saved_files(run / saved[1]) and "scores.json" in saved_files(run / "final")
     for name in ("qa.jsonl", "validation.jsonl"):
         assert (folder / name).read_bytes() == (reference / name).read_bytes()
     names = {path.name for path in run.iterdir()}
@@ -97,11 +98,11 @@ def test_kills_at_random_moments(project, references, tmp_path, kind, workers):
     kills = attempts = 0
     while kills < KILLS:
         attempts += 1
-        config = copied(project, tmp_path / str(attempts))
+        config = copy_project(project, tmp_path / str(attempts))
         while kills < KILLS:
             start = Start(config, *arguments(kind, workers))
             code = start.wait(moments.uniform(0, seconds))
-            if code is not None:  # it came to its end before
+            if code is not None:  # it ended before the kill
                 assert code == 0, start.output()
                 break
             start.send(9)
@@ -111,48 +112,46 @@ def test_kills_at_random_moments(project, references, tmp_path, kind, workers):
         assert_same_end(config.parent, reference)
 
 
-# In the order in which a run comes by them; each is that of the start after the kill before.
+# In the order in which a run reaches them. Each counts from the start that follows the kill before it.
 MOMENTS = [
-    At("open */.qa.jsonl.*"),  # the data are prepared: pictures verified, nothing written
-    At("os.rename */qa.jsonl"),  # written aside
-    At("os.rename */validation.jsonl"),  # one of two files has its name
-    At("os.rename */qa.report.json"),  # all but the report
-    At("os.rename */qa.jsonl.index.*"),  # its index is made
-    At("os.rename */run.json"),  # the start is written down
-    At(
-        "zlib.crc32", 3
-    ),  # the features of the first micro-batch are kept, the bytes of the next one's first are written
-    At("zlib.crc32", 3),  # the same one micro-batch later, in the middle of the first epoch
-    At("open */metrics.jsonl", 2),  # the first row is there
+    At("open */.qa.jsonl.*"),  # while data are prepared: images are verified, nothing is written
+    At("os.rename */qa.jsonl"),  # written under a temporary name
+    At("os.rename */validation.jsonl"),  # one of two files has its final name
+    At("os.rename */qa.report.json"),  # everything but the report
+    At("os.rename */qa.jsonl.index.*"),  # the index is written under a temporary name
+    At("os.rename */run.json"),  # the start is about to be recorded
+    At("zlib.crc32", 3),  # the first micro-batch's features are cached, the next one's first are half written
+    At("zlib.crc32", 3),  # the same one micro-batch later, within the first epoch
+    At("open */metrics.jsonl", 2),  # the first row is written
     At("open */.checkpoint-2.partial/state.json"),  # weights and optimizer are written
-    At("open */.checkpoint-2.partial/manifest.json"),  # the whole checkpoint but its manifest, which is not flushed
-    At("os.rename */checkpoint-2"),  # all but its name
-    At("validate.count_targets"),  # the first validation
-    At("train.questions_of"),  # its answers are to be made
+    At("open */.checkpoint-2.partial/manifest.json"),  # everything but the manifest, not flushed
+    At("os.rename */checkpoint-2"),  # everything but the final name
+    At("evaluation.validation._batch_sums"),  # in the first evaluation
+    At("training.held_out.questions_of"),  # before its answers
     At("open */samples.jsonl", 2),  # one of them is written
-    At("open */.best.partial/best.json"),  # the first best/
-    At("os.rename */checkpoint-4"),  # best/ is of a step that is made again
-    At("os.rename */metrics.jsonl"),  # rows after the checkpoint are dropped from one file of two
-    At("os.rename */.best.replaced"),  # the second best/ takes the place of the first
-    At("os.rename */best"),  # between the two renames
+    At("open */.best.partial/best.json"),  # in the first best/
+    At("os.rename */checkpoint-4"),  # best/ is of a step that will be repeated
+    At("os.rename */metrics.jsonl"),  # rows after the checkpoint are dropped from one of two files
+    At("os.rename */.best.replaced"),  # the second best/ is about to replace the first
+    At("os.rename */best"),  # between its two renames
     At("os.rename */.checkpoint-2.partial"),  # an old checkpoint is about to be removed
-    At("resume.prune_checkpoints"),  # not removed: now there are three
-    At("step.count_targets", 3),  # in the middle of a step
-    At("step.sum_gradients", 2),
+    At("training.resume.prune_checkpoints"),  # it was not removed: now there are three
+    At("training.step.seed_dropout", 2),  # in the middle of a step, with one micro-batch's gradients
+    At("train.sum_gradients", 2),
     At("torch.optim.adam.adam"),  # in the optimizer's step
     At("open */.checkpoint-12.partial/config.yaml"),
     At("os.rename */final"),  # trained to the end
-    At("train.answer_shared"),  # the scoring
-    At("train.answer_shared", 2),  # with pictures done, with swapped ones not
+    At("training.held_out.answer_shared"),  # in the scoring
+    At("training.held_out.answer_shared", 2),  # own images are done, swapped ones are not
     At("open */.final.partial/scores.json"),
-    At("os.rename */final"),  # between the renames: final/ is gone
+    At("os.rename */final"),  # between the renames: final/ is absent
 ]
 
 
 def test_kills_at_chosen_moments(project, references, tmp_path):
-    """Also with what a power cut leaves of a row that was being written."""
+    """Each kill also leaves a half-written row in the logs, as a power cut does."""
     precision, workers = "bf16", 2
-    config = copied(project, tmp_path / "project")
+    config = copy_project(project, tmp_path / "project")
     for i, moment in enumerate(MOMENTS):
         start = Start(config, *arguments(precision, workers), at=[moment])
         assert start.end() == KILLED, (moment, start.output())
@@ -167,15 +166,15 @@ def test_kills_at_chosen_moments(project, references, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Going on is a jump
+# Resuming reads nothing of earlier steps
 
 
-def test_a_start_in_the_middle_reads_nothing_before_it(project, tmp_path, monkeypatch):
-    config = copied(project, tmp_path / "project")
+def test_a_resumed_run_reads_no_earlier_sample(project, tmp_path, monkeypatch):
+    config = copy_project(project, tmp_path / "project")
     options = ("train.max_steps=6", "train.save_steps=4", "train.eval_steps=null", "train.score_samples=1")
     run_training(config, *options)
     shutil.rmtree(config.parent / "run" / "checkpoint-6")
-    monkeypatch.setattr(train, "finish", lambda run: None)  # it reads what is held out
+    monkeypatch.setattr(train, "score_held_out", lambda run: None)  # it reads the held-out records
     positions, read = [], []
     at, read_sample = SampleOrder.at, QADataset.read
     monkeypatch.setattr(SampleOrder, "at", lambda order, position: (positions.append(position), at(order, position))[1])
@@ -183,15 +182,15 @@ def test_a_start_in_the_middle_reads_nothing_before_it(project, tmp_path, monkey
         QADataset, "read", lambda data, key, *rest: (read.append(key), read_sample(data, key, *rest))[1]
     )
     run_training(config, *options)
-    assert positions == list(range(4 * 4, 6 * 4)), "two steps of four samples"
+    assert positions == list(range(4 * 4, 6 * 4))  # two steps of four samples
     assert len(read) == len(positions)
 
 
-def test_the_start_of_a_far_step_makes_one_permutation(monkeypatch):
-    """Nothing is counted up to it, neither samples nor epochs."""
+def test_a_distant_step_makes_one_permutation(monkeypatch):
+    """The order seeks to it directly, without counting samples or epochs."""
     made, permute = [], SampleOrder._permute
     monkeypatch.setattr(SampleOrder, "_permute", lambda order, epoch: (made.append(epoch), permute(order, epoch))[1])
     order = SampleOrder(np.arange(1000), 3, np.ones(1000))
     step = 10**9
-    next(micro_batches(order, range(step, step + 1), 4, 2, 0, 1))
+    next(micro_batches(order, range(step, step + 1), batch_size=4, accumulation=2))
     assert made == [step * 8 // 1000]

@@ -1,4 +1,4 @@
-"""train.py: exact resume, exact accumulation, what a run leaves behind. `sh tests/run.sh tests/test_training.py`"""
+"""train.py: exact resume, exact accumulation, the files of a run. `sh tests/run.sh tests/runs/test_training.py`"""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 
 import train
+import training.held_out
+import training.open
 from config import InputError
 from tests.toy_project import run_training, write_project
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ("train.eval_steps=null", "train.score_samples=1")
 WEIGHTS = ("projector.safetensors", "adapter_model.safetensors")
 
@@ -31,7 +33,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(project):
-    """A run of six steps with everything on, and its folder."""
+    """The folder of a run of six steps with evaluations, scores and every checkpoint."""
     run_training(project, "train.save_total_limit=null")
     return project.parent / "run"
 
@@ -50,7 +52,7 @@ def assert_equal_files(a: Path, b: Path, names) -> None:
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), name
 
 
-def test_the_run_folder_is_as_promised(whole):
+def test_run_folder_holds_the_promised_files(whole):
     logged = rows(whole)
     steps = [row for row in logged if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -76,31 +78,29 @@ def test_the_run_folder_is_as_promised(whole):
     assert_equal_files(whole / "final", whole / "checkpoint-6", WEIGHTS)
 
 
-def test_six_steps_are_three_and_three_bit_for_bit(project, whole, tmp_path):
-    """Interrupted after step 3: weights, optimizer and metrics end the same, with dropout and within an epoch."""
+def test_three_steps_resumed_equal_six_steps_bit_for_bit(project, whole, tmp_path):
+    """Interrupted after step 3, within an epoch: weights, optimizer and metrics end the same, with dropout."""
     again = tmp_path / "run"
     again.mkdir()
     shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")
-    shutil.copy(
-        whole / "metrics.jsonl", again
-    )  # holds steps that were made after the checkpoint and will be made again
+    shutil.copy(whole / "metrics.jsonl", again)  # its rows after the checkpoint must be dropped and written again
     shutil.copy(whole / "samples.jsonl", again)
     with open(again / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')  # a line that the kill cut off
+        file.write('{"step": 7, "lo')  # a line cut off by a kill
     run_training(project, f"output_dir={again}", "train.save_total_limit=null")
     assert_equal_files(whole / "checkpoint-6", again / "checkpoint-6", [*WEIGHTS, "state.safetensors"])
     assert without_times(rows(again)) == without_times(rows(whole))
     assert (again / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
-def test_the_same_run_twice_is_the_same(project, whole, tmp_path):
+def test_two_equal_runs_give_equal_files(project, whole, tmp_path):
     run_training(project, f"output_dir={tmp_path}", "train.save_total_limit=null", "train.num_workers=2")
     assert_equal_files(whole / "checkpoint-6", tmp_path / "checkpoint-6", [*WEIGHTS, "state.safetensors"])
     assert without_times(rows(tmp_path)) == without_times(rows(whole))
 
 
-def test_eight_samples_are_one_step_however_they_are_cut(project, tmp_path):
-    """8 x 1 and 1 x 8: every answer token weighs the same, though the micro-batches hold different numbers of them."""
+def test_a_step_does_not_depend_on_its_micro_batches(project, tmp_path):
+    """8 x 1, 1 x 8, 2 x 4: every answer token has the same weight, although micro-batches hold different numbers of them."""
     losses, weights = [], []
     for size, accumulation in ((8, 1), (1, 8), (2, 4)):
         folder = tmp_path / f"{size}x{accumulation}"
@@ -117,8 +117,8 @@ def test_eight_samples_are_one_step_however_they_are_cut(project, tmp_path):
                 torch.testing.assert_close(other[name][key], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_share_the_batch(project, tmp_path):
-    """torchrun with two processes and the same config: the same samples, losses and weights as one process; dropout too."""
+def test_two_processes_train_as_one_does(project, tmp_path):
+    """torchrun with two processes and the same config: the same samples, losses and weights, with dropout."""
     common = ["train.max_steps=2", "train.save_steps=2", *QUICK, "train.num_threads=1"]
     run_training(project, f"output_dir={tmp_path / 'one'}", *common)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
@@ -136,7 +136,7 @@ def test_two_processes_share_the_batch(project, tmp_path):
             torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_run_says_so_and_changes_nothing(project, whole, capsys):
+def test_a_finished_run_changes_nothing(project, whole, capsys):
     def times() -> dict:
         return {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
 
@@ -146,10 +146,10 @@ def test_a_finished_run_says_so_and_changes_nothing(project, whole, capsys):
     assert times() == before
 
 
-def test_a_run_of_another_config_is_not_continued(project, whole):
+def test_a_run_of_another_config_is_not_resumed(project, whole):
     with pytest.raises(InputError, match="train.lora_lr: 0.0005 -> 0.002"):
         run_training(project, "train.lora_lr=2e-3")
-    run_training(project, "train.logging_steps=5", "test.max_new_tokens=7")  # bears on nothing that is learned
+    run_training(project, "train.logging_steps=5", "test.max_new_tokens=7")  # these keys do not change what is learned
 
 
 def test_resume_none_moves_the_old_run_aside(project, tmp_path):
@@ -162,7 +162,7 @@ def test_resume_none_moves_the_old_run_aside(project, tmp_path):
     assert_equal_files(tmp_path / "final", tmp_path / "previous-1" / "final", WEIGHTS)
 
 
-def test_resume_takes_a_named_checkpoint_and_refuses_one_without_state(project, whole, tmp_path):
+def test_resume_accepts_a_named_checkpoint_only_with_training_state(project, whole, tmp_path):
     run_training(
         project, f"output_dir={tmp_path}", "--resume", str(whole / "checkpoint-3"), "train.save_total_limit=null"
     )
@@ -171,7 +171,7 @@ def test_resume_takes_a_named_checkpoint_and_refuses_one_without_state(project, 
         run_training(project, f"output_dir={tmp_path / 'other'}", "--resume", str(whole / "final"))
 
 
-def test_resume_none_touches_what_a_run_wrote_and_nothing_else(project, tmp_path):
+def test_resume_none_moves_only_the_files_of_a_run(project, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     short = ["train.max_steps=1", *QUICK, f"output_dir={tmp_path}", "--resume", "none"]
     run_training(project, *short)
@@ -184,7 +184,7 @@ def test_resume_none_touches_what_a_run_wrote_and_nothing_else(project, tmp_path
     assert (tmp_path / "notes.txt").exists() and (tmp_path / "previous-1" / "metrics.jsonl").exists()
 
 
-def test_a_run_goes_on_with_its_own_data_only(project, whole, tmp_path):
+def test_a_run_resumes_only_with_its_own_data(project, whole, tmp_path):
     shutil.copytree(whole / "checkpoint-3", tmp_path / "checkpoint-3")
     for name in ("qa.jsonl", "validation.jsonl"):
         text = (project.parent / name).read_text().replace('"images/', f'"{project.parent}/images/')
@@ -210,33 +210,31 @@ def test_a_run_goes_on_with_its_own_data_only(project, whole, tmp_path):
     assert_equal_files(whole / "checkpoint-6", tmp_path / "checkpoint-6", WEIGHTS)
 
 
-def test_a_finished_run_without_checkpoints_is_not_made_again(project, whole, tmp_path):
+def test_a_finished_run_without_checkpoints_is_not_trained_again(project, whole, tmp_path):
     shutil.copytree(whole / "final", tmp_path / "final")
-    with pytest.raises(InputError, match="finished run, whose checkpoints are gone"):
+    with pytest.raises(InputError, match="a finished run whose checkpoints are gone"):
         run_training(project, f"output_dir={tmp_path}")
 
 
-def test_every_step_is_in_a_row_however_seldom_rows_are_written(project, whole, tmp_path):
-    """Evaluations and checkpoints between two rows lose nothing: the rows' targets add up to those of all steps."""
+def test_every_step_counts_in_exactly_one_row(project, whole, tmp_path):
+    """Evaluations and checkpoints between two rows lose no step: the rows' targets add up to those of all steps."""
     run_training(project, f"output_dir={tmp_path}", "train.logging_steps=4", "train.save_steps=5")
     logged = [row for row in rows(tmp_path) if "loss" in row]
     steps = [row for row in rows(whole) if "loss" in row]
     assert [row["step"] for row in logged] == [1, 3, 4, 5, 6]
     assert sum(row["targets"] for row in logged) == sum(row["targets"] for row in steps)
-    for row in ("targets", "loss"):
-        assert logged[1][row] == pytest.approx(
-            sum(s["targets"] for s in steps[1:3]) if row == "targets"
-            else sum(s["loss"] * s["targets"] for s in steps[1:3]) / sum(s["targets"] for s in steps[1:3])
-        )  # fmt: skip
+    targets = sum(row["targets"] for row in steps[1:3])
+    assert logged[1]["targets"] == targets
+    assert logged[1]["loss"] == pytest.approx(sum(row["loss"] * row["targets"] for row in steps[1:3]) / targets)
 
 
-def test_a_score_that_fails_does_not_lose_the_model(project, tmp_path, monkeypatch):
+def test_the_model_is_saved_before_it_is_scored(project, tmp_path, monkeypatch):
     def fail(*_):
-        raise InputError("this picture cannot be read")
+        raise InputError("this image cannot be read")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "score", fail)
-        with pytest.raises(InputError, match="this picture"):
+        patched.setattr(training.held_out, "score", fail)
+        with pytest.raises(InputError, match="this image"):
             run_training(project, f"output_dir={tmp_path}", "train.eval_steps=null", "train.max_steps=1")
     assert (tmp_path / "final" / "projector.safetensors").exists()
     run_training(project, f"output_dir={tmp_path}", "train.eval_steps=null", "train.max_steps=1")
@@ -254,13 +252,13 @@ def test_bf16_trains_and_its_weights_stay_float32(project, tmp_path):
     assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "final" / "projector.safetensors").values())
 
 
-def test_fp16_without_a_gpu_is_refused(project, tmp_path):
+def test_fp16_is_refused_without_a_gpu(project, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="fp16"):
             run_training(project, f"output_dir={tmp_path}", "train.precision=fp16")
 
 
-def test_the_loss_falls(project, tmp_path):
+def test_the_loss_decreases(project, tmp_path):
     run_training(
         project, f"output_dir={tmp_path}", *QUICK, "train.max_steps=40", "train.projector_lr=1e-2", "train.lora_lr=1e-2",
         "train.save_steps=null",
@@ -288,13 +286,13 @@ def test_records_longer_than_max_length_are_counted_and_listed(project, tmp_path
         ("model.vision_feature_layer=-9", "model.vision_feature_layer: -9"),
     ],
 )
-def test_what_the_encoder_lacks_is_named_by_its_key(project, tmp_path, override, named):
+def test_an_impossible_encoder_setting_is_named_by_its_key(project, tmp_path, override, named):
     with pytest.raises(InputError, match=named):
         run_training(project, f"output_dir={tmp_path}", override, "--check")
 
 
-def test_trackers_write_into_the_run_folder(project, tmp_path, monkeypatch):
-    """TensorBoard holds every logged loss; wandb (offline) writes nowhere but into the run's folder."""
+def test_trackers_write_only_into_the_run_folder(project, tmp_path, monkeypatch):
+    """TensorBoard holds every logged loss; wandb (offline) creates no folder elsewhere."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     arguments = ("train.max_steps=3", "train.report_to=[tensorboard, wandb]", f"output_dir={tmp_path / 'run'}")
@@ -311,12 +309,12 @@ def test_trackers_write_into_the_run_folder(project, tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_named(project, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training.open.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install wandb"):
         run_training(project, f"output_dir={tmp_path}", "train.report_to=wandb")
 
 
-def test_the_learning_rate_warms_up_and_ends_at_nothing():
+def test_learning_rate_warms_up_and_decays_to_zero():
     factors = [train.learning_rate_factor(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1.0 and factors[99] < 1e-3

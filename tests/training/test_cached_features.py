@@ -1,5 +1,7 @@
-"""Patch features from the cache and from the tower: the same features in reading order, the same training.
-`sh tests/run.sh tests/test_features.py`"""
+"""Patch features from the cache and from the tower: in reading order, and the same training.
+
+Run: python -m pytest tests/training/test_cached_features.py
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dataset.batch import Batch, Sample, collate
 from dataset.loader import QADataset
-from dataset.batch import collate
-from training import cached_features as module
-from training.cached_features import CachedEncoder
 from model.model import VisionLanguageModel
-from training.step import on_device
 from tests.toy_project import run_training, write_pictures, write_project
+from training import cached_features
+from training.cached_features import CachedEncoder
 from visual.encoders import VisionTower
 from visual.feature_cache import FeatureCache
 
-CPU, AWAY = torch.device("cpu"), torch.device("meta")  # meta stands for where the model does not run
+CPU, AWAY = torch.device("cpu"), torch.device("meta")  # meta plays a device that the model does not run on
 TOKENS, WIDTH = 3, 5
 
 
 class Tower(nn.Module):
-    """A stub: a picture of sevens has features of sevens. Remembers where it was sent, and what it was asked for."""
+    """A stub: an image of sevens has features of sevens. Records its moves and the images that it encodes."""
 
     def __init__(self):
         super().__init__()
@@ -55,27 +56,29 @@ def encoder(tmp_path) -> CachedEncoder:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> list[Path]:
+def images(tmp_path) -> list[Path]:
     write_pictures(tmp_path / "images", 8)
     return [tmp_path / "images" / f"{i}.png" for i in range(8)]
 
 
-def batch_of(encoder: CachedEncoder, pictures: list[Path], *samples: list[int]) -> dict:
-    """A batch of samples with these pictures, each looked up as a loader does."""
+def batch_of(encoder: CachedEncoder, images: list[Path], *samples: list[int]) -> Batch:
+    """Return a batch of samples with these images, each looked up in the cache as the loader does."""
 
-    def sample(numbers: list[int]) -> dict:
-        found = [encoder.cache.find(pictures[i]) for i in numbers]
+    def sample(numbers: list[int]) -> Sample:
+        found = [encoder.cache.find(images[i]) for i in numbers]
         pixels = [
             torch.full((3, 2, 2), float(i)) for i, (stored, _) in zip(numbers, found, strict=True) if stored is None
         ]
         stored = [tensor for tensor, _ in found if tensor is not None]
-        return {
-            "id": "s", "replaced": None, "input_ids": torch.ones(4).long(), "labels": torch.ones(4).long(),
-            "pixel_values": torch.stack(pixels) if pixels else None,
-            "patch_features": torch.stack(stored) if stored else None,
-            "image_keys": [key for tensor, key in found if tensor is None],
-            "is_cached": [tensor is not None for tensor, _ in found],
-        }  # fmt: skip
+        return Sample(
+            id="s",
+            input_ids=torch.ones(4).long(),
+            labels=torch.ones(4).long(),
+            pixel_values=torch.stack(pixels) if pixels else None,
+            patch_features=torch.stack(stored) if stored else None,
+            image_keys=[key for tensor, key in found if tensor is None],
+            is_cached=[tensor is not None for tensor, _ in found],
+        )
 
     return collate([sample(numbers) for numbers in samples], 0, packed=True)
 
@@ -85,52 +88,44 @@ def numbers(features: Tensor) -> list[int]:
     return features[:, 0, 0].int().tolist()
 
 
-def test_stored_and_new_pictures_stand_in_reading_order(encoder, pictures):
-    """None stored, some, all; each is encoded once, and one that comes twice in a batch as well."""
+def test_stored_and_new_images_are_in_reading_order(encoder, images):
+    """No image stored, some, all. Each is encoded once, even one that is twice in a batch."""
     tower = encoder.model.vision_tower
-    assert numbers(encoder(batch_of(encoder, pictures, [5, 1], [3]))) == [5, 1, 3]
-    mixed = batch_of(encoder, pictures, [2, 1, 7], [], [3, 4], [2])
+    assert numbers(encoder(batch_of(encoder, images, [5, 1], [3]))) == [5, 1, 3]
+    mixed = batch_of(encoder, images, [2, 1, 7], [], [3, 4], [2])
     assert mixed.is_cached == [False, True, False, True, False, False]
     assert numbers(encoder(mixed)) == [2, 1, 7, 3, 4, 2]
     assert tower.calls == [[5, 1, 3], [2, 7, 4]]
-    stored = batch_of(encoder, pictures, [7], [2, 5])
-    assert stored["pixel_values"] is None and numbers(encoder(stored)) == [7, 2, 5] and len(tower.calls) == 2
+    stored = batch_of(encoder, images, [7], [2, 5])
+    assert stored.pixel_values is None and numbers(encoder(stored)) == [7, 2, 5] and len(tower.calls) == 2
     assert not encoder(stored).requires_grad
 
 
-def test_a_batch_without_pictures_has_no_features(encoder, pictures):
-    batch = batch_of(encoder, pictures, [], [])
+def test_a_batch_without_images_has_no_features(encoder, images):
+    batch = batch_of(encoder, images, [], [])
     assert encoder(batch) is None and batch.model_inputs(CPU, encoder)["patch_features"] is None
 
 
-def test_what_the_model_is_given_are_features_instead_of_pixels(encoder, pictures):
-    inputs = on_device(batch_of(encoder, pictures, [3], [6]), CPU, encoder)
+def test_the_model_gets_features_instead_of_pixels(encoder, images):
+    inputs = batch_of(encoder, images, [3], [6]).model_inputs(CPU, encoder)
     assert numbers(inputs["patch_features"]) == [3, 6] and "pixel_values" not in inputs
-    assert set(on_device(batch_of(encoder, pictures, [0]), CPU)) >= {"pixel_values", "lengths"}
+    assert set(batch_of(encoder, images, [0]).model_inputs(CPU)) >= {"pixel_values", "lengths"}
 
 
-def test_a_tower_with_nothing_to_do_leaves_and_comes_back_for_a_new_picture(encoder, pictures, monkeypatch):
-    """After as many batches without a new picture in a row, and after as many more, as an answer may have brought it back in
-    between; not with every batch."""
-    monkeypatch.setattr(module, "IDLE_BATCHES", 3)
+def test_an_idle_tower_leaves_and_comes_back_for_a_new_image(encoder, images, monkeypatch):
+    """It leaves after IDLE_BATCHES batches in a row without a new image, and again after as many, because an answer may have
+    brought it back in between; it does not move with every batch."""
+    monkeypatch.setattr(cached_features, "IDLE_BATCHES", 3)
     tower = encoder.model.vision_tower
-    encoder(batch_of(encoder, pictures, [0]))
-    known, new = batch_of(encoder, pictures, [0]), batch_of(encoder, pictures, [1])
-    for batch, moves in (
-        (known, 0),
-        (known, 0),
-        (new, 0),
-        (known, 0),
-        (known, 0),
-        (known, 1),
-        (known, 1),
-        (known, 1),
-        (known, 2),
-    ):
+    encoder(batch_of(encoder, images, [0]))
+    known, new = batch_of(encoder, images, [0]), batch_of(encoder, images, [1])
+    batches = [known, known, new, known, known, known, known, known, known]
+    moves = [0, 0, 0, 0, 0, 1, 1, 1, 2]
+    for batch, count in zip(batches, moves, strict=True):
         encoder(batch)
-        assert tower.moves == [CPU] * moves
-    tower.device = AWAY  # seen from a GPU
-    assert numbers(encoder(batch_of(encoder, pictures, [2, 0]))) == [2, 0]
+        assert tower.moves == [CPU] * count
+    tower.device = AWAY  # as if the model ran on a GPU and the tower had left it
+    assert numbers(encoder(batch_of(encoder, images, [2, 0]))) == [2, 0]
     assert tower.moves == [CPU] * 3 and tower.device == CPU
 
 
@@ -164,11 +159,11 @@ def count_encoded(monkeypatch) -> list[int]:
     return counts
 
 
-def test_a_run_with_cached_features_is_the_one_without_to_the_last_bit(project, tmp_path, monkeypatch):
-    """With one picture a micro-batch the tower always computes the same shapes. The second run reads all of them."""
+def test_a_run_with_cached_features_equals_one_without_bit_for_bit(project, tmp_path, monkeypatch):
+    """With one image in each micro-batch the tower always computes the same shapes. The last run finds all features."""
     alone = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4")
     counts = count_encoded(monkeypatch)
-    monkeypatch.setattr("train.finish", lambda run: None)
+    monkeypatch.setattr("train.score_held_out", lambda run: None)
     encoded = {}
     for name, word in (("without", "off"), ("first", "on"), ("second", "on")):
         run_training(project, f"output_dir={tmp_path / name}", f"train.cache_features={word}", *RUN, *alone)
@@ -183,7 +178,7 @@ def test_a_run_with_cached_features_is_the_one_without_to_the_last_bit(project, 
 
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_where_pictures_are_encoded_in_other_company_only_rounding_differs(project, tmp_path, packing, workers):
+def test_images_encoded_in_other_batches_differ_only_by_rounding(project, tmp_path, packing, workers):
     common = (*RUN, f"train.packing={packing}", f"train.num_workers={workers}")
     shutil.rmtree(project.parent / "qa.features", ignore_errors=True)
     for word in ("off", "on"):
@@ -191,8 +186,8 @@ def test_where_pictures_are_encoded_in_other_company_only_rounding_differs(proje
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-6)
 
 
-def test_a_picture_that_is_stored_is_not_read(project, tmp_path, monkeypatch):
-    """Nor decoded nor scaled: that is most of what a loader does."""
+def test_an_image_with_stored_features_is_not_read(project, tmp_path, monkeypatch):
+    """Reading, decoding and scaling images is most of the loader's work."""
     run_training(project, f"output_dir={tmp_path / 'a'}", *RUN)
     read, sample = [], QADataset._sample
 

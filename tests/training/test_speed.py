@@ -1,5 +1,7 @@
-"""What makes a run fast: what `auto` chooses and why, what on and off decide, what is refused and what is printed.
-`sh tests/run.sh tests/test_speed.py`"""
+"""What makes a run fast: what `auto` chooses and why, what on and off do, what is refused and what is printed.
+
+Run: python -m pytest tests/training/test_speed.py
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,24 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
-from training import run as assemble
-from training import speed
-from config import FREE_KEYS, InputError, load_config
+from config import InputError, load_config
+from config.load import FREE_KEYS
 from dataprocess.process_image import prepare_from_config
 from qwen.attention import PACKED_SDPA
-from training.speed import (Choice, activation_checkpointing, attention, attention_name, feature_cache, packing, table)
-from tests.toy_project import run_training, write_project
+from tests.toy_project import fresh_accelerate, run_training, write_project
+from training import open as opening
+from training import run as running
+from training import speed
+from training.speed import (
+    Choice,
+    activation_checkpointing,
+    attention,
+    attention_name,
+    choices_table,
+    feature_cache,
+    packing,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GB = 2**30
@@ -38,17 +49,14 @@ def project(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def opened(project):
     """A run with its model, before anything is chosen for it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     config = load_config(project, [])
-    built = assemble.build(config, "fp32", assemble.open_processors(config))
-    none = {path: np.empty(0, np.int64) for path in (config.data.qa_file, config.data.validation_file)}
-    yield assemble.open_run(config, Accelerator(cpu=True), "fp32", built, none, print)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    with fresh_accelerate():
+        built = running.open_model(config, "fp32", running.open_processors(config))
+        none = {path: np.empty(0, np.int64) for path in (config.data.qa_file, config.data.validation_file)}
+        yield opening._run(config, Accelerator(cpu=True), "fp32", built, none)
 
 
-def run_of(opened, project: Path, *overrides: str) -> assemble.Run:
+def run_of(opened, project: Path, *overrides: str) -> running.Run:
     return dataclasses.replace(opened, config=load_config(project, overrides))
 
 
@@ -59,7 +67,7 @@ def run_of(opened, project: Path, *overrides: str) -> assemble.Run:
 @pytest.mark.parametrize(
     "device, precision, fits", [(GPU, "bf16", True), (GPU, "fp16", True), (GPU, "fp32", False), (CPU, "bf16", False)]
 )
-def test_auto_takes_flash_attention_where_it_is_installed_and_computes(
+def test_auto_chooses_flash_attention_if_it_is_installed_and_fits(
     project, monkeypatch, installed, device, precision, fits
 ):
     monkeypatch.setattr(speed, "is_flash_attn_2_available", lambda: installed)
@@ -68,15 +76,15 @@ def test_auto_takes_flash_attention_where_it_is_installed_and_computes(
 
 
 @pytest.mark.parametrize("word, name", [("sdpa", PACKED_SDPA), ("eager", "eager"), ("flash_attention_2",) * 2])
-def test_a_configured_attention_is_taken(project, monkeypatch, word, name):
+def test_a_configured_attention_is_used(project, monkeypatch, word, name):
     monkeypatch.setattr(speed, "is_flash_attn_2_available", lambda: True)
     chosen = attention(load_config(project, [f"train.attn_implementation={word}"]), GPU, "bf16")
     assert (chosen.value, chosen.why) == (word, "as configured")
-    assert attention_name(chosen) == name, "as transformers knows it: packed rows need an sdpa that knows documents"
+    assert attention_name(chosen) == name, "its name in transformers: packed rows need an sdpa that separates documents"
 
 
 @pytest.mark.parametrize("device, precision", [(CPU, "bf16"), (GPU, "fp32")])
-def test_flash_attention_that_cannot_compute_is_refused(project, device, precision):
+def test_flash_attention_that_does_not_fit_is_refused(project, device, precision):
     config = load_config(project, ["train.attn_implementation=flash_attention_2"])
     with pytest.raises(InputError, match=f'"train.attn_implementation" .* {precision} on {device.type}. Use auto'):
         attention(config, device, precision)
@@ -92,7 +100,7 @@ def test_flash_attention_that_cannot_compute_is_refused(project, device, precisi
         ("off", "auto", "off"), ("off", "eager", "off"), ("auto", "flash_attention_2", "on"),
     ],
 )  # fmt: skip
-def test_packing_is_on_but_with_eager_attention(project, word, attention, value):
+def test_packing_is_on_except_with_eager_attention(project, word, attention, value):
     chosen = packing(load_config(project, [f"train.packing={word}", f"train.attn_implementation={attention}"]))
     assert chosen.value == value and chosen.is_on == (value == "on")
     assert chosen.why == "as configured" or word == "auto" or attention == "eager"
@@ -107,51 +115,53 @@ def test_packing_with_eager_attention_is_refused(project):
 # --- the feature cache
 
 
-def test_features_are_kept_where_pictures_come_again(opened, project):
-    """6 steps of 4 samples are more than the 9 records, and the pictures of the validation come twice."""
+def test_features_are_cached_if_images_are_used_again(opened, project):
+    """6 steps of 4 samples are more than the 9 records, and validation reads its images twice."""
     chosen, cache = feature_cache(run_of(opened, project))
-    size = 12 * 16 * 32 * 4  # pictures, patches, width, bytes
+    size = 12 * 16 * 32 * 4  # images, patches, width, bytes
     assert chosen.is_on and cache is not None
     assert chosen.why.startswith(f"up to {size / 2**20:.1f} MB in {project.parent / 'qa.features'}/")
-    assert chosen.why.endswith("0.0 MB of it there") and not (project.parent / "qa.features").exists()
+    assert chosen.why.endswith("0.0 MB of it stored") and not (project.parent / "qa.features").exists()
 
 
 ONCE = ("train.max_steps=2", "train.eval_steps=2")
 
 
 @pytest.mark.parametrize("overrides", [ONCE, ("train.max_steps=2", "train.eval_steps=null")])
-def test_features_are_not_kept_where_each_picture_is_seen_once(opened, project, overrides):
+def test_features_are_not_cached_if_each_image_is_seen_once(opened, project, overrides):
     chosen, cache = feature_cache(run_of(opened, project, *overrides))
-    assert (chosen.value, chosen.why, cache) == ("off", "each picture is seen once", None)
+    assert (chosen.value, chosen.why, cache) == ("off", "each image is seen once", None)
     assert feature_cache(run_of(opened, project, *overrides, "train.cache_features=on"))[1] is not None
 
 
 @pytest.mark.parametrize("overrides", [("train.max_steps=3", "train.eval_steps=3"), (*ONCE, "train.eval_steps=1")])
-def test_a_second_epoch_or_a_second_validation_is_enough(opened, project, overrides):
+def test_a_second_epoch_or_a_second_evaluation_turns_the_cache_on(opened, project, overrides):
     assert feature_cache(run_of(opened, project, *overrides))[0].is_on
 
 
-def test_features_that_are_there_are_used_even_once(opened, project, monkeypatch):
+def test_stored_features_are_used_even_for_one_epoch(opened, project, monkeypatch):
     monkeypatch.setattr(speed.FeatureCache, "nbytes", 1000)
     monkeypatch.setattr(Path, "exists", lambda path: True)
     assert feature_cache(run_of(opened, project, *ONCE))[0].is_on
 
 
-def test_a_cache_that_would_fill_the_disk_is_not_made_by_itself(opened, project, monkeypatch):
+def test_auto_makes_no_cache_that_would_fill_the_disk(opened, project, monkeypatch):
     size = 12 * 16 * 32 * 4
     for free, value in ((2 * size, "on"), (2 * size - 2, "off")):
         monkeypatch.setattr(speed.shutil, "disk_usage", lambda folder, free=free: Disk(0, 0, free))
         chosen, cache = feature_cache(run_of(opened, project))
         assert chosen.value == value and (cache is None) == (value == "off")
         assert feature_cache(run_of(opened, project, "train.cache_features=on"))[0].is_on
-    assert chosen.why == f"it would take up to {size / 2**20:.1f} MB, of {2 * size / 2**20:.1f} MB free"
+    assert chosen.why == f"it would take up to {size / 2**20:.1f} MB of {2 * size / 2**20:.1f} MB free"
 
 
-def test_no_cache_is_made_by_itself_where_nothing_can_be_written(opened, project, monkeypatch):
+def test_auto_makes_no_cache_in_a_folder_that_cannot_be_written(opened, project, monkeypatch):
     monkeypatch.setattr(speed.os, "access", lambda path, mode: path != project.parent)
     chosen, cache = feature_cache(run_of(opened, project))
     assert chosen.value == "off" and cache is None and chosen.why == f"{project.parent} cannot be written"
-    assert feature_cache(run_of(opened, project, "train.cache_features=on"))[0].is_on, "then writing says what is wrong"
+    assert feature_cache(run_of(opened, project, "train.cache_features=on"))[0].is_on, (
+        "writing then reports what is wrong"
+    )
 
 
 def test_off_is_off(opened, project):
@@ -161,7 +171,7 @@ def test_off_is_off(opened, project):
 
 @pytest.mark.parametrize("word", ["auto", "on"])
 @pytest.mark.parametrize("reason", ["encoder trains", "train.fsdp"])
-def test_features_of_an_encoder_that_changes_or_is_shared_out_are_not_kept(opened, project, monkeypatch, word, reason):
+def test_features_of_an_encoder_that_trains_or_is_sharded_are_not_cached(opened, project, monkeypatch, word, reason):
     overrides = ["train.fsdp=true"] if reason == "train.fsdp" else []
     run = run_of(opened, project, f"train.cache_features={word}", *overrides)
     if overrides:
@@ -176,9 +186,9 @@ def test_features_of_an_encoder_that_changes_or_is_shared_out_are_not_kept(opene
         assert chosen.value == "off" and reason in chosen.why and cache is None
 
 
-def test_pictures_are_counted_by_a_thousand_records(opened):
-    """Here by all of them: 9 and 3, one picture each."""
-    assert [speed._count_pictures(dataset) for dataset in opened.datasets] == [9, 3]
+def test_images_are_counted_in_a_thousand_records(opened):
+    """Here in all of them: 9 and 3, one image each."""
+    assert [speed._count_images(dataset) for dataset in opened.datasets] == [9, 3]
 
 
 # --- activation checkpointing
@@ -189,9 +199,9 @@ def choose_checkpointing(opened, project, *overrides: str, batch_size: int = 2) 
     return activation_checkpointing(config, opened.built, opened.train_set, CPU, batch_size)
 
 
-def test_layers_are_computed_twice_where_a_batch_would_not_fit(opened, project, monkeypatch):
-    """The limit is where a batch takes MEMORY_SHARE of what Adam and gradients leave; a larger batch needs more."""
-    sizes = [len(opened.train_set[0, i]["input_ids"]) for i in range(9)]
+def test_checkpointing_is_on_if_a_batch_would_not_fit(opened, project, monkeypatch):
+    """The limit is a batch that takes MEMORY_SHARE of what Adam and gradients leave; a larger batch needs more."""
+    sizes = [len(opened.train_set[0, i].input_ids) for i in range(9)]
     per_token = 2 * (8 * 64 + 4 * 96) * 4  # layers, tensors of the two sizes, bytes
     needed = (2 * np.mean(sizes) + 2 * np.std(sizes) * 2**0.5) * per_token
     adam = 12 * sum(p.numel() for p in opened.built.model.parameters() if p.requires_grad)
@@ -199,15 +209,15 @@ def test_layers_are_computed_twice_where_a_batch_would_not_fit(opened, project, 
         free = int(adam + needed / speed.MEMORY_SHARE * share)
         monkeypatch.setattr(speed, "_free_memory", lambda device, free=free: free)
         chosen = choose_checkpointing(opened, project)
-        assert chosen.value == value and re.fullmatch(r"a batch keeps about .*MB, of .*MB free", chosen.why)
+        assert chosen.value == value and re.fullmatch(r"a batch keeps about .*MB of .*MB free", chosen.why)
     monkeypatch.setattr(speed, "_free_memory", lambda device: int(adam + needed / speed.MEMORY_SHARE * 1.02))
     assert choose_checkpointing(opened, project, batch_size=4).is_on
 
 
-def test_checkpointing_is_as_configured_and_off_where_nothing_is_known(opened, project, monkeypatch):
+def test_checkpointing_is_as_configured_and_off_if_the_memory_is_unknown(opened, project, monkeypatch):
     monkeypatch.setattr(speed, "_free_memory", lambda device: None)
     assert choose_checkpointing(opened, project) == Choice(
-        "activation_checkpointing", "off", "the free memory is not known"
+        "activation_checkpointing", "off", "the free memory is unknown"
     )
     for word, free in (("on", 100 * GB), ("off", 0)):
         monkeypatch.setattr(speed, "_free_memory", lambda device, free=free: free)
@@ -215,31 +225,38 @@ def test_checkpointing_is_as_configured_and_off_where_nothing_is_known(opened, p
         assert (chosen.value, chosen.why) == (word, "as configured")
 
 
-def test_the_free_memory_is_read_from_where_the_system_tells_it():
+def test_the_free_memory_is_read_from_the_system():
     found = speed._free_memory(CPU)
     assert found is None or 2**20 < found < 2**50
     assert speed._free_memory(torch.device("mps")) is None
 
 
-# --- what is printed, and what a run may change
+# --- what is printed, and what a resumed run may change
 
 
 def test_the_table_has_a_line_for_each_choice():
-    lines = table([Choice("packing", "on", "why"), Choice("attn_implementation", "sdpa", "torch's own")]).splitlines()
+    lines = choices_table(
+        [Choice("packing", "on", "why"), Choice("attn_implementation", "sdpa", "torch's own")]
+    ).splitlines()
     assert lines == ["packing              on    why", "attn_implementation  sdpa  torch's own"]
 
 
-def test_a_run_says_what_it_chose_and_does_it_and_may_change_it_where_it_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_run_prints_and_applies_its_choices_and_may_change_them_when_it_resumes(tmp_path, capsys, monkeypatch):
     project = write_project(tmp_path / "project")
     keys = ("packing", "cache_features", "activation_checkpointing", "attn_implementation")
     packed = []
-    loader = assemble.make_loader
-    monkeypatch.setattr(assemble, "make_loader", lambda *values: packed.append(values[-1]) or loader(*values))
+    loader = running.make_loader
+
+    def watched(*values, **options):
+        packed.append(options["packed"])
+        return loader(*values, **options)
+
+    monkeypatch.setattr(running, "make_loader", watched)
 
     def chosen(*overrides: str) -> dict[str, str]:
         assert run_training(project, "train.eval_steps=null", "train.score_samples=1", *overrides) == 0
-        said = capsys.readouterr().out
-        return {key: re.search(rf"^{key} +(\S+)", said, re.MULTILINE)[1] for key in keys}
+        printed = capsys.readouterr().out
+        return {key: re.search(rf"^{key} +(\S+)", printed, re.MULTILINE)[1] for key in keys}
 
     assert chosen() == dict(zip(keys, ("on", "on", "off", "sdpa"), strict=True))
     assert packed == [True] and (project.parent / "qa.features").is_dir()

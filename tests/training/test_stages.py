@@ -1,5 +1,7 @@
-"""A run in stages: each starts from the one before, can be run alone, resumed, repeated; what they say against each other is
-found before the first. `sh tests/run.sh tests/test_stages.py`"""
+"""A run in stages: each starts from the one before and can be run alone, resumed and repeated.
+
+Contradictions between stages are found before the first one trains. Run: python -m pytest tests/training/test_stages.py
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import model.checkpoint
@@ -22,9 +25,9 @@ from config import InputError, load_config, to_yaml
 from dataprocess import process_image
 from dataset import show
 from model.checkpoint_folder import verify_folder, weights_digest
-from training.step import Stepper
-from tests.test_training import ROOT, assert_equal_files, rows, without_times
+from tests.runs.test_training import ROOT, assert_equal_files, rows, without_times
 from tests.toy_project import run_training, write_staged_project, write_yaml
+from training.step import Stepper
 
 NAMES = ("text", "vision", "chat")
 FILES = ("language_model.safetensors", "projector.safetensors")
@@ -37,14 +40,14 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(project):
-    """All three stages, and the run's folder."""
+    """The folder of a run of all three stages."""
     run_training(project)
     return project.parent / "run"
 
 
 @pytest.fixture
 def again(project, whole, tmp_path):
-    """A copy of the finished run, to be changed."""
+    """A copy of the finished run that a test may change."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
 
@@ -63,13 +66,13 @@ def changed(before: Path, after: Path) -> set[str]:
     return {name for name in one if not torch.equal(one[name], other[name])}
 
 
-# --- what a run in stages is
+# --- a run in stages
 
 
-def test_each_stage_starts_from_the_one_before_and_trains_what_it_says(whole):
+def test_each_stage_starts_from_the_one_before_and_trains_its_own_parts(whole):
     text, vision, chat = (final(whole, name) for name in NAMES)
     moved = changed(text, vision)
-    assert {name for name in weights(text) if "projector" in name} <= moved  # the stage of texts left it random
+    assert {name for name in weights(text) if "projector" in name} <= moved  # the text stage left it random
     last = changed(vision, chat)
     assert last and all("layers.1." in name or "model.norm" in name or "embed_tokens" in name for name in last)
     for name, before in (("vision", text), ("chat", vision)):
@@ -91,7 +94,7 @@ def test_every_stage_has_its_own_folder_data_and_rates(whole, project):
     assert text["read"] == 30 and text["kept"] == 30
 
 
-def test_what_the_last_stage_made_is_the_runs_own_and_the_log_is_that_of_all(whole):
+def test_the_run_has_the_final_of_its_last_stage_and_the_log_of_all(whole):
     verify_folder(whole / "final")
     assert_equal_files(whole / "final", final(whole, "chat"), FILES)
     assert (whole / "final" / "language_model.safetensors").stat().st_nlink == 2  # one file under two names
@@ -104,26 +107,26 @@ def test_what_the_last_stage_made_is_the_runs_own_and_the_log_is_that_of_all(who
     assert "accuracy" in json.loads((whole / "final" / "scores.json").read_text())
 
 
-def test_a_stage_of_texts_has_a_loss_and_no_questions(whole):
+def test_a_text_stage_has_a_loss_and_no_questions(whole):
     scores = json.loads((final(whole, "text") / "scores.json").read_text())
     assert scores["n"] == 0 and scores["accuracy"] is None and scores["loss"] > 0 and scores["perplexity"] > 1
 
 
-def test_the_checkpoint_alone_answers_the_tokenizer_may_be_gone(project, whole, tmp_path):
+def test_a_checkpoint_answers_without_the_learned_tokenizers_folder(project, whole, tmp_path):
     copied = tmp_path / "model"
     shutil.copytree(whole / "final", copied)
     tokenizer = project.parent / "tokenizer"
     tokenizer.rename(project.parent / "away")
     try:
-        picture = str(project.parent / "images" / "0.png")
-        assert test.main(["--checkpoint", str(copied), "--images", picture, "--question", "What colour is it?"]) == 0
+        image = str(project.parent / "images" / "0.png")
+        assert test.main(["--checkpoint", str(copied), "--images", image, "--question", "What colour is it?"]) == 0
     finally:
         (project.parent / "away").rename(tokenizer)
     (answer,) = [json.loads(line) for line in (tmp_path / "answers" / "answers.jsonl").read_text().splitlines()]
     assert answer["question"] == "What colour is it?"
 
 
-def test_scoring_a_file_tells_loss_balance_loss_perplexity_and_accuracy(project, whole, tmp_path, capsys):
+def test_scoring_a_file_reports_loss_balance_loss_perplexity_and_accuracy(project, whole, tmp_path, capsys):
     qa = project.parent / "validation.jsonl"
     assert test.main(["--checkpoint", str(whole / "final"), "--qa", str(qa), "--output", str(tmp_path)]) == 0
     scores, printed = json.loads((tmp_path / "scores.json").read_text()), capsys.readouterr().out
@@ -132,7 +135,7 @@ def test_scoring_a_file_tells_loss_balance_loss_perplexity_and_accuracy(project,
         assert f"{name} {scores[name]:.4f}" in printed
     in_the_run = json.loads((whole / "final" / "scores.json").read_text())
     assert scores["loss"] == pytest.approx(in_the_run["loss"], rel=1e-5)
-    # texts alone are no questions, and have a loss all the same
+    # texts hold no questions, but have a loss
     texts = project.parent / "text_held.jsonl"
     assert test.main(["--checkpoint", str(whole / "final"), "--qa", str(texts), "--output", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 0
@@ -141,7 +144,7 @@ def test_scoring_a_file_tells_loss_balance_loss_perplexity_and_accuracy(project,
 # --- alone, resumed, repeated
 
 
-def test_a_finished_run_is_passed_over_and_changes_nothing(project, again, capsys):
+def test_a_finished_run_is_skipped_and_changes_nothing(project, again, capsys):
     def state() -> dict:
         return {p: p.stat().st_mtime_ns for p in again.rglob("*") if p.is_file() and p.name != ".lock"}
 
@@ -152,23 +155,23 @@ def test_a_finished_run_is_passed_over_and_changes_nothing(project, again, capsy
 
 @pytest.mark.parametrize("stopped_in", [0, 1])
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_run_that_was_stopped_goes_on_in_its_stage_and_ends_the_same(
+def test_an_interrupted_run_resumes_in_its_stage_and_ends_equal(
     project, whole, tmp_path, monkeypatch, stopped_in, step
 ):
-    """By an error in the middle of a step of the first or the second stage: three and one is four, bit for bit."""
-    taken, call = [], Stepper.__call__
+    """Interrupted inside of a step of the first or the second stage: bit for bit as without."""
+    taken, forward_and_backward = [], Stepper.forward_and_backward
 
-    def interrupted(self, number, *arguments):
+    def interrupted(self, number, micro_batches):
         taken.append(number)
         if taken == [*range(4)] * stopped_in + [*range(step + 1)]:
             raise KeyboardInterrupt
-        return call(self, number, *arguments)
+        return forward_and_backward(self, number, micro_batches)
 
-    monkeypatch.setattr(Stepper, "__call__", interrupted)
+    monkeypatch.setattr(Stepper, "forward_and_backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_training(project, f"output_dir={tmp_path}")
     assert not (tmp_path / "final").exists()
-    monkeypatch.setattr(Stepper, "__call__", call)
+    monkeypatch.setattr(Stepper, "forward_and_backward", forward_and_backward)
     run_training(project, f"output_dir={tmp_path}")
     for name in NAMES:
         assert_equal_files(final(tmp_path, name), final(whole, name), FILES)
@@ -176,9 +179,7 @@ def test_a_run_that_was_stopped_goes_on_in_its_stage_and_ends_the_same(
         assert without_times(next(logged)) == without_times(next(logged))
 
 
-def test_a_run_that_was_stopped_while_it_was_put_together_is_put_together_by_the_next_start(
-    project, whole, tmp_path, monkeypatch
-):
+def test_results_that_an_interrupt_left_unwritten_are_written_by_the_next_start(project, whole, tmp_path, monkeypatch):
     """After the last stage: nothing is trained again."""
     shutil.copytree(whole / "stages", tmp_path / "stages")
 
@@ -186,15 +187,15 @@ def test_a_run_that_was_stopped_while_it_was_put_together_is_put_together_by_the
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("stages.draw_curves", interrupted)
+        patched.setattr("training.stages.draw_curves", interrupted)
         run_training(project, f"output_dir={tmp_path}")
-    monkeypatch.setattr(Stepper, "__call__", interrupted)
+    monkeypatch.setattr(Stepper, "forward_and_backward", interrupted)
     run_training(project, f"output_dir={tmp_path}")
     assert_equal_files(tmp_path / "final", whole / "final", FILES)
     assert (tmp_path / "curves.png").exists()
 
 
-def test_stages_one_by_one_are_all_in_one_go(project, whole, tmp_path):
+def test_stages_one_by_one_equal_all_at_once(project, whole, tmp_path):
     for name in NAMES:
         run_training(project, f"output_dir={tmp_path}", "--stage", name)
         assert (tmp_path / "final").exists() == (name == "chat")
@@ -211,11 +212,11 @@ def test_a_stage_without_the_one_before_is_refused(project, tmp_path):
         run_training(project, f"output_dir={tmp_path}", "--resume", str(tmp_path))
 
 
-def test_a_stage_may_be_repeated_and_those_on_top_of_it_are_then_stale(project, whole, again):
+def test_a_stage_may_be_repeated_and_later_stages_are_then_stale(project, whole, again):
     run_training(project, f"output_dir={again}", "--stage", "vision", "--resume", "none")
     assert (again / "stages" / "vision" / "previous-1" / "final").exists()
     assert_equal_files(final(again, "vision"), final(whole, "vision"), FILES)
-    run_training(project, f"output_dir={again}")  # the very same: nothing is stale
+    run_training(project, f"output_dir={again}")  # the repeated stage gave the same weights: nothing is stale
 
     other = "train.stages.vision.train.projector_lr=5e-3"
     run_training(project, f"output_dir={again}", other, "--stage", "vision", "--resume", "none")
@@ -226,31 +227,31 @@ def test_a_stage_may_be_repeated_and_those_on_top_of_it_are_then_stale(project, 
     assert changed(again / "final", whole / "final")
 
 
-def test_all_stages_anew_move_the_old_run_aside(project, whole, again):
+def test_starting_all_stages_over_moves_the_old_run_aside(project, whole, again):
     run_training(project, f"output_dir={again}", "--resume", "none")
     assert_equal_files(again / "final", whole / "final", FILES)
     assert (again / "previous-1" / "final").exists() and (again / "stages" / "text" / "previous-1" / "final").exists()
 
 
-def test_all_stages_anew_go_on_where_they_were_interrupted(project, again, monkeypatch):
-    """Of the old run nothing is found any more, in the later stages neither."""
+def test_stages_that_were_started_over_resume_where_they_were_interrupted(project, again, monkeypatch):
+    """Nothing of the old run is found, in the later stages either."""
     words = [f"output_dir={again}", "train.language_model_lr=2e-3"]
-    call = Stepper.__call__
+    forward_and_backward = Stepper.forward_and_backward
 
-    def interrupted(self, number, *arguments):
+    def interrupted(self, number, micro_batches):
         if number == 2:
             raise KeyboardInterrupt
-        return call(self, number, *arguments)
+        return forward_and_backward(self, number, micro_batches)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Stepper, "__call__", interrupted)
+        patched.setattr(Stepper, "forward_and_backward", interrupted)
         run_training(project, *words, "--resume", "none")
     assert not final(again, "chat").exists()
     run_training(project, *words)
     assert (final(again, "chat") / "scores.json").exists()
 
 
-def test_a_stage_that_has_ended_needs_neither_its_data_nor_its_checkpoints(tmp_path):
+def test_a_finished_stage_needs_neither_its_data_nor_its_checkpoints(tmp_path):
     project = write_staged_project(tmp_path)
     run = tmp_path / "run"
     run_training(project, "--stage", "text")
@@ -262,10 +263,11 @@ def test_a_stage_that_has_ended_needs_neither_its_data_nor_its_checkpoints(tmp_p
     assert (run / "final" / "scores.json").exists()
 
 
-def test_data_of_a_later_stage_are_looked_at_before_an_earlier_one_trains(project, tmp_path, monkeypatch, capsys):
-    """The tokenizer is there; a file is missing, or holds what cannot be used. --check names all of them at once."""
+def test_data_of_later_stages_are_checked_before_an_earlier_one_trains(project, tmp_path, monkeypatch):
+    """With a tokenizer that exists: a file is missing, or has a record that cannot be used. --check names all faults at
+    once."""
     run_training(project, f"output_dir={tmp_path / 'run'}", "--check")
-    monkeypatch.setattr(Stepper, "__call__", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(Stepper, "forward_and_backward", lambda *_: pytest.fail("trained"))
     gone = [f"train.stages.chat.data.{key}_file={tmp_path / key}.jsonl" for key in ("qa", "validation")]
     gone += ["train.stages.chat.data.sources.0.annotations=gone.json"]
     with pytest.raises(InputError, match='stage "chat": .*gone.json'):
@@ -279,12 +281,12 @@ def test_data_of_a_later_stage_are_looked_at_before_an_earlier_one_trains(projec
         run_training(project, f"output_dir={tmp_path / 'run'}", *no_record, *gone, "--check")
 
 
-def test_a_stage_of_another_config_is_not_continued(project, again):
+def test_a_stage_of_another_config_is_not_resumed(project, again):
     with pytest.raises(InputError, match="train.language_model_lr: 0.001 -> 0.002"):
         run_training(project, f"output_dir={again}", "train.stages.text.train.language_model_lr=2e-3")
 
 
-def test_checking_looks_at_all_stages_and_trains_nothing(project, tmp_path, capsys):
+def test_check_checks_all_stages_and_trains_nothing(project, tmp_path, capsys):
     run_training(project, f"output_dir={tmp_path / 'run'}", "--check")
     printed = capsys.readouterr().out
     assert printed.count("Checked: config, data and model fit together") == 3
@@ -292,17 +294,17 @@ def test_checking_looks_at_all_stages_and_trains_nothing(project, tmp_path, caps
 
 
 def test_trackers_get_a_curve_for_each_stage(project, tmp_path, monkeypatch):
-    """TensorBoard in each stage's folder, and wandb (offline) a run for each, in a group."""
+    """TensorBoard in each stage's folder; wandb (offline) has one run for each stage, in one group."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     started = []
-    init = train_script.Accelerator.init_trackers
+    init = Accelerator.init_trackers
 
     def watched(self, name, values, kwargs):
         started.append(kwargs["wandb"])
         return init(self, name, values, kwargs)
 
-    monkeypatch.setattr(train_script.Accelerator, "init_trackers", watched)
+    monkeypatch.setattr(Accelerator, "init_trackers", watched)
     words = ["train.max_steps=1", "train.eval_steps=null", "train.report_to=[tensorboard, wandb]"]
     run_training(project, f"output_dir={tmp_path / 'first'}", *words)
     assert [(one["name"], one["group"]) for one in started] == [(f"first-{name}", "first") for name in NAMES]
@@ -312,7 +314,7 @@ def test_trackers_get_a_curve_for_each_stage(project, tmp_path, monkeypatch):
 
 
 def test_two_processes_train_the_same_stages(project, whole, tmp_path):
-    """torchrun; what differs between one process and two is the balance loss's cut, so it is left out here."""
+    """With torchrun. The balance loss depends on how a step is cut into micro-batches, so it is off here."""
     common = ["train.router_aux_loss_coef=0", "train.num_threads=1", "train.packing=off", "train.max_steps=2"]
     run_training(project, f"output_dir={tmp_path / 'one'}", *common)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29637"]
@@ -326,7 +328,7 @@ def test_two_processes_train_the_same_stages(project, whole, tmp_path):
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5)
 
 
-def test_the_page_of_what_the_model_gets_is_that_of_a_stage(project, whole, tmp_path):
+def test_show_shows_the_chosen_stage(project, whole, tmp_path):
     for name, words in (
         ("text", ["texts:", "no image", "&lt;|endoftext|&gt;"]),
         ("vision", ["data:image/png", "r0"]),
@@ -338,7 +340,7 @@ def test_the_page_of_what_the_model_gets_is_that_of_a_stage(project, whole, tmp_
         show.main(["--config", str(project), "--stage", "sight", "--output", str(tmp_path / "x.html")])
 
 
-def test_preparing_by_hand_prepares_every_stage(tmp_path, monkeypatch, capsys):
+def test_the_preparing_script_prepares_every_stage(tmp_path, monkeypatch, capsys):
     path = write_staged_project(tmp_path)
     monkeypatch.setattr(sys, "argv", ["process_image", "--config", str(path)])
     process_image.main()
@@ -349,12 +351,12 @@ def test_preparing_by_hand_prepares_every_stage(tmp_path, monkeypatch, capsys):
 # --- the config
 
 
-def test_what_a_stage_says_is_put_over_what_the_file_says_for_all(project):
+def test_a_stages_values_replace_those_of_the_file(project):
     config = load_config(project)
     stages = {stage.name: stage.config for stage in config.train.stages}
     assert tuple(stages) == NAMES
     assert stages["text"].train.projector_lr is None and stages["vision"].train.projector_lr == 2e-3
-    assert stages["chat"].train.projector_lr is None  # for all stages, but this one does not train the projector
+    assert stages["chat"].train.projector_lr is None  # set for all stages, but this one does not train the projector
     assert [stage.train.max_steps for stage in stages.values()] == [4, 4, 2]
     assert all(stage.train.router_aux_loss_coef == 0.01 and not stage.train.stages for stage in stages.values())
     assert stages["text"].output_dir == project.parent / "run" / "stages" / "text"
@@ -362,7 +364,7 @@ def test_what_a_stage_says_is_put_over_what_the_file_says_for_all(project):
     assert len({stage.model for stage in stages.values()}) == 1
 
 
-def test_the_command_line_has_the_last_word_for_all_stages_or_for_one(project):
+def test_the_command_line_overrides_all_stages_or_one(project):
     def steps(*overrides) -> list:
         return [stage.config.train.max_steps for stage in load_config(project, overrides).train.stages]
 
@@ -373,18 +375,18 @@ def test_the_command_line_has_the_last_word_for_all_stages_or_for_one(project):
         steps("train.stages.sight.train.max_steps=9")
 
 
-def test_a_rate_for_all_stages_is_used_where_it_has_a_use(project):
+def test_a_rate_for_all_stages_applies_to_those_that_train_its_part(project):
     def rates(*overrides) -> list:
         return [stage.config.train.projector_lr for stage in load_config(project, overrides).train.stages]
 
-    assert rates("train.projector_lr=7e-3") == [None, 7e-3, None]  # over the stage's own, too
-    with pytest.raises(InputError, match='"train.lora_lr" is given, but no stage trains its part so'):
+    assert rates("train.projector_lr=7e-3") == [None, 7e-3, None]  # replaces the stage's own
+    with pytest.raises(InputError, match='"train.lora_lr" is set, but no stage uses it'):
         rates("train.lora_lr=1e-4")
     with pytest.raises(InputError, match='"train.projector_lr" is 0.001, but train.trainable.projector is frozen'):
         rates("train.stages.text.train.projector_lr=1e-3")
 
 
-def test_a_config_with_stages_survives_being_written_and_read_again(project, tmp_path):
+def test_a_config_with_stages_is_equal_after_writing_and_reading(project, tmp_path):
     config = load_config(project)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
@@ -408,12 +410,12 @@ def test_a_config_with_stages_survives_being_written_and_read_again(project, tmp
         ({"train": {"trainable": {"embeddings": "frozen"}}}, ['stage "text"', "embeddings would be random"]),
         ({"data": {"qa_file": "qa.jsonl", "validation_file": "validation.jsonl"}}, ['stage "vision"', "its own file"]),
         ({"data": {"qa_file": "validation.jsonl"}, "train": {"eval_steps": None}},
-         ['stage "vision"', '"data.validation_file"', 'which stage "text" has for its "data.qa_file"']),
+         ['stage "vision"', '"data.validation_file"', 'which stage "text" uses as its "data.qa_file"']),
         ({"train": {"freeze_random": ["language_model"]}}, ['stage "text"', "names language_model, which trains"]),
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_wrong_with_stages_is_said_before_anything_is_opened(project, tmp_path, change, words):
+def test_mistakes_in_stages_are_found_before_anything_is_opened(project, tmp_path, change, words):
     values = yaml.safe_load(project.read_text())
     stage = values["train"]["stages"][0]
     for key, value in change.items():
@@ -425,7 +427,7 @@ def test_what_is_wrong_with_stages_is_said_before_anything_is_opened(project, tm
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
 
-def test_lora_goes_on_in_every_stage_after_the_one_that_begins_it(project):
+def test_every_stage_after_one_with_lora_must_train_lora(project):
     lora = ["train.stages.vision.train.trainable={language_model: lora}", "train.stages.vision.train.lora_lr=1e-3"]
     with pytest.raises(InputError, match='stage "chat" .*: stage "vision" before it trains LoRA'):
         load_config(project, lora)
@@ -443,13 +445,13 @@ def test_a_stage_name_without_stages_is_refused(project, tmp_path):
         train_script.main(["--config", str(path), "--stage", "text"])
 
 
-# --- weights that nothing has trained
+# --- weights that are still random
 
 
 @pytest.mark.parametrize("part", ["language_model", "embeddings", "projector"])
-def test_a_checkpoint_knows_what_of_it_is_random_still(project, whole, tmp_path, part):
-    """A stage that froze a random part on purpose says so in its folder, and a run that starts from it is refused if it
-    freezes the same part unasked."""
+def test_a_checkpoint_records_which_parts_are_still_random(project, whole, tmp_path, part):
+    """A run that froze a random part on purpose lists it in its folder. A run that starts from it and freezes the same part
+    without train.freeze_random is refused."""
     words = {"projector": "full", "language_model": "full", "embeddings": "full"} | {part: "frozen"}
     rates = {"projector": "projector_lr", "language_model": "language_model_lr", "embeddings": "embeddings_lr"}
     values = yaml.safe_load(project.read_text())
@@ -471,7 +473,7 @@ def test_a_checkpoint_knows_what_of_it_is_random_still(project, whole, tmp_path,
     run_training(path, f"output_dir={tmp_path / 'later'}", f"model.start_from={tmp_path / 'trained' / 'final'}")
 
 
-def test_a_list_of_untrained_parts_that_is_none_is_refused(again):
+def test_a_malformed_list_of_untrained_parts_is_refused(again):
     for text in ('["legs"]', "3", "{"):
         (again / "final" / "untrained.json").write_text(text)
         with pytest.raises(InputError, match="untrained.json"):

@@ -1,4 +1,4 @@
-"""The towers: transformers' own hidden states, patches only, frozen for good. Run: pytest tests/test_encoders.py"""
+"""The towers return the patches of transformers' own hidden states, and stay frozen."""
 
 import json
 
@@ -10,12 +10,12 @@ from transformers import AutoModel
 
 from config import InputError
 from tests import toy_towers
-from visual.encoders import ENCODERS, num_image_tokens, load_vision_tower
+from visual.encoders import ENCODERS, load_vision_tower, num_image_tokens
 from visual.processor import load_image_processor
 
 torch.set_num_threads(1)
 
-# What was written -> (writer, tokens in front of the patches, patches), counted by hand.
+# Checkpoint -> (writer, tokens before the patches, patches), counted by hand.
 TOWERS = {
     "clip": (toy_towers.write_clip, 1, 16),
     "clip_vision_model": (lambda folder: toy_towers.write_clip(folder, whole=False), 1, 16),
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def references(folders):
-    """transformers' own vision models; of a whole checkpoint the half of the whole model, loaded as that."""
+    """transformers' own vision models; for a whole checkpoint, the vision half of the whole model."""
     models = {name: AutoModel.from_pretrained(folder) for name, folder in folders.items()}
     return {name: getattr(model, "vision_model", model).eval() for name, model in models.items()}
 
@@ -49,7 +49,7 @@ def edit_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_every_row_of_the_table_is_tested(folders):
+def test_every_family_is_tested(folders):
     written = {json.loads((folder / "config.json").read_text())["model_type"] for folder in folders.values()}
     assert written == set(ENCODERS)
 
@@ -79,7 +79,7 @@ def test_the_default_is_the_layer_before_the_last(folders, name):
 
 @every_tower
 def test_token_i_is_patch_i(folders, name):
-    """With attention cut off, a change inside one patch changes that token alone: no patch lost, no class token kept."""
+    """Without attention, a change inside one patch changes only its token: no patch is lost, no class token is kept."""
     tower = load_vision_tower(folders[name], feature_layer=1)
     with torch.no_grad():
         for key, parameter in tower.named_parameters():
@@ -97,7 +97,7 @@ def test_token_i_is_patch_i(folders, name):
 
 
 @every_tower
-def test_layers_above_and_heads_are_not_run_but_kept(folders, references, name):
+def test_layers_above_and_heads_are_kept_but_not_run(folders, references, name):
     tower = load_vision_tower(folders[name], -2)
     called = set()
     for key, module in tower.model.named_modules():
@@ -111,7 +111,7 @@ def test_layers_above_and_heads_are_not_run_but_kept(folders, references, name):
 
 
 @every_tower
-def test_a_tower_saves_whole(folders, references, tmp_path, name):
+def test_a_tower_is_saved_whole(folders, references, tmp_path, name):
     load_vision_tower(folders[name], -3).model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path).eval()
     pixels = random_pixels(again.config.image_size)
@@ -121,7 +121,7 @@ def test_a_tower_saves_whole(folders, references, tmp_path, name):
 
 
 @every_tower
-def test_an_image_alone_and_no_image(folders, name):
+def test_an_image_alone_equals_the_batch_and_no_image_is_allowed(folders, name):
     tower = load_vision_tower(folders[name])
     pixels = random_pixels(tower.image_size, count=3)
     together = tower(pixels)
@@ -131,7 +131,7 @@ def test_an_image_alone_and_no_image(folders, name):
     assert nothing.shape == (0, *together.shape[1:]) and nothing.dtype == together.dtype
 
 
-def test_dtype_is_the_checkpoints_unless_given(tmp_path):
+def test_the_dtype_is_the_checkpoints_unless_given(tmp_path):
     folder = toy_towers.write_clip(tmp_path / "clip", whole=False)
     assert load_vision_tower(folder)(random_pixels(28)).dtype == torch.float32
     half = load_vision_tower(folder, dtype=torch.bfloat16)
@@ -140,11 +140,11 @@ def test_dtype_is_the_checkpoints_unless_given(tmp_path):
     assert load_vision_tower(folder)(random_pixels(28)).dtype == torch.bfloat16
 
 
-# Frozen, for good
+# Frozen
 
 
 @every_tower
-def test_a_tower_is_frozen_and_its_parent_cannot_wake_it(folders, name):
+def test_a_tower_stays_frozen_and_in_eval_mode(folders, name):
     parent = nn.Sequential(load_vision_tower(folders[name]), nn.Linear(toy_towers.HIDDEN_SIZE, 2))
     tower = parent[0]
     pixels = random_pixels(tower.image_size)
@@ -163,12 +163,12 @@ def test_a_tower_is_frozen_and_its_parent_cannot_wake_it(folders, name):
 
 @every_tower
 @pytest.mark.parametrize("feature_layer", [-1, -2])
-def test_unfrozen_whole_exactly_what_the_features_depend_on_trains(folders, name, feature_layer):
+def test_unfreezing_all_trains_exactly_what_the_features_depend_on(folders, name, feature_layer):
     tower = load_vision_tower(folders[name], feature_layer)
     tower.unfreeze()
     tower(random_pixels(tower.image_size)).sum().backward()
     trainable = {key for key, parameter in tower.named_parameters() if parameter.requires_grad}
-    for parameter in tower.parameters():  # the reference: what autograd reaches when nothing is frozen
+    for parameter in tower.parameters():  # reference: the parameters that autograd reaches when nothing is frozen
         parameter.grad = None
         parameter.requires_grad_(True)
     tower(random_pixels(tower.image_size)).sum().backward()
@@ -186,7 +186,7 @@ def test_activation_checkpointing_keeps_the_gradients(folders, name, use_reentra
 
     def gradients():
         tower.zero_grad()
-        torch.manual_seed(0)  # DINOv3 varies its positions while it trains
+        torch.manual_seed(0)  # DINOv3 varies its positions in training
         tower.train()(pixels).square().sum().backward()
         return [parameter.grad for parameter in tower.parameters() if parameter.requires_grad]
 
@@ -196,7 +196,7 @@ def test_activation_checkpointing_keeps_the_gradients(folders, name, use_reentra
 
 
 @every_tower
-def test_the_top_layers_are_the_last_that_are_run(folders, name):
+def test_the_top_layers_are_the_last_ones_that_are_run(folders, name):
     tower = load_vision_tower(folders[name], -2)  # layers 0 to 2 of 4
     tower.unfreeze(top=2)
     trainable = [key for key, parameter in tower.named_parameters() if parameter.requires_grad]
@@ -218,16 +218,16 @@ def test_the_top_layers_are_the_last_that_are_run(folders, name):
 
 
 def test_sizes_come_from_the_processor(folders):
-    """DINOv2's config says 42 pixels, its processor crops 28: 16 tokens, not 36."""
+    """DINOv2's config has 42 pixels, but its processor crops to 28: 16 tokens, not 36."""
     tower = load_vision_tower(folders["dinov2"])
     assert tower.model.config.image_size == 42
     assert (tower.image_size, tower.patch_size, tower.num_image_tokens) == (28, 7, 16)
-    siglip = load_vision_tower(folders["siglip"])  # 30 pixels hold 4 patches of 7 a side
+    siglip = load_vision_tower(folders["siglip"])  # 30 pixels hold 4 patches of 7 per side
     assert (siglip.image_size, siglip.patch_size, siglip.num_image_tokens) == (30, 7, 16)
 
 
 @pytest.mark.parametrize(("name", "size", "tokens"), [("dinov2", 42, 36), ("dinov2", 56, 64), ("dinov3_vit", 48, 36)])
-def test_dino_takes_other_multiples_of_its_patch(folders, references, name, size, tokens):
+def test_dino_takes_other_multiples_of_its_patch_size(folders, references, name, size, tokens):
     tower = load_vision_tower(folders[name], image_size=size)
     pixels = load_image_processor(folders[name], image_size=size).denormalise(random_pixels(size))
     assert pixels.shape[1:3] == (size, size)
@@ -250,7 +250,9 @@ def test_sizes_that_do_not_fit_are_refused(folders, tmp_path):
     edit_json(other / "preprocessor_config.json", size=35, crop_size=35)
     with pytest.raises(InputError, match=r"image_size: 35, but .* 28 pixels.*own preprocessor_config\.json"):
         load_vision_tower(other)
-    with pytest.raises(ValueError, match=r"\(2, 3, 35, 35\)"):  # DINOv2 itself would take it, and make other tokens
+    with pytest.raises(
+        ValueError, match=r"\(2, 3, 35, 35\)"
+    ):  # DINOv2 itself would accept it, with another number of tokens
         load_vision_tower(folders["dinov2"])(random_pixels(35))
 
 
@@ -260,10 +262,10 @@ def test_layers_that_do_not_exist_are_refused(folders):
             load_vision_tower(folders["clip"], layer)
 
 
-# What cannot be loaded
+# Refusals
 
 
-def test_encoders_that_are_not_supported_are_refused_by_name(tmp_path):
+def test_unsupported_encoders_are_refused_by_name(tmp_path):
     def refusal(model_type) -> str:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         with pytest.raises(InputError, match=f'"{model_type}"') as error:
@@ -277,29 +279,31 @@ def test_encoders_that_are_not_supported_are_refused_by_name(tmp_path):
     assert all(known in refusal("resnet") for known in ENCODERS)
 
 
-def test_a_config_without_a_model_type_is_told_what_to_add(tmp_path):
+def test_a_config_without_a_model_type_is_refused_with_the_fix(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 32}))
-    with pytest.raises(InputError, match=rf'no "model_type" in config\.json; add it.*{", ".join(ENCODERS)}'):
+    with pytest.raises(InputError, match=rf'no "model_type" in config\.json; add it with.*{", ".join(ENCODERS)}'):
         load_vision_tower(tmp_path)
 
 
 def test_quantised_weights_are_refused(tmp_path):
     folder = toy_towers.write_clip(tmp_path / "clip")
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(InputError, match="quantization_config.*take the unquantised release"):
+    with pytest.raises(InputError, match="quantization_config.*use the unquantised release"):
         load_vision_tower(folder)
 
 
-def test_what_transformers_refuses_is_an_input_error(tmp_path):
+def test_an_error_of_transformers_is_an_input_error(tmp_path):
     folder = toy_towers.write_siglip(tmp_path / "siglip", whole=False)
     edit_json(folder / "config.json", num_attention_heads=5)
     with pytest.raises(InputError, match=rf"{folder}: the encoder cannot be loaded \(.*divisible"):
         load_vision_tower(folder)
 
 
-def test_folders_that_hold_no_encoder_are_refused(tmp_path):
+def test_folders_without_an_encoder_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing", str(tmp_path / "missing")):
-        with pytest.raises(InputError, match=rf"vision_tower {path}: neither a folder with a config\.json nor a hub"):
+        with pytest.raises(
+            InputError, match=rf"vision_tower {path}: not a folder with a config\.json, and not a hub model"
+        ):
             load_vision_tower(path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=str(tmp_path)):
@@ -307,7 +311,7 @@ def test_folders_that_hold_no_encoder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_weights_that_do_not_account_for_the_vision_half_are_refused(tmp_path, whole):
+def test_weights_that_do_not_match_the_vision_half_are_refused(tmp_path, whole):
     folder = toy_towers.write_clip(tmp_path / "clip", whole)
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -316,14 +320,14 @@ def test_weights_that_do_not_account_for_the_vision_half_are_refused(tmp_path, w
 
     def refusal(changed: dict) -> str:
         save_file(changed, path, metadata={"format": "pt"})
-        with pytest.raises(InputError, match="the weights are not those of its config.json") as error:
+        with pytest.raises(InputError, match="the weights do not match its config.json") as error:
             load_vision_tower(folder)
         return str(error.value)
 
     assert "1 missing (such as encoder.layers.1.layer_norm1.weight)" in refusal(
         {key: value for key, value in weights.items() if key != norm}
     )
-    assert "1 left over" in refusal(weights | {prefix + "encoder.layers.4.layer_norm1.weight": torch.ones(32)})
+    assert "1 unexpected" in refusal(weights | {prefix + "encoder.layers.4.layer_norm1.weight": torch.ones(32)})
     assert "1 of another shape" in refusal(weights | {norm: torch.ones(16)})
     save_file(weights, path, metadata={"format": "pt"})
     load_vision_tower(folder)
@@ -342,7 +346,7 @@ def test_unreadable_weights_are_refused(tmp_path):
 
 
 def test_released_vision_only_checkpoints_keep_the_prefix_of_the_whole(tmp_path):
-    """Files saved by transformers 4 say vision_model.encoder... also where the vision half is alone."""
+    """Files saved by transformers 4 have the names vision_model.encoder... also if they contain only the vision half."""
     for write in (toy_towers.write_clip, toy_towers.write_siglip):
         folder = write(tmp_path / write.__name__, whole=False)
         pixels = random_pixels(load_vision_tower(folder).image_size)

@@ -1,9 +1,9 @@
-"""The feature cache: exact, shared, and sound after kills, full disks and damage.
-Run: python -m pytest tests/test_feature_cache.py"""
+"""The feature cache is exact, shared between processes, and intact after kills, full disks and damage."""
 
 import errno
 import hashlib
 import itertools
+import json
 import os
 import pickle
 import random
@@ -30,38 +30,40 @@ TOKENS, WIDTH = 3, 5
 ROW_BYTES = TOKENS * WIDTH * 4
 
 
-def features_of(picture: int, salt: int = 0) -> Tensor:
-    """What a pretended encoder makes of a picture that is known by its number: [N, Dv]."""
-    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1000 * salt + picture))
+def features_of(image: int, salt: int = 0) -> Tensor:
+    """The features [N, Dv] that a fake encoder returns for an image, which is identified by a number."""
+    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1000 * salt + image))
 
 
-def pixels_of(*pictures: int) -> Tensor:
-    return torch.tensor(pictures, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+def pixels_of(*images: int) -> Tensor:
+    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
 
 
 class Encoder:
-    """pixel_values of `pixels_of` -> features of `features_of`. Remembers what it was asked for; a `salt` of its own makes
-    its features differ from another's."""
+    """A fake encoder: pixel_values of `pixels_of` -> features of `features_of`.
+
+    It records its calls. Encoders with another `salt` return other features.
+    """
 
     def __init__(self, salt: int = 0) -> None:
         self.salt, self.calls = salt, []
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         self.calls.append([int(pixel[0, 0, 0]) for pixel in pixel_values])
-        return torch.stack([features_of(picture, self.salt) for picture in self.calls[-1]])
+        return torch.stack([features_of(image, self.salt) for image in self.calls[-1]])
 
 
 def write_files(folder: Path, count: int) -> list[Path]:
-    """Files that stand for pictures: the cache does not look at what they hold."""
+    """Write files in place of images: the cache does not decode them."""
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{i}.png" for i in range(count)]
     for i, path in enumerate(paths):
-        path.write_bytes(b"picture %06d" % i)
+        path.write_bytes(b"image %06d" % i)
     return paths
 
 
 def key_of(path: Path) -> ImageKey:
-    """The key, made without the cache."""
+    """Make an image's key without the cache."""
     state = os.stat(path)
     return ImageKey(
         str(path), state.st_size, state.st_mtime_ns, hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
@@ -72,8 +74,8 @@ def new_cache(tmp_path: Path, dtype: torch.dtype = torch.float32, say=print) -> 
     return FeatureCache(tmp_path / "features", TOKENS, WIDTH, dtype, say)
 
 
-def add(cache: FeatureCache, paths: list[Path], pictures: list[int], encode=None) -> Tensor:
-    return cache.features([key_of(paths[i]) for i in pictures], pixels_of(*pictures), encode or Encoder())
+def add(cache: FeatureCache, paths: list[Path], images: list[int], encode=None) -> Tensor:
+    return cache.features([key_of(paths[i]) for i in images], pixels_of(*images), encode or Encoder())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -82,7 +84,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @pytest.fixture
 def paths(tmp_path):
-    return write_files(tmp_path / "pictures", 8)
+    return write_files(tmp_path / "images", 8)
 
 
 @pytest.fixture
@@ -95,56 +97,56 @@ def cache(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cached_features_are_the_encoders_own_bit_for_bit(tmp_path, dtype):
+def test_cached_features_equal_the_encoders_bit_for_bit(tmp_path, dtype):
     write_pictures(tmp_path / "images", 5)
-    folder = write_clip(tmp_path / "tower")
-    tower, processor = load_vision_tower(folder, dtype=dtype), load_image_processor(folder)
+    encoder = write_clip(tmp_path / "tower")
+    tower, processor = load_vision_tower(encoder, dtype=dtype), load_image_processor(encoder)
     paths = sorted((tmp_path / "images").iterdir())
     pixel_values = processor([read_image(path) for path in paths]).to(dtype)
     plain = tower(pixel_values)
 
-    place = cache_folder(tmp_path / "qa.jsonl", tower, processor, dtype)
-    cache = FeatureCache(place, tower.num_image_tokens, tower.hidden_size, dtype)
+    folder = cache_folder(tmp_path / "qa.jsonl", tower, processor, dtype)
+    cache = FeatureCache(folder, tower.num_image_tokens, tower.hidden_size, dtype)
     missed = [cache.find(path) for path in paths]
     assert [features for features, _ in missed] == [None] * 5
     first = cache.features([key for _, key in missed], pixel_values, tower)
-    again = FeatureCache(place, tower.num_image_tokens, tower.hidden_size, dtype)
+    again = FeatureCache(folder, tower.num_image_tokens, tower.hidden_size, dtype)
     found = torch.stack([again.find(path)[0] for path in paths])
     assert same_bits(first, plain) and same_bits(found, plain)
     assert len(again) == 5 and again.nbytes == expected_bytes(5, tower, dtype) == found.numel() * dtype.itemsize
-    assert (place / "features.bin").stat().st_size == again.nbytes
+    assert (folder / "features.bin").stat().st_size == again.nbytes
 
 
-def test_a_first_batch_is_rounded_as_every_later_one(tmp_path, paths):
-    """The encoder's output is wider than the cache's rows; it has a graph, of which nothing is left."""
+def test_new_features_are_rounded_like_cached_ones(tmp_path, paths):
+    """The encoder's output has more precision than the cache, and a graph, which the result does not have."""
     cache = new_cache(tmp_path, torch.bfloat16)
     first = add(cache, paths, [0, 1], lambda pixels: Encoder()(pixels).requires_grad_())
     assert same_bits(first, Encoder()(pixels_of(0, 1)).bfloat16()) and not first.requires_grad
     assert same_bits(cache.find(paths[1])[0], first[1])
 
 
-def test_numbers_that_are_no_numbers_keep_their_bits(cache, paths):
+def test_values_that_are_not_finite_keep_their_bits(cache, paths):
     strange = torch.tensor([float("nan"), -0.0, float("inf"), -float("inf"), 1e-45]).expand(1, TOKENS, WIDTH)
     first = add(cache, paths, [0], lambda _: strange)
     assert same_bits(first, strange.contiguous()) and same_bits(cache.find(paths[0])[0], first[0])
 
 
-def test_found_features_are_the_callers_own(cache, paths):
+def test_changing_found_features_does_not_change_the_cache(cache, paths):
     add(cache, paths, [0])
     cache.find(paths[0])[0].zero_()
     assert same_bits(cache.find(paths[0])[0], features_of(0))
 
 
-def test_the_different_pictures_of_a_batch_are_encoded_once_in_one_call(cache, paths):
+def test_the_different_images_of_a_batch_are_encoded_once_in_one_call(cache, paths):
     encoder = Encoder()
     batch = [3, 1, 3, 3, 1, 2]
     assert same_bits(add(cache, paths, batch, encoder), torch.stack([features_of(i) for i in batch]))
     assert encoder.calls == [[3, 1, 2]] and len(cache) == 3
 
 
-def test_what_was_added_since_the_worker_looked_is_read_not_encoded(cache, paths):
-    """A run that goes on after a kill finds these pictures stored; one that was not killed asked too early. Both take the
-    values of the first batch, though the encoder would now give others."""
+def test_images_added_after_find_are_read_and_not_encoded(cache, paths):
+    """A resumed run finds these images stored, an uninterrupted one asked before they were. Both get the features of the
+    first batch, although the encoder would now return others."""
     keys = [cache.find(path)[1] for path in paths[:3]]
     add(cache, paths, [0, 1])
     later = Encoder(salt=1)
@@ -155,8 +157,8 @@ def test_what_was_added_since_the_worker_looked_is_read_not_encoded(cache, paths
     assert later.calls == [[2]]
 
 
-def test_a_process_that_was_second_takes_the_firsts_features(tmp_path, cache, paths):
-    """Both looked, both encoded; while this one did, the other stored."""
+def test_the_process_that_is_second_gets_the_features_of_the_first(tmp_path, cache, paths):
+    """Neither found the image and both encoded it; the other process stored its features first."""
     other, mine = new_cache(tmp_path), Encoder(salt=1)
 
     def encode(pixel_values: Tensor) -> Tensor:
@@ -165,12 +167,12 @@ def test_a_process_that_was_second_takes_the_firsts_features(tmp_path, cache, pa
 
     features = add(cache, paths, [0, 1], encode)
     assert same_bits(features, torch.stack([features_of(0, salt=1), features_of(1)]))
-    for picture, salt in ((0, 1), (1, 0), (2, 0)):
-        assert same_bits(cache.find(paths[picture])[0], features_of(picture, salt))
+    for image, salt in ((0, 1), (1, 0), (2, 0)):
+        assert same_bits(cache.find(paths[image])[0], features_of(image, salt))
     assert len(cache) == 3
 
 
-def test_no_pictures_give_no_features(cache):
+def test_no_images_give_no_features(cache):
     assert cache.features([], torch.empty(0, 3, 2, 2), Encoder()).shape == (0, TOKENS, WIDTH) and len(cache) == 0
 
 
@@ -181,10 +183,10 @@ def test_features_of_another_shape_are_not_stored(cache, paths):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which picture
+# Which image
 
 
-def test_the_key_is_the_files_stamp_and_content(cache, paths):
+def test_the_key_is_the_files_state_and_content(cache, paths):
     assert cache.find(paths[0]) == (None, key_of(paths[0]))
     add(cache, paths, [0])
     assert cache.find(paths[0])[1] == key_of(paths[0])
@@ -197,22 +199,22 @@ def test_a_known_file_is_not_read(cache, paths, monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", [1, -1])
-def test_a_changed_picture_is_encoded_anew(cache, paths, seconds, monkeypatch):
-    """The same path and size, of a later time or of an earlier one."""
+def test_a_changed_image_is_encoded_again(cache, paths, seconds, monkeypatch):
+    """The same path and size, with a later or an earlier time."""
     add(cache, paths, [0])
     before = os.stat(paths[0]).st_mtime_ns
-    paths[0].write_bytes(b"picture 999999")
+    paths[0].write_bytes(b"image 999999")
     os.utime(paths[0], ns=(before + seconds * 10**9,) * 2)
     found, key = cache.find(paths[0])
     assert found is None and key == key_of(paths[0])
     encoder = Encoder(salt=1)
     cache.features([key], pixels_of(0), encoder)
-    monkeypatch.setattr(feature_cache, "image_bytes", None)  # the file is known as it is now
+    monkeypatch.setattr(feature_cache, "image_bytes", None)  # the file's new state is known
     assert encoder.calls == [[0]] and same_bits(cache.find(paths[0])[0], features_of(0, salt=1))
     assert len(cache) == 2
 
 
-def test_the_same_content_elsewhere_or_later_is_the_same_picture(cache, paths, tmp_path):
+def test_the_same_content_with_another_path_or_time_is_the_same_image(cache, paths, tmp_path):
     add(cache, paths, [0])
     copy = tmp_path / "copy.png"
     shutil.copy(paths[0], copy)
@@ -227,18 +229,18 @@ def test_the_same_content_under_two_paths_is_stored_once(cache, paths, tmp_path,
     encoder = Encoder()
     features = cache.features([key_of(paths[0]), key_of(copy)], pixels_of(0, 0), encoder)
     assert encoder.calls == [[0]] and same_bits(features[0], features[1]) and len(cache) == 1
-    monkeypatch.setattr(feature_cache, "image_bytes", None)  # both paths are known from now on
+    monkeypatch.setattr(feature_cache, "image_bytes", None)  # both paths are known now
     assert same_bits(cache.find(copy)[0], cache.find(paths[0])[0])
 
 
-def test_names_that_are_no_unicode(cache, tmp_path):
+def test_file_names_need_not_be_unicode(cache, tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
     path.write_bytes(b"strange")
     cache.features([cache.find(path)[1]], pixels_of(4), Encoder())
     assert same_bits(cache.find(path)[0], features_of(4))
 
 
-def test_a_file_that_cannot_be_read_is_refused_as_read_image_refuses_it(cache, tmp_path):
+def test_an_unreadable_file_gives_the_error_of_read_image(cache, tmp_path):
     for bad in (tmp_path / "none.png", tmp_path, tmp_path / "a\0b", tmp_path / "\ud800"):
         with pytest.raises(ImageError) as plain:
             read_image(bad)
@@ -256,13 +258,13 @@ def folder_of(tower, processor, dtype=torch.float32) -> Path:
     return cache_folder(Path("data/qa.jsonl"), tower, processor, dtype)
 
 
-def test_whatever_changes_the_features_changes_the_folder(tmp_path):
+def test_everything_that_changes_the_features_changes_the_folder(tmp_path):
     one, two = write_clip(tmp_path / "one"), write_clip(tmp_path / "two")
     processor, tower = load_image_processor(one), load_vision_tower(one)
     folder = folder_of(tower, processor)
     assert folder.parent == Path("data/qa.features") and len(folder.name) == 16 and int(folder.name, 16) >= 0
     assert not (tmp_path / "qa.features").exists()
-    assert folder == folder_of(load_vision_tower(two), load_image_processor(two)), "the same weights elsewhere"
+    assert folder == folder_of(load_vision_tower(two), load_image_processor(two)), "the same weights in another folder"
 
     others = [
         folder_of(load_vision_tower(one, feature_layer=-1), processor),
@@ -271,11 +273,11 @@ def test_whatever_changes_the_features_changes_the_folder(tmp_path):
         folder_of(load_vision_tower(one, dtype=torch.bfloat16), processor),
         folder_of(load_vision_tower(write_siglip(tmp_path / "siglip")), processor),
     ]
-    changed = load_image_processor(one)
-    changed._processor.resample = 2
-    others.append(folder_of(tower, changed))
+    settings = two / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"resample": 2}))
+    others.append(folder_of(tower, load_image_processor(two)))
     changed = load_vision_tower(one)
-    changed.model.config.hidden_act = "gelu"  # the weights do not show it
+    changed.model.config.hidden_act = "gelu"  # not visible in the weights
     others.append(folder_of(changed, processor))
     dino = write_dinov2(tmp_path / "dino")
     others += [folder_of(load_vision_tower(dino, image_size=size), processor) for size in (28, 42)]
@@ -283,8 +285,8 @@ def test_whatever_changes_the_features_changes_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_clip, write_siglip, write_dinov2])
-def test_every_weight_that_is_run_is_in_the_folders_name_and_no_other(tmp_path, write):
-    """One bit of it is enough. Which ones are run is what unfreezing the tower makes trainable."""
+def test_the_folder_depends_on_every_weight_that_is_run_and_no_other(tmp_path, write):
+    """One bit of a weight changes the folder, if and only if `unfreeze` makes the weight trainable."""
     source = write(tmp_path / "tower")
     tower, processor = load_vision_tower(source), load_image_processor(source)
     folder = folder_of(tower, processor)
@@ -302,7 +304,7 @@ def test_every_weight_that_is_run_is_in_the_folders_name_and_no_other(tmp_path, 
 
 
 def child(work) -> int:
-    """The id of a forked process that does `work`, and ends with 0 where it raises nothing."""
+    """Fork a process that calls `work` and exits with 0 unless it raises; return its id."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -318,7 +320,7 @@ def ended_well(process: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
-def test_an_object_that_is_in_use_may_be_forked_and_pickled(cache, paths):
+def test_a_cache_in_use_may_be_forked_and_pickled(cache, paths):
     add(cache, paths, [0])
     opened = dict(cache._opened)
 
@@ -326,7 +328,7 @@ def test_an_object_that_is_in_use_may_be_forked_and_pickled(cache, paths):
         assert same_bits(cache.find(paths[0])[0], features_of(0))
         add(cache, paths, [1])
         assert list(cache._opened) == [os.getppid(), os.getpid()]
-        assert cache._opened[os.getpid()].index is not opened[os.getppid()].index
+        assert cache._opened[os.getpid()].database is not opened[os.getppid()].database
 
     assert ended_well(child(work))
     assert same_bits(cache.find(paths[1])[0], features_of(1))
@@ -334,17 +336,17 @@ def test_an_object_that_is_in_use_may_be_forked_and_pickled(cache, paths):
     assert copy._opened == {} and same_bits(copy.find(paths[1])[0], features_of(1))
 
 
-def test_processes_write_and_read_at_once(tmp_path):
-    """Two writers that meet in most pictures, with features of their own; two readers. A writer is given what is found
-    from then on, a reader nothing else, and every picture has one row."""
-    paths = write_files(tmp_path / "pictures", 60)
+def test_processes_write_and_read_at_the_same_time(tmp_path):
+    """Two writers with mostly the same images and different features, and two readers. Afterwards all find the features that
+    the first writer of an image got, and every image has one row."""
+    paths = write_files(tmp_path / "images", 60)
 
     def write(salt: int) -> None:
         cache, order = new_cache(tmp_path), random.Random(salt)
         for _ in range(60):
-            pictures = order.sample(range(60), 4)
-            features = add(cache, paths, pictures, Encoder(salt))
-            assert all(same_bits(cache.find(paths[i])[0], f) for i, f in zip(pictures, features, strict=True))
+            images = order.sample(range(60), 4)
+            features = add(cache, paths, images, Encoder(salt))
+            assert all(same_bits(cache.find(paths[i])[0], f) for i, f in zip(images, features, strict=True))
 
     def read() -> None:
         cache, seen, deadline = new_cache(tmp_path), {}, time.monotonic() + 60
@@ -357,14 +359,19 @@ def test_processes_write_and_read_at_once(tmp_path):
             assert time.monotonic() < deadline
 
     processes = [child(work) for work in (read, lambda: write(1), lambda: write(2), read)]
-    add_all = child(lambda: add(new_cache(tmp_path), paths, list(range(60)), Encoder(1)))  # whom chance left out
+    add_all = child(
+        lambda: add(new_cache(tmp_path), paths, list(range(60)), Encoder(1))
+    )  # images that no sample contained
     assert all([ended_well(process) for process in (*processes, add_all)])
     assert len(new_cache(tmp_path)) == 60
     assert (tmp_path / "features" / "features.bin").stat().st_size == 60 * ROW_BYTES
 
 
 def check_and_complete(tmp_path: Path, paths: list[Path]) -> int:
-    """After a kill: how many pictures are stored. All of them are right, the others can be added, and no row is lost."""
+    """After a kill: check that stored images are correct, the others can be added and no row is lost.
+
+    Returns the number of images stored before.
+    """
     cache = new_cache(tmp_path)
     found = [cache.find(path)[0] for path in paths]
     assert all(features is None or same_bits(features, features_of(i)) for i, features in enumerate(found))
@@ -378,8 +385,8 @@ def check_and_complete(tmp_path: Path, paths: list[Path]) -> int:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("call", [0, 1, 3])
-def test_a_kill_while_a_row_is_written_leaves_the_batches_before(tmp_path, paths, share, call):
-    """At the call-th row of the second batch, of four: with none of it, half of it or all of it written."""
+def test_a_kill_while_writing_a_row_keeps_the_earlier_batches(tmp_path, paths, share, call):
+    """At a row of the second batch, number `call` of four, with none, half or all of the row written."""
     add(new_cache(tmp_path), paths, [0, 1])
 
     def work() -> None:
@@ -398,9 +405,9 @@ def test_a_kill_while_a_row_is_written_leaves_the_batches_before(tmp_path, paths
     assert check_and_complete(tmp_path, paths) == 2
 
 
-def test_a_kill_at_any_moment_leaves_nothing_wrong(tmp_path):
-    """At random moments, also in the middle of SQLite's commits; batches of three are there whole or not at all."""
-    paths, chance, counts = write_files(tmp_path / "pictures", 300), random.Random(0), []
+def test_a_kill_at_any_moment_leaves_a_correct_cache(tmp_path):
+    """At random moments, also during SQLite's commits. Batches of three are stored completely or not at all."""
+    paths, chance, counts = write_files(tmp_path / "images", 300), random.Random(0), []
     for _ in range(12):
         shutil.rmtree(tmp_path / "features", ignore_errors=True)
         reading, writing = os.pipe()
@@ -426,7 +433,7 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong(tmp_path):
 # Damage
 
 
-def test_a_short_row_is_damaged_even_where_old_memory_would_complete_it(tmp_path, cache, paths, monkeypatch):
+def test_a_truncated_row_is_damaged_even_if_reused_memory_completes_it(tmp_path, cache, paths, monkeypatch):
     (features,) = add(cache, paths, [0])
     file = tmp_path / "features" / "features.bin"
     file.write_bytes(file.read_bytes()[:-1])
@@ -436,7 +443,7 @@ def test_a_short_row_is_damaged_even_where_old_memory_would_complete_it(tmp_path
 
 
 @pytest.mark.parametrize("damage", ["flipped", "zeros", "short", "gone"])
-def test_a_damaged_row_is_encoded_again_and_written_over(tmp_path, cache, paths, damage):
+def test_a_damaged_row_is_encoded_again_and_overwritten(tmp_path, cache, paths, damage):
     add(cache, paths, [0, 1, 2])
     file = tmp_path / "features" / "features.bin"
     content = bytearray(file.read_bytes())
@@ -453,14 +460,14 @@ def test_a_damaged_row_is_encoded_again_and_written_over(tmp_path, cache, paths,
     encoder = Encoder(salt=1)
     features = add(cache, paths, [0, 2, 1], encoder)
     salts = {0: 1, 2: 1, 1: 1} if damage == "gone" else {0: 0, 2: 1, 1: 0}
-    assert encoder.calls == [[picture for picture, salt in salts.items() if salt]]
-    assert same_bits(features, torch.stack([features_of(picture, salt) for picture, salt in salts.items()]))
-    assert all(same_bits(cache.find(paths[picture])[0], features_of(picture, s)) for picture, s in salts.items())
+    assert encoder.calls == [[image for image, salt in salts.items() if salt]]
+    assert same_bits(features, torch.stack([features_of(image, salt) for image, salt in salts.items()]))
+    assert all(same_bits(cache.find(paths[image])[0], features_of(image, salt)) for image, salt in salts.items())
     assert file.stat().st_size == 3 * ROW_BYTES and len(cache) == 3
 
 
 @pytest.mark.parametrize("damage", [lambda _: b"shopping list " * 1000, lambda c: c[:4096] + b"\7" * (len(c) - 4096)])
-def test_a_damaged_index_is_named_with_what_to_do(tmp_path, cache, paths, damage):
+def test_a_damaged_index_is_an_error_with_advice(tmp_path, cache, paths, damage):
     add(cache, paths, list(range(8)))
     index = tmp_path / "features" / "index.sqlite"
     index.write_bytes(damage(index.read_bytes()))
@@ -470,32 +477,32 @@ def test_a_damaged_index_is_named_with_what_to_do(tmp_path, cache, paths, damage
         lambda: len(new_cache(tmp_path)),
     ]
     for attempt in attempts:
-        with pytest.raises(InputError, match="is damaged.*delete this folder, it is made again") as error:
+        with pytest.raises(InputError, match="is damaged.*delete this folder to rebuild it") as error:
             attempt()
         assert str(tmp_path / "features") in str(error.value)
     shutil.rmtree(tmp_path / "features")
     add(new_cache(tmp_path), paths, [0])
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, paths):
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path, paths):
     (tmp_path / "features").write_text("in the way")
     with pytest.raises(InputError, match="features: the feature cache cannot be used .*train.cache_features=off"):
         new_cache(tmp_path).find(paths[0])
 
 
-def test_a_process_that_does_not_let_go_is_named(tmp_path, paths, monkeypatch):
+def test_a_cache_locked_by_another_process_is_an_error(tmp_path, paths, monkeypatch):
     monkeypatch.setattr(feature_cache, "LOCKED_SECONDS", 0.05)
     cache = new_cache(tmp_path)
     add(cache, paths, [0])
     with sqlite3.connect(tmp_path / "features" / "index.sqlite", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
-        assert same_bits(cache.find(paths[0])[0], features_of(0)), "a writer is in no reader's way"
-        with pytest.raises(InputError, match="another process has held the feature cache"):
+        assert same_bits(cache.find(paths[0])[0], features_of(0)), "a writer does not block readers"
+        with pytest.raises(InputError, match="another process has locked the feature cache"):
             add(cache, paths, [1])
         other.execute("ROLLBACK")
         other.execute("BEGIN EXCLUSIVE")
         for attempt in (cache.find, new_cache(tmp_path).find):
-            with pytest.raises(InputError, match="another process has held the feature cache"):
+            with pytest.raises(InputError, match="another process has locked the feature cache"):
                 attempt(paths[0])
         other.execute("ROLLBACK")
     assert same_bits(add(cache, paths, [1])[0], features_of(1))
@@ -506,7 +513,7 @@ def test_a_process_that_does_not_let_go_is_named(tmp_path, paths, monkeypatch):
 
 
 def disk_of(room: int):
-    """An os.pwrite for a disk with so many bytes left: the last ones that fit are written."""
+    """Make an os.pwrite for a disk with `room` bytes left: it writes as many bytes as fit."""
     pwrite = os.pwrite
 
     def write(handle: int, data, offset: int) -> int:
@@ -525,14 +532,14 @@ def fill_rows(cache: FeatureCache, monkeypatch) -> None:
 
 
 def fill_index(cache: FeatureCache, monkeypatch) -> None:
-    index = cache._opened[os.getpid()].index
-    pages = index.execute("PRAGMA page_count").fetchone()[0]
-    index.execute(f"PRAGMA max_page_count = {pages}")
+    database = cache._opened[os.getpid()].database
+    pages = database.execute("PRAGMA page_count").fetchone()[0]
+    database.execute(f"PRAGMA max_page_count = {pages}")
 
 
 @pytest.mark.parametrize("fill", [fill_rows, fill_index])
-def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, monkeypatch, fill):
-    said, paths = [], write_files(tmp_path / "pictures", 200)
+def test_a_full_disk_is_reported_once_and_stops_nothing(tmp_path, monkeypatch, fill):
+    said, paths = [], write_files(tmp_path / "images", 200)
     cache = new_cache(tmp_path, torch.bfloat16, said.append)
     add(cache, paths, [0, 1])
     fill(cache, monkeypatch)
@@ -542,13 +549,13 @@ def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, monkeypatch, fill)
         features = add(cache, paths, everything, encoder)
         assert encoder.calls == [everything[2:]]
         expected = [features_of(i, salt if i > 1 else 0).bfloat16() for i in everything]
-        assert same_bits(features, torch.stack(expected)), "right, and rounded as ever"
+        assert same_bits(features, torch.stack(expected)), "correct, and rounded like cached features"
     assert len(said) == 1 and str(tmp_path / "features") in said[0]
     assert "No space left" in said[0] or "disk is full" in said[0]
     assert len(cache) == 2 and cache.find(paths[2])[0] is None
     assert same_bits(cache.find(paths[1])[0], features_of(1).bfloat16())
 
-    monkeypatch.undo()  # room was made, the program is started again
+    monkeypatch.undo()  # disk space was freed and the program restarted
     cache = new_cache(tmp_path, torch.bfloat16, said.append)
     add(cache, paths, everything)
     assert len(cache) == 200 and len(said) == 1
@@ -556,7 +563,7 @@ def test_a_full_disk_is_said_once_and_stops_nothing(tmp_path, monkeypatch, fill)
     assert (tmp_path / "features" / "features.bin").stat().st_size == 200 * ROW_BYTES // 2
 
 
-def test_a_write_in_pieces_is_a_whole_row(cache, paths, monkeypatch):
+def test_partial_writes_are_completed(cache, paths, monkeypatch):
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: pwrite(handle, data[:7], offset))
     add(cache, paths, [0, 1])

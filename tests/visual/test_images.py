@@ -1,4 +1,4 @@
-"""Image files are read as a viewer shows them, or refused by name. Run: pytest tests/test_images.py"""
+"""Image files are read as a viewer shows them, or refused with their name."""
 
 import faulthandler
 import io
@@ -18,7 +18,7 @@ from config import InputError
 from visual.images import MAX_ASPECT_RATIO, ImageError, image_suffix, list_images, read_image, verify_image
 
 WHITE = (255, 255, 255)
-PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -31,33 +31,33 @@ def save(image: Image.Image, path, **options):
     return path
 
 
-# One picture, many files
+# One image in many kinds of files
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
 def test_lossless_files_give_their_pixels(tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
-    path = save(Image.fromarray(PICTURE), tmp_path / f"a.{suffix}", **options)
-    assert np.array_equal(pixels(read_image(path)), PICTURE)
-    assert np.array_equal(pixels(read_image(str(path))), PICTURE)
+    path = save(Image.fromarray(IMAGE), tmp_path / f"a.{suffix}", **options)
+    assert np.array_equal(pixels(read_image(path)), IMAGE)
+    assert np.array_equal(pixels(read_image(str(path))), IMAGE)
     with open(path, "rb") as file:
-        assert np.array_equal(pixels(read_image(file)), PICTURE)
-    assert np.array_equal(pixels(read_image(io.BytesIO(path.read_bytes()))), PICTURE)
+        assert np.array_equal(pixels(read_image(file)), IMAGE)
+    assert np.array_equal(pixels(read_image(io.BytesIO(path.read_bytes()))), IMAGE)
 
 
-def test_the_suffix_is_not_believed(tmp_path):
-    """Some data sets hold GIFs named .jpg."""
+def test_the_suffix_is_ignored(tmp_path):
+    """Some data sets contain GIFs named .jpg."""
     path = save(Image.new("RGB", (4, 4), (255, 0, 0)), tmp_path / "a.jpg", format="GIF")
     assert (pixels(read_image(path)) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_comes_out_upright(tmp_path, suffix, orientation):
-    """The four quarters have their own colours, so each of the eight orientations looks different."""
+def test_every_exif_orientation_is_turned_upright(tmp_path, suffix, orientation):
+    """The four quarters have different colours, so each of the eight orientations looks different."""
     upright = np.zeros((32, 48, 3), dtype=np.uint8)
     upright[:16, :24], upright[:16, 24:], upright[16:, :24], upright[16:, 24:] = 255, (255, 0, 0), (0, 255, 0), 0
-    stored = {  # what the camera wrote: the inverse of what the tag asks a viewer to do (Exif 2.32, tag 0x0112)
+    stored = {  # as the camera writes it: the inverse of the transform that the tag requests (Exif 2.32, tag 0x0112)
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -76,16 +76,16 @@ def test_every_exif_orientation_comes_out_upright(tmp_path, suffix, orientation)
     assert np.abs(read.astype(int) - upright).max() <= 3  # JPEG rounds
 
 
-def test_unreadable_exif_does_not_lose_a_photo(tmp_path):
-    path = save(Image.fromarray(PICTURE), tmp_path / "a.jpg", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\0")
-    assert pixels(read_image(path)).shape == PICTURE.shape
+def test_an_image_with_unreadable_exif_is_read(tmp_path):
+    path = save(Image.fromarray(IMAGE), tmp_path / "a.jpg", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\0")
+    assert pixels(read_image(path)).shape == IMAGE.shape
 
 
 # Modes
 
 
 def test_greyscale_and_one_bit(tmp_path):
-    grey = PICTURE[..., 0]
+    grey = IMAGE[..., 0]
     assert np.array_equal(pixels(read_image(save(Image.fromarray(grey), tmp_path / "l.png"))), np.dstack([grey] * 3))
     bits = Image.fromarray(grey).convert("1")
     read = pixels(read_image(save(bits, tmp_path / "1.png")))
@@ -100,7 +100,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
     assert np.array_equal(pixels(read_image(path))[..., 0], expected)
 
 
-def test_thirty_two_bit_mode_holds_sixteen_bits_or_is_refused(tmp_path):
+def test_values_of_thirty_two_bits_are_refused_beyond_sixteen(tmp_path):
     values = np.array([[0, 257 * 7, 65535]], dtype=np.int32)
     read = pixels(read_image(save(Image.fromarray(values), tmp_path / "a.tif")))
     assert read[0, :, 0].tolist() == [0, 7, 255]
@@ -110,7 +110,7 @@ def test_thirty_two_bit_mode_holds_sixteen_bits_or_is_refused(tmp_path):
         read_image(save(Image.fromarray(np.ones((2, 2), dtype=np.float32)), tmp_path / "c.tif"))
 
 
-def test_transparency_is_laid_over_white(tmp_path):
+def test_transparent_pixels_are_blended_with_white(tmp_path):
     colours = np.array([[(200, 0, 0, 0), (200, 0, 0, 255), (200, 0, 0, 51)]], dtype=np.uint8)
     read = pixels(read_image(save(Image.fromarray(colours), tmp_path / "rgba.png")))
     assert read[0].tolist() == [list(WHITE), [200, 0, 0], [244, 204, 204]]
@@ -119,7 +119,7 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert read[0, :, 0].tolist() == [255, 90, 222]
 
 
-def test_palettes_with_and_without_transparency(tmp_path):
+def test_palette_images_with_and_without_transparency(tmp_path):
     palette = Image.new("P", (3, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.putdata([0, 1, 2])
@@ -133,7 +133,7 @@ def test_palettes_with_and_without_transparency(tmp_path):
     assert read[0].tolist() == [[10, 20, 30], [40, 50, 60], list(WHITE)]
 
 
-def test_a_transparent_colour_without_alpha_channel(tmp_path):
+def test_a_transparent_colour_becomes_white(tmp_path):
     image = Image.fromarray(np.array([[(1, 2, 3), (9, 9, 9)]], dtype=np.uint8))
     assert pixels(read_image(save(image, tmp_path / "a.png", transparency=(1, 2, 3))))[0].tolist() == [
         list(WHITE),
@@ -143,7 +143,7 @@ def test_a_transparent_colour_without_alpha_channel(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
 def test_cmyk(tmp_path, suffix):
-    """Full ink of one kind; JPEG stores it inverted, as Adobe does."""
+    """Full ink of one colour. JPEG stores it inverted, as Adobe does."""
     for ink, colour in {
         (255, 0, 0, 0): (0, 255, 255),
         (0, 0, 255, 0): (255, 255, 0),
@@ -161,14 +161,14 @@ def test_an_animation_gives_its_first_frame(tmp_path, suffix):
     assert (pixels(read_image(path)) == (255, 0, 0)).all()
 
 
-# Refusals: each names the file and says what to do
+# Refusals: the message names the file and says what to do
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_missing_files_folders_and_text(tmp_path):
+def test_missing_files_folders_and_text_are_refused(tmp_path):
     with pytest.raises(ImageError, match=r"no\.jpg: no such file.*check"):
         read_image(tmp_path / "no.jpg")
     with pytest.raises(ImageError, match="a folder where an image file was expected.*give"):
@@ -182,8 +182,8 @@ def test_missing_files_folders_and_text(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tif"])
-def test_truncated_files(tmp_path, suffix):
-    path = save(Image.fromarray(PICTURE), tmp_path / f"a.{suffix}")
+def test_truncated_files_are_refused(tmp_path, suffix):
+    path = save(Image.fromarray(IMAGE), tmp_path / f"a.{suffix}")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(ImageError, match=rf"a\.{suffix}: (the image is damaged|not an image).*remove"):
@@ -191,8 +191,8 @@ def test_truncated_files(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(("kind", "data"), [(b"tRNS", b""), (b"eXIf", b"?"), (b"iCCP", b"")])
-def test_damage_that_pillow_reports_as_something_else(tmp_path, kind, data):
-    """Sound checksums around bad chunks: ValueError, SyntaxError and IndexError in Pillow."""
+def test_damage_that_raises_other_errors_in_pillow_is_refused(tmp_path, kind, data):
+    """Bad chunks with correct checksums: ValueError, SyntaxError and IndexError in Pillow."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(bytes(4 * 13)))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + body + chunk(kind, data) + chunk(b"IEND", b""))
@@ -200,14 +200,14 @@ def test_damage_that_pillow_reports_as_something_else(tmp_path, kind, data):
         read_image(tmp_path / "a.png")
 
 
-def test_decompression_bombs(tmp_path):
+def test_decompression_bombs_are_refused(tmp_path):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IEND", b""))
     with pytest.raises(ImageError, match=r"bomb\.png: more than 178,956,970 pixels"):
         read_image(tmp_path / "bomb.png")
 
 
-def test_strips_are_refused_before_a_resize_makes_them_huge(tmp_path):
+def test_extreme_strips_are_refused(tmp_path):
     read_image(save(Image.new("RGB", (MAX_ASPECT_RATIO, 1)), tmp_path / "fine.png"))
     with pytest.raises(ImageError, match=r"strip\.png: 101 x 1 pixels.*crop"):
         read_image(save(Image.new("RGB", (MAX_ASPECT_RATIO + 1, 1)), tmp_path / "strip.png"))
@@ -217,7 +217,7 @@ def test_an_image_error_is_an_input_error():
     assert issubclass(ImageError, InputError)
 
 
-def test_reasons_and_pickling(tmp_path):
+def test_errors_have_a_reason_and_can_be_pickled(tmp_path):
     (tmp_path / "text.jpg").write_bytes(b"text")
     for path, reason in {"no.jpg": "missing_image", "a\0b": "missing_image", "text.jpg": "unreadable_image"}.items():
         for read in (read_image, verify_image):
@@ -228,14 +228,14 @@ def test_reasons_and_pickling(tmp_path):
             assert str(error) == f"{tmp_path / path}: {error.detail}"
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(ImageError, match="not a plain file"):
         verify_image(tmp_path / "a.jpg")
 
 
-# Files from strangers: whatever the bytes, reading ends soon, silently, in a picture or an ImageError, and verifying
-# agrees with reading
+# Files from strangers: for any bytes, reading ends soon and silently, with an image or an ImageError, and verifying agrees
+# with reading
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -245,39 +245,39 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def one_of_each() -> dict[str, bytes]:
-    picture, other = Image.fromarray(PICTURE), Image.fromarray(PICTURE[::-1].copy())
-    palette, rgba = picture.quantize(16), picture.convert("RGBA")
-    deep = Image.fromarray(PICTURE[..., 0].astype(np.uint16) * 257)
+    image, other = Image.fromarray(IMAGE), Image.fromarray(IMAGE[::-1].copy())
+    palette, rgba = image.quantize(16), image.convert("RGBA")
+    deep = Image.fromarray(IMAGE[..., 0].astype(np.uint16) * 257)
     turned = Image.Exif()
     turned[0x0112] = 6
     files = {
-        "baseline.jpg": encode(picture, "JPEG", exif=turned),
-        "progressive.jpg": encode(picture, "JPEG", progressive=True),
-        "restarts.jpg": encode(picture, "JPEG", subsampling=0, restart_marker_blocks=2),
-        "cmyk.jpg": encode(picture.convert("CMYK"), "JPEG"),
-        "grey.jpg": encode(picture.convert("L"), "JPEG"),
-        "two.jpg": encode(picture, "MPO", save_all=True, append_images=[other]),
-        "rgb.png": encode(picture, "PNG"),
+        "baseline.jpg": encode(image, "JPEG", exif=turned),
+        "progressive.jpg": encode(image, "JPEG", progressive=True),
+        "restarts.jpg": encode(image, "JPEG", subsampling=0, restart_marker_blocks=2),
+        "cmyk.jpg": encode(image.convert("CMYK"), "JPEG"),
+        "grey.jpg": encode(image.convert("L"), "JPEG"),
+        "two.jpg": encode(image, "MPO", save_all=True, append_images=[other]),
+        "rgb.png": encode(image, "PNG"),
         "palette.png": encode(palette, "PNG", transparency=3),
         "sixteen.png": encode(deep, "PNG"),
         "alpha.png": encode(rgba, "PNG", exif=turned),
-        "animated.png": encode(picture, "PNG", save_all=True, append_images=[other]),
+        "animated.png": encode(image, "PNG", save_all=True, append_images=[other]),
         "interlaced.png": interlaced(),
-        "lossy.webp": encode(picture, "WEBP"),
+        "lossy.webp": encode(image, "WEBP"),
         "lossless.webp": encode(rgba, "WEBP", lossless=True, exif=turned),
-        "animated.webp": encode(picture, "WEBP", save_all=True, append_images=[other]),
+        "animated.webp": encode(image, "WEBP", save_all=True, append_images=[other]),
         "palette.gif": encode(palette, "GIF", transparency=2),
-        "animated.gif": encode(picture, "GIF", save_all=True, append_images=[other], comment=b"?"),
-        "rgb.bmp": encode(picture, "BMP"),
+        "animated.gif": encode(image, "GIF", save_all=True, append_images=[other], comment=b"?"),
+        "rgb.bmp": encode(image, "BMP"),
         "palette.bmp": encode(palette, "BMP"),
         "sixteen.tif": encode(deep, "TIFF", exif=turned),
-        "bilevel.tif": encode(picture.convert("1"), "TIFF"),
+        "bilevel.tif": encode(image.convert("1"), "TIFF"),
     }
-    return files | {f"{kind}.tif": encode(picture, "TIFF", compression=kind) for kind in ("raw", "packbits")}
+    return files | {f"{kind}.tif": encode(image, "TIFF", compression=kind) for kind in ("raw", "packbits")}
 
 
 def interlaced() -> bytes:
-    """8 x 8 grey PNG in the seven passes of Adam7."""
+    """An 8 x 8 grey PNG in the seven passes of Adam7."""
     rows = ((1, 1), (1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8))  # height, width of each pass
     passes = b"".join((b"\0" + bytes(range(width))) * height for height, width in rows)
     return png(8, 8, chunk(b"IDAT", zlib.compress(passes)), colour=0, interlace=1)
@@ -290,14 +290,14 @@ def png(width: int, height: int, *chunks: bytes, colour: int = 2, interlace: int
 
 @pytest.fixture
 def watchdog():
-    """A hang would be silent; this ends the tests and tells where."""
+    """End the tests with a traceback if one hangs."""
     faulthandler.dump_traceback_later(60, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 
 
 def outcome(data: bytes) -> Image.Image | ImageError:
-    """What reading gives, once it is known that verifying gives the same and that nothing is warned of."""
+    """Return the result of reading; assert that verifying agrees and that there are no warnings."""
     results = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -314,13 +314,13 @@ def outcome(data: bytes) -> Image.Image | ImageError:
     return read
 
 
-def test_every_kind_is_read_and_named_by_its_content(watchdog):
+def test_every_kind_is_read_and_its_suffix_found_by_content(watchdog):
     for name, data in one_of_each().items():
         assert isinstance(outcome(data), Image.Image), name
         assert image_suffix(data) == name[name.index(".") :]
 
 
-def test_a_file_cut_off_anywhere_is_refused_or_lacks_no_pixel(watchdog):
+def test_a_file_truncated_anywhere_is_refused_or_has_all_pixels(watchdog):
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     for name, data in one_of_each().items():
         whole = outcome(data)
@@ -331,7 +331,7 @@ def test_a_file_cut_off_anywhere_is_refused_or_lacks_no_pixel(watchdog):
         assert isinstance(outcome(data[: len(data) // 4]), ImageError), name
 
 
-def test_damage_of_every_kind(watchdog):
+def test_random_damage_is_handled(watchdog):
     generator = random.Random(0)
     files = list(one_of_each().values())
     refused = 0
@@ -358,7 +358,7 @@ def test_damage_of_every_kind(watchdog):
 
 
 def huge() -> dict[str, bytes]:
-    """Headers of 30,000 x 30,000 pixels with next to nothing behind them."""
+    """Make files with a header of 30,000 x 30,000 pixels and almost no data."""
     files, side = one_of_each(), 30_000
     jpeg, bmp, tiff = (bytearray(files[name]) for name in ("grey.jpg", "rgb.bmp", "raw.tif"))
     start = jpeg.index(b"\xff\xc0")
@@ -389,11 +389,11 @@ def huge() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "webp", "tif"])
-def test_a_size_is_refused_before_pixels_are_made(watchdog, monkeypatch, kind):
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were made"))
+def test_a_huge_size_is_refused_before_pixels_are_allocated(watchdog, monkeypatch, kind):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
     assert outcome(huge()[kind]).reason == "decompression_bomb"
-    if kind != "webp":  # whose plugin allocates when it opens
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another library's doing
+    if kind != "webp":  # its plugin allocates on opening
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as another library may do
         assert outcome(huge()[kind]).reason == "decompression_bomb"
 
 
@@ -405,7 +405,7 @@ def scans(size: int, count: int) -> bytes:
 
 
 def tiff(*tags: tuple[int, int], data: bytes) -> bytes:
-    """A grey TIFF of one directory; the values are 32-bit numbers."""
+    """A grey TIFF with one directory and 32-bit values."""
     entries = b"".join(struct.pack("<HHII", tag, 4, *value) for tag, *value in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
 
@@ -419,7 +419,7 @@ def run_length(size: int) -> bytes:
 GREY = [(256, 1, 64), (257, 1, 64), (258, 1, 8), (262, 1, 1)]
 
 
-def work_without_end() -> dict[str, bytes]:
+def endless_work() -> dict[str, bytes]:
     jpeg = one_of_each()["grey.jpg"]
     tile = [(322, 1, 65_024), (323, 1, 32_000), (324, 1, 200), (325, 1, 20)]
     painted = [(259, 1, 1), (273, 20_000, 5000), (278, 1, 32), (279, 1, 9)]
@@ -433,12 +433,12 @@ def work_without_end() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["scans", "exif", "tile", "painted", "run length"])
-def test_small_files_that_would_take_minutes_or_gigabytes(watchdog, name):
-    assert outcome(work_without_end()[name]).reason == "decompression_bomb"
+def test_small_files_that_would_take_minutes_or_gigabytes_are_refused(watchdog, name):
+    assert outcome(endless_work()[name]).reason == "decompression_bomb"
 
 
-def test_long_metadata_and_many_frames_cost_little(watchdog):
-    """None of these may be believed, expanded or counted; each takes far below a second."""
+def test_long_metadata_and_many_frames_are_cheap(watchdog):
+    """None of these is trusted, expanded or counted; each takes much less than a second."""
     pixels, bomb = chunk(b"IDAT", zlib.compress(bytes(4 * 13))), zlib.compress(bytes(50_000_000))
     for kind, start in {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}.items():
         assert outcome(png(4, 4, chunk(kind, start + bomb), pixels)).reason == "unreadable_image"
@@ -451,16 +451,16 @@ def test_long_metadata_and_many_frames_cost_little(watchdog):
     assert outcome(jpeg[:2] + profile + jpeg[2:]).size == (32, 24)
 
 
-def test_formats_that_are_not_named_are_not_tried(tmp_path):
+def test_other_formats_are_not_tried(tmp_path):
     for kind in ("EPS", "PPM", "TGA", "ICO", "PCX"):
         with pytest.raises(ImageError, match="not an image that can be read"):
-            read_image(encode(Image.fromarray(PICTURE), kind))
+            read_image(encode(Image.fromarray(IMAGE), kind))
 
 
-def test_a_large_picture_below_the_limit_is_quiet(watchdog, monkeypatch):
-    """Pillow warns from half its limit on; threads must neither show that nor leave the filters changed."""
+def test_a_large_image_below_the_limit_gives_no_warning(watchdog, monkeypatch):
+    """Pillow warns above half its limit. Several threads must not show this or leave other filters changed."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
-    data = encode(Image.fromarray(PICTURE), "PNG")
+    data = encode(Image.fromarray(IMAGE), "PNG")
     with warnings.catch_warnings(record=True) as seen, ThreadPoolExecutor(4) as threads:
         warnings.simplefilter("always")
         assert all(image.size == (32, 24) for image in threads.map(read_image, [data] * 200))
@@ -473,7 +473,7 @@ def test_a_large_picture_below_the_limit_is_quiet(watchdog, monkeypatch):
 # Folders
 
 
-def test_list_images_is_recursive_sorted_and_leaves_out_what_is_hidden(tmp_path):
+def test_list_images_is_recursive_and_sorted_without_hidden_files(tmp_path):
     shown = ["B.JPG", "a.png", "deep/d.tiff", "deep/er/c.WebP", "e.jpeg"]
     hidden = ["notes.txt", ".hidden.jpg", ".cache/f.jpg", "deep/.x/g.jpg", "png", "._a.png"]
     for name in shown + hidden:
@@ -485,13 +485,13 @@ def test_list_images_is_recursive_sorted_and_leaves_out_what_is_hidden(tmp_path)
     assert list_images(tmp_path / "folder.jpg") == []
 
 
-def test_list_images_in_a_hidden_folder_that_was_asked_for(tmp_path):
-    (tmp_path / ".photos").mkdir()
-    (tmp_path / ".photos/a.jpg").touch()
-    assert list_images(tmp_path / ".photos") == [tmp_path / ".photos/a.jpg"]
+def test_list_images_of_a_hidden_folder(tmp_path):
+    (tmp_path / ".images").mkdir()
+    (tmp_path / ".images/a.jpg").touch()
+    assert list_images(tmp_path / ".images") == [tmp_path / ".images/a.jpg"]
 
 
-def test_list_images_of_no_folder(tmp_path):
+def test_list_images_refuses_paths_that_are_not_folders(tmp_path):
     (tmp_path / "a.jpg").touch()
     for path in (tmp_path / "a.jpg", tmp_path / "missing"):
         with pytest.raises(InputError, match=f"{path.name}: not a folder"):

@@ -1,4 +1,4 @@
-"""Pixels are the encoder's own: equal to transformers', to arithmetic, and reloaded. Run: pytest tests/test_processor.py"""
+"""Pixels equal those of transformers and of plain arithmetic, and stay equal after saving and loading."""
 
 import json
 
@@ -27,16 +27,16 @@ def folders(tmp_path_factory):
     return {name: write(tmp_path_factory.mktemp(name)) for name, write in WRITERS.items()}
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+def make_image(height: int, width: int, seed: int = 0) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-PICTURES = [picture(50, 70), picture(90, 41, seed=1), picture(32, 32, seed=2)]
+IMAGES = [make_image(50, 70), make_image(90, 41, seed=1), make_image(32, 32, seed=2)]
 
 
 def change(folder, target, **values):
-    """A copy of a preprocessor_config.json with other values in the folder `target`."""
+    """Write a copy of preprocessor_config.json with other values to the folder `target`."""
     found = json.loads((folder / "preprocessor_config.json").read_text())
     (target / "preprocessor_config.json").write_text(json.dumps(found | values))
     return target
@@ -44,17 +44,17 @@ def change(folder, target, **values):
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "dinov3_vit"])
 def test_pixels_equal_transformers(folders, name):
-    """DINOv3's class is left out: it cannot be imported without torchvision."""
-    theirs = AutoImageProcessor.from_pretrained(folders[name])(PICTURES, return_tensors="pt")["pixel_values"]
-    ours = load_image_processor(folders[name])(PICTURES)
+    """Without DINOv3, whose class cannot be imported without torchvision."""
+    theirs = AutoImageProcessor.from_pretrained(folders[name])(IMAGES, return_tensors="pt")["pixel_values"]
+    ours = load_image_processor(folders[name])(IMAGES)
     assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_pixels_equal_arithmetic(folders, name):
-    """Resize, crop, /255, minus mean, over std, each once: written out with Pillow and numpy from the JSON values."""
+    """Resize, crop, divide by 255, subtract the mean, divide by std, each once, with Pillow and numpy."""
     values = json.loads((folders[name] / "preprocessor_config.json").read_text())
-    for image, ours in zip(PICTURES, load_image_processor(folders[name])(PICTURES), strict=True):
+    for image, ours in zip(IMAGES, load_image_processor(folders[name])(IMAGES), strict=True):
         size, crop = values["size"], values.get("crop_size")
         short = size if isinstance(size, int) else size.get("shortest_edge")
         if short:
@@ -70,21 +70,21 @@ def test_pixels_equal_arithmetic(folders, name):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_one_image_gives_the_pixels_it_has_in_a_batch(folders, name):
+def test_an_image_has_the_same_pixels_alone_and_in_a_batch(folders, name):
     processor = load_image_processor(folders[name])
-    batch = processor(PICTURES)
+    batch = processor(IMAGES)
     side = processor.image_size
     assert batch.shape == (3, 3, side, side)
-    for image, pixels in zip(PICTURES, batch, strict=True):
+    for image, pixels in zip(IMAGES, batch, strict=True):
         assert torch.equal(processor([image])[0], pixels)
     assert processor([]).shape == (0, 3, side, side)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "siglip2", "dinov3_vit"])
-def test_denormalise_gives_the_picture_back(folders, name):
-    """Exact for a picture of the right size: nothing is normalised, or scaled by 255, twice or never."""
+def test_denormalise_restores_the_image(folders, name):
+    """Exactly for an image of the right size: pixels are normalised and scaled by 255 once."""
     processor = load_image_processor(folders[name])
-    image = picture(processor.image_size, processor.image_size)
+    image = make_image(processor.image_size, processor.image_size)
     shown = processor.denormalise(processor([image]))
     assert shown.dtype == torch.uint8 and np.array_equal(shown[0].numpy(), np.asarray(image))
 
@@ -96,39 +96,41 @@ def test_a_saved_processor_makes_identical_pixels(folders, tmp_path, name):
         processor.save(tmp_path / str(image_size))
         again = load_image_processor(tmp_path / str(image_size))
         assert again.image_size == processor.image_size
-        assert torch.equal(again(PICTURES), processor(PICTURES))
-        theirs = AutoImageProcessor.from_pretrained(tmp_path / str(image_size))(PICTURES, return_tensors="pt")
-        assert torch.equal(theirs["pixel_values"], processor(PICTURES))
+        assert torch.equal(again(IMAGES), processor(IMAGES))
+        theirs = AutoImageProcessor.from_pretrained(tmp_path / str(image_size))(IMAGES, return_tensors="pt")
+        assert torch.equal(theirs["pixel_values"], processor(IMAGES))
 
 
-def test_dinov3_needs_only_what_transformers_5_saves(folders, tmp_path):
-    """It leaves out what is null, and what is left out must not become Bit's (a crop of 224, CLIP's colours)."""
+def test_dinov3_loads_the_keys_that_transformers_5_saves(folders, tmp_path):
+    """Null values are not saved, and must not get Bit's defaults (a crop of 224, CLIP's mean and std)."""
     values = json.loads((folders["dinov3_vit"] / "preprocessor_config.json").read_text())
     kept = {key: values[key] for key in ("image_processor_type", "size", "do_resize", "do_rescale", "do_normalize")}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
-    assert torch.equal(load_image_processor(tmp_path)(PICTURES), load_image_processor(folders["dinov3_vit"])(PICTURES))
+    assert torch.equal(load_image_processor(tmp_path)(IMAGES), load_image_processor(folders["dinov3_vit"])(IMAGES))
 
 
-def test_another_image_size_shows_the_same_part_of_the_picture(folders):
-    """DINOv2 resizes to 32 and crops 28: at 56 that is 64 and 56, not 32 padded with black to 56."""
-    image = picture(64, 64)
+def test_another_image_size_shows_the_same_part_of_the_image(folders):
+    """DINOv2 resizes to 32 and crops to 28. At 56 that is 64 and 56, not 32 padded with black to 56."""
+    image = make_image(64, 64)
     shown = load_image_processor(folders["dinov2"], image_size=56)
     assert shown.image_size == 56
     assert np.array_equal(shown.denormalise(shown([image]))[0].numpy(), np.asarray(image.crop((4, 4, 60, 60))))
     assert load_image_processor(folders["siglip"], image_size=64)([image]).shape == (1, 3, 64, 64)
 
 
-def test_images_that_were_not_read_by_read_image_are_refused(folders):
+def test_images_that_are_not_rgb_are_refused(folders):
     for mode in ("L", "RGBA", "CMYK"):
         with pytest.raises(ValueError, match=f"mode {mode}, not RGB"):
             load_image_processor(folders["clip"])([Image.new(mode, (8, 8))])
 
 
 def test_a_missing_or_broken_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no preprocessor_config\.json.*copy it from where the encoder's weights"):
+    with pytest.raises(
+        InputError, match=r"preprocessor_config\.json not found.*copy it from the source of the encoder's weights"
+    ):
         load_image_processor(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"no preprocessor_config\.json that can be read"):
+    with pytest.raises(InputError, match=r"preprocessor_config\.json not found or cannot be read"):
         load_image_processor(tmp_path)
 
 
@@ -137,16 +139,16 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
     [
         ("siglip", {"image_processor_type": "SiglipImageProcesor"}, 'did you mean "SiglipImageProcessor"'),
         ("siglip", {"image_processor_type": "Siglip2ImageProcessor"}, '"Siglip2ImageProcessor" is unknown'),
-        ("siglip", {"image_processor_type": None}, 'no "image_processor_type"; add it.*BitImageProcessor'),
-        ("siglip", {"size": {"height": 32, "width": 48}}, "not of one square size"),
-        ("clip", {"crop_size": {"height": 28, "width": 21}}, "not of one square size"),
-        ("clip", {"do_center_crop": False}, "not of one square size"),
+        ("siglip", {"image_processor_type": None}, 'no "image_processor_type"; add the one.*BitImageProcessor'),
+        ("siglip", {"size": {"height": 32, "width": 48}}, "is not square"),
+        ("clip", {"crop_size": {"height": 28, "width": 21}}, "is not square"),
+        ("clip", {"do_center_crop": False}, "is not square"),
         ("dinov2", {"do_resize": False}, "do_resize is off"),
         ("siglip", {"do_rescale": False}, "do_rescale is off"),
         ("siglip", {"do_normalize": False}, "do_normalize is off"),
     ],
 )
-def test_files_that_do_not_describe_an_encoders_input_are_refused(folders, tmp_path, name, values, message):
+def test_unusable_processor_files_are_refused(folders, tmp_path, name, values, message):
     with pytest.raises(InputError, match=message) as error:
         load_image_processor(change(folders[name], tmp_path, **values))
     assert str(tmp_path) in str(error.value)
