@@ -1,105 +1,95 @@
 """What an answer costs, asked in batches and one at a time: `python -m benchmarks.answering`.
 
-Two tasks: one question about every picture of a folder, and eight questions about every picture. Each is done by the plain
-way, which is what one writes first and has a KV cache too: for each question read the picture, encode it, generate. And by
-ours: batches, pictures read by threads meanwhile, a picture's part of the prompt read once for all questions about it.
-Every measure runs in a process of its own, by turns. All answers have the same length, and in float32 the same tokens
-whichever way they are asked, or this stops. Prints Markdown. Needs Linux (/proc tells what memory is in use).
+Two tasks: one question about every image of a folder, and eight questions about every image. The plain way, which is what
+one writes first, also has a KV cache: for each question it reads the image, encodes it and generates. Ours asks in batches,
+reads the next images in threads meanwhile, and reads an image's part of the prompt once for all questions about it. Every
+measure runs in a process of its own, by turns. All answers have the same length, and in float32 the same tokens in both ways,
+or this stops. Prints Markdown. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import subprocess
-import sys
-import tempfile
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
-SEED = 1
-QUESTIONS = 8  # about a picture, in the second task
+import torch
+
+from benchmarks.annotations import PLAIN_WORDS, SEED
+from benchmarks.measuring import Clock, machine, make_parser, measure_by_turns, median_of, open_workdir, table
+from benchmarks.workload import write_workload
+from config import load_config
+from dataset.conversation import question_parts
+from model.answer import Answerer, Request
+from training.run import open_answerer, open_model, open_processors
+
+QUESTIONS = 8  # about an image, in the second task
 QUESTION_WORDS = (5, 15)
 BATCH = 8
 
 NAMES = {
     "folder_plain": "a folder, one at a time",
     "folder_batched": f"a folder, batches of {BATCH}",
-    "questions_plain": f"{QUESTIONS} questions a picture, one at a time",
-    "questions_shared": f"{QUESTIONS} questions a picture, the picture shared",
+    "questions_plain": f"{QUESTIONS} questions an image, one at a time",
+    "questions_shared": f"{QUESTIONS} questions an image, the image shared",
 }
 
 
 class TokenIds:
-    """In the tokenizer's place: the text of an answer is its token ids."""
+    """Replaces the tokenizer: the text of an answer is its token ids."""
 
     @staticmethod
     def batch_decode(rows, skip_special_tokens: bool) -> list[str]:
         return [" ".join(map(str, row.tolist())) for row in rows]
 
 
-def requests_about(pictures: list[Path], questions: int) -> list:
-    """`questions` about each of the pictures, no two alike."""
-    from benchmarks.workload import WORDS
-    from dataset.conversation import question_parts
-    from model.answer import Request
-
+def requests_about(images: Sequence[Path], questions: int) -> list[Request]:
+    """Make `questions` different questions about each image."""
     chance = random.Random(SEED)
-    words = [word for word in WORDS if word.isascii() and word.isalpha()]
-    return [
-        Request(
-            [("user", question_parts(" ".join(chance.choices(words, k=chance.randint(*QUESTION_WORDS))), 1))], [path]
-        )
-        for path in pictures
-        for _ in range(questions)
-    ]
+
+    def question() -> str:
+        return " ".join(chance.choices(PLAIN_WORDS, k=chance.randint(*QUESTION_WORDS)))
+
+    return [Request([("user", question_parts(question(), 1))], [path]) for path in images for _ in range(questions)]
 
 
-def answer_plainly(ask, requests: list) -> list[str]:
-    """One after the other, each from its file on."""
-    import torch
-
-    model, texts = ask.model, []
-    with torch.inference_mode(), ask.autocast():
+def answer_plainly(answerer: Answerer, requests: Sequence[Request]) -> list[str]:
+    """Answer one request after the other, each from its image file on."""
+    model: Any = answerer.model
+    texts = []
+    with torch.inference_mode(), answerer.autocast():
         for request in requests:
-            ids = torch.tensor([ask.chat.encode_prompt(request.turns)])
-            features = model.encode_images(torch.stack([ask.read_pixels(path) for path in request.images]))
+            ids = torch.tensor([answerer.chat.encode_prompt(request.turns)])
+            features = model.encode_images(torch.stack([answerer.read_pixels(path) for path in request.images]))
             out = model.causal_lm.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), image_features=features, **ask.options
+                input_ids=ids, attention_mask=torch.ones_like(ids), image_features=features, **answerer.options
             )
             texts += TokenIds.batch_decode(out[:, ids.shape[1] :], True)
     return texts
 
 
-def measure(name: str, folder: Path, precision: str, pictures: int, new_tokens: int, threads: int) -> dict:
-    """Seconds, memory above that of the loaded model at the highest (MiB), and the answers, of one way of asking."""
-    import torch
-
-    from benchmarks.data import Clock
-    from config import load_config
-    from training.run import answerer, build, open_processors
-
-    torch.set_num_threads(threads)
-    config = load_config(folder / "config.yaml", [f"test.max_new_tokens={new_tokens}"])
-    built = build(config, precision, open_processors(config))
+def measure(name: str, arguments: argparse.Namespace) -> dict:
+    """Return time, memory above that of the loaded model, and the answers, of one way of asking."""
+    torch.set_num_threads(arguments.threads)
+    config = load_config(arguments.workdir / "config.yaml", [f"test.max_new_tokens={arguments.new_tokens}"])
+    built = open_model(config, arguments.precision, open_processors(config))
     built.model.eval()
-    ask = answerer(config, built, precision, torch.device("cpu"))
-    ask.tokenizer = TokenIds()
-    ask.options["min_new_tokens"] = new_tokens  # random weights: where they stop says nothing
+    answerer: Any = open_answerer(config, built, arguments.precision, torch.device("cpu"))
+    answerer.tokenizer = TokenIds()
+    answerer.options["min_new_tokens"] = arguments.new_tokens  # where random weights stop has no meaning
     task, way = name.split("_")
-    count = pictures // QUESTIONS if task == "questions" else pictures
-    files = [folder / "images" / f"{i}.jpg" for i in range(count)]
-    requests = requests_about(files, QUESTIONS if task == "questions" else 1)
+    questions = QUESTIONS if task == "questions" else 1
+    files = [arguments.workdir / "images" / f"{i}.jpg" for i in range(arguments.images // questions)]
+    requests = requests_about(files, questions)
 
-    def answers(asked: list) -> list[str]:
+    def answers(asked: list[Request]) -> list[str]:
         if way == "plain":
-            return answer_plainly(ask, asked)
-        return [answer.text for answer in ask.answer_all(asked, BATCH)]
+            return answer_plainly(answerer, asked)
+        return [answer.text for answer in answerer.answer_all(asked, BATCH)]
 
     answers(requests[:BATCH])  # what is set up once
     clock = Clock()
@@ -107,29 +97,24 @@ def measure(name: str, folder: Path, precision: str, pictures: int, new_tokens: 
     return clock.read() | {"answers": texts}
 
 
-def run(folder: Path, rounds: int, *sizes: str) -> dict[str, dict]:
-    """Every measure in every round, by turns: name -> medians, and the answers of the first round."""
-    results: dict[str, list[dict]] = {name: [] for name in NAMES}
-    for _ in range(rounds):
-        for name in NAMES:
-            options = ["--measure", name, "--workdir", str(folder), *sizes]
-            command = [sys.executable, "-m", "benchmarks.answering", *options]
-            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    keys = ("cpu", "wall", "peak")
-    medians = {name: {key: median(one[key] for one in found) for key in keys} for name, found in results.items()}
-    return {name: medians[name] | {"answers": results[name][0]["answers"]} for name in NAMES}
+def summarize(answers: dict[str, list[dict]]) -> dict[str, dict]:
+    """Return name -> medians, and the answers of the first round."""
+    medians = {
+        name: {key: median(one[key] for one in found) for key in ("cpu", "wall", "peak")}
+        for name, found in answers.items()
+    }
+    return {name: medians[name] | {"answers": found[0]["answers"]} for name, found in answers.items()}
 
 
 def check_agreement(results: dict[str, dict], precision: str) -> None:
-    """Raises ValueError where answers in float32 are not those of the plain way."""
+    """Raise ValueError if answers in float32 are not those of the plain way."""
     wrong = {name: share for name, share in shares_equal(results).items() if share < 1}
     if precision == "fp32" and wrong:
-        raise ValueError(f"of these answers only a share has the tokens of those asked one at a time: {wrong}")
+        raise ValueError(f"only a share of these answers has the tokens of those asked one at a time: {wrong}")
 
 
 def shares_equal(results: dict[str, dict]) -> dict[str, float]:
-    """Task -> the share of the answers whose tokens are all those of the plain way."""
+    """Return way -> the share of its answers whose tokens are all those of the plain way."""
     shares = {}
     for plain, ours in (("folder_plain", "folder_batched"), ("questions_plain", "questions_shared")):
         pairs = list(zip(results[plain]["answers"], results[ours]["answers"], strict=True))
@@ -140,7 +125,7 @@ def shares_equal(results: dict[str, dict]) -> dict[str, float]:
 def markdown(results: dict[str, dict], about: str) -> str:
     shares = shares_equal(results)
     head = ["", "answers a second", "times", "answers a CPU second", "times", "MiB above the model", "tokens alike"]
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for name, title in NAMES.items():
         found, plain = results[name], results[f"{name.split('_')[0]}_plain"]
         count = len(found["answers"])
@@ -148,51 +133,30 @@ def markdown(results: dict[str, dict], about: str) -> str:
         cells = [f"{count / found['wall']:.2f}", f"{plain['wall'] / found['wall']:.2f}"]
         cells += [f"{count / found['cpu']:.2f}", f"{plain['cpu'] / found['cpu']:.2f}"]
         rows.append([title, *cells, f"{found['peak']:,.0f}", equal])
-    return "\n".join([about, "", *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def machine() -> str:
-    import torch
-    import transformers
-
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {versions}, {date.today()}"
+    return f"{about}\n\n{table(head, rows)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What an answer costs, in batches and one at a time. Prints Markdown.")
-    parser.add_argument("--rounds", type=int, default=3, help="each measure so many times (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=64, help="in the folder (default: %(default)s)")
+    parser = make_parser("What an answer costs, in batches and one at a time.", NAMES)
+    parser.add_argument("--images", type=int, default=64, help="in the folder (default: %(default)s)")
+    parser.add_argument("--pictures", dest="images", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--new-tokens", type=int, default=32, help="of every answer (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="that torch computes with (default: %(default)s)")
-    parser.add_argument(
-        "--workdir", type=Path, help="keep the workload here for the next run (default: a temporary folder)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model, one round: shows that it works, not how fast"
-    )
-    parser.add_argument("--measure", choices=NAMES, help="this one alone, in --workdir as it is; prints JSON")
     arguments = parser.parse_args()
-    sizes = (arguments.precision, arguments.pictures, arguments.new_tokens, arguments.threads)
     if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.workdir, *sizes)))
+        print(json.dumps(measure(arguments.measure, arguments)))
         return
-    from benchmarks.vlm_workload import make_workload
-
     if arguments.quick:
-        arguments.rounds, arguments.pictures, arguments.new_tokens = 1, 16, 4
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.workdir or Path(temporary)).resolve()
-        make_workload(folder, "tiny" if arguments.quick else "W2", arguments.pictures)
-        words = (arguments.pictures, arguments.new_tokens, arguments.threads)
-        flags = [f"--{key}={value}" for key, value in zip(("pictures", "new-tokens", "threads"), words, strict=True)]
-        results = run(folder, arguments.rounds, f"--precision={arguments.precision}", *flags)
+        arguments.rounds, arguments.images, arguments.new_tokens = 1, 16, 4
+    with open_workdir(arguments.workdir) as folder:
+        write_workload(folder, "tiny" if arguments.quick else "W2", arguments.images)
+        options = [f"--workdir={folder}", f"--precision={arguments.precision}", f"--threads={arguments.threads}"]
+        options += [f"--images={arguments.images}", f"--new-tokens={arguments.new_tokens}"]
+        results = summarize(measure_by_turns("answering", NAMES, arguments.rounds, options))
     check_agreement(results, arguments.precision)
     about = f"{arguments.precision}, threads: {arguments.threads}, {arguments.new_tokens} new tokens an answer"
-    rounds = f"{arguments.rounds} round{'s' if arguments.rounds > 1 else ''}"
-    print(markdown(results, f"{machine()}; {about}; median of {rounds}."))
+    print(markdown(results, f"{machine(('torch', 'transformers'))}; {about}; {median_of(arguments.rounds)}."))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,45 @@
 """What the data costs, beside the plain way of doing the same: `python -m benchmarks.data`.
 
-Three questions, each answered in processes of its own, ours and the plain way by turns: raw annotations into a QA file
-(the mix that LLaVA-like training starts from); opening a QA file; reading it at random from forked workers. The plain
-way is what one writes first: json.load, lists of dicts. It does the same work and keeps the same records, or this stops.
+Three tasks, each in processes of its own, ours and the plain way by turns: make a QA file of raw annotations (the mix that
+LLaVA-like training starts from); open a QA file; read it at random from forked workers. The plain way is what one writes
+first: json.load, lists of dicts. It does the same work and keeps the same records, or this stops.
 
-Prints Markdown. Needs Linux (/proc tells what memory is in use).
+Prints Markdown. Linux only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from statistics import median
 
-from benchmarks.workload import ALL_RECORDS, SEED, SOURCES, make_workload
+from benchmarks.annotations import ALL_RECORDS, SEED, SOURCES, write_annotations
+from benchmarks.measuring import (
+    Clock,
+    machine,
+    make_parser,
+    measure_by_turns,
+    median_of,
+    memory,
+    open_workdir,
+    table,
+)
 
-ROOT = Path(__file__).parent.parent
 VALIDATION_FRACTION = 0.01
 WORKERS = (1, 2, 4)
 MAX_READS = 400_000  # random reads, shared among the workers
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
-
-
-class Clock:
-    """What a piece of work costs from here on: seconds, and memory above what the process held before."""
-
-    def __init__(self):
-        Path("/proc/self/clear_refs").write_text("5")  # the highest memory use counts from now
-        self._before = _memory("VmRSS")
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """Seconds of this process and wall; MiB above the start, at the highest and now; MiB of the whole process."""
-        cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
-        now, highest = _memory("VmRSS"), _memory("VmHWM")
-        return {"cpu": cpu, "wall": wall, "peak": highest - self._before, "held": now - self._before, "process": now}
-
-
-def _memory(field: str, file: str = "status") -> float:
-    """MiB, of a line of /proc/self/status or smaps_rollup."""
-    for line in Path("/proc/self", file).read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
+# ---------------------------------------------------------------------------------------------------------------------
+# The measures, each in a process of its own
 
 
 def prepare_ours(folder: Path) -> dict:
@@ -67,7 +48,7 @@ def prepare_ours(folder: Path) -> dict:
 
 
 def prepare_again(folder: Path) -> dict:
-    """With what the last run wrote: if nothing changed, nothing is done."""
+    """Prepare beside what the last run wrote: if nothing changed, nothing is done."""
     from config import DataConfig, SourceConfig
     from dataprocess.process_image import prepare
 
@@ -95,8 +76,8 @@ def prepare_again(folder: Path) -> dict:
 
 
 def prepare_plain(folder: Path) -> dict:
-    """Whole files, lists of dicts, a dict by file name to keep a picture on one side. JSON Lines with json.dumps, since
-    json.dump of the list takes five times as long."""
+    """Read whole files into lists of dicts; a dict by file name keeps an image on one side of the split. Writes lines with
+    json.dumps, because json.dump of the list takes five times as long."""
     output = folder / "plain"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -178,16 +159,16 @@ def read_plain(folder: Path) -> dict:
 
 
 def _read_at_random(count: int, read: Callable[[int], int]) -> dict:
-    """For each number of workers: "reads_n", a second, all together, and "grown_n", MiB that a worker had for itself in
-    the end and not after its first few reads. The parent has the file open, the workers are forked from it, as the
-    loader's are."""
+    """For each number of workers n: "reads_n", reads a second of all together, and "grown_n", the MiB that a worker held for
+    itself alone in the end beyond those after its first reads. The workers are forked from a parent that has the file open,
+    as the loader's are."""
     result = {"kept": count}
     fork = multiprocessing.get_context("fork")
     for workers in WORKERS:
         order = random.Random(workers).sample(range(count), min(count, MAX_READS))
         answers, together = fork.SimpleQueue(), fork.Barrier(workers)
-        shares = [array("q", order[worker::workers]) for worker in range(workers)]  # no objects whose use is counted
-        processes = [fork.Process(target=_worker, args=(read, share, together, answers)) for share in shares]
+        parts = [array("q", order[worker::workers]) for worker in range(workers)]  # no objects with reference counts
+        processes = [fork.Process(target=_worker, args=(read, part, together, answers)) for part in parts]
         for process in processes:
             process.start()
         begun, ended, grown, letters = zip(*[answers.get() for _ in processes], strict=True)
@@ -202,10 +183,10 @@ def _read_at_random(count: int, read: Callable[[int], int]) -> dict:
 def _worker(read: Callable[[int], int], order: array, together, answers) -> None:
     letters = sum(map(read, order[:100]))
     together.wait()
-    before, begun = _memory("Private_Dirty", "smaps_rollup"), time.perf_counter()
+    before, begun = memory("Private_Dirty", "smaps_rollup"), time.perf_counter()
     letters += sum(map(read, order[100:]))
     ended = time.perf_counter()
-    answers.put((begun, ended, _memory("Private_Dirty", "smaps_rollup") - before, letters))
+    answers.put((begun, ended, memory("Private_Dirty", "smaps_rollup") - before, letters))
 
 
 MEASURES = {
@@ -218,23 +199,16 @@ MEASURES = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
 
 
-def run(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Every measure in every round, by turns, each in a process of its own: name -> the medians of what it answered."""
-    answers = {name: [] for name in MEASURES}
-    for _ in range(rounds):
-        for name in MEASURES:
-            command = [sys.executable, "-m", "benchmarks.data", "--workdir", str(folder), "--measure", name]
-            done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
-            answers[name].append(json.loads(done.stdout))
-    check_agreement(answers)
+def medians(answers: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     return {name: {key: median(one[key] for one in found) for key in found[0]} for name, found in answers.items()}
 
 
-def check_agreement(answers: dict[str, list[dict[str, float]]]) -> None:
-    """Raises ValueError where ours and the plain way do not count the same records and letters."""
+def check_agreement(answers: dict[str, list[dict]]) -> None:
+    """Raise ValueError if ours and the plain way do not count the same records and letters."""
     for task in ("prepare", "open", "read"):
         same = ["kept", *(f"letters_{workers}" for workers in WORKERS if task == "read")]
         seen = {tuple(one[key] for key in same) for name in answers if name.startswith(task) for one in answers[name]}
@@ -243,82 +217,63 @@ def check_agreement(answers: dict[str, list[dict[str, float]]]) -> None:
 
 
 def markdown(results: dict[str, dict[str, float]], rounds: int) -> str:
-    ours, again, plain = (results[f"prepare_{way}"] for way in ("ours", "again", "plain"))
-    first, indexed, loaded = (results[f"open_{way}"] for way in ("first", "indexed", "plain"))
-    random_ours, random_plain = results["read_ours"], results["read_plain"]
-    lines = [
-        f"{_machine()}; median of {rounds} round{'s' if rounds > 1 else ''}. Memory is MiB above what the process "
-        "held after its imports.",
-        "",
-        *_table(
-            [f"{ours['kept']:,.0f} records prepared", "ours", "plain", "plain / ours", "ours, nothing changed"],
+    prepared = [results[f"prepare_{way}"] for way in ("ours", "plain", "again")]
+    opened = [results[f"open_{way}"] for way in ("indexed", "plain", "first")]
+    read = [results[f"read_{way}"] for way in ("ours", "plain")]
+    tables = [
+        f"{machine(())}; {median_of(rounds)}. Memory is MiB above what the process held after its imports.",
+        table(
+            [f"{prepared[0]['kept']:,.0f} records prepared", "ours", "plain", "plain / ours", "ours, nothing changed"],
             [
-                _row("CPU seconds", "{:.2f}", ours["cpu"], plain["cpu"], again["cpu"]),
-                _row("seconds", "{:.2f}", ours["wall"], plain["wall"], again["wall"]),
-                _row("memory at the highest", "{:,.0f}", ours["peak"], plain["peak"], again["peak"]),
+                _row("CPU seconds", "{:.2f}", *(one["cpu"] for one in prepared)),
+                _row("seconds", "{:.2f}", *(one["wall"] for one in prepared)),
+                _row("memory at the highest", "{:,.0f}", *(one["peak"] for one in prepared)),
             ],
         ),
-        *_table(
-            [f"{indexed['kept']:,.0f} records opened", "ours", "plain", "plain / ours", "ours, first time"],
+        table(
+            [f"{opened[0]['kept']:,.0f} records opened", "ours", "plain", "plain / ours", "ours, first time"],
             [
-                _row("milliseconds", "{:,.0f}", *(1000 * one["wall"] for one in (indexed, loaded, first))),
-                _row("CPU milliseconds", "{:,.0f}", *(1000 * one["cpu"] for one in (indexed, loaded, first))),
-                _row("memory held", "{:,.0f}", *(one["held"] for one in (indexed, loaded, first))),
-                _row("memory of the whole process", "{:,.0f}", *(one["process"] for one in (indexed, loaded, first))),
+                _row("milliseconds", "{:,.0f}", *(1000 * one["wall"] for one in opened)),
+                _row("CPU milliseconds", "{:,.0f}", *(1000 * one["cpu"] for one in opened)),
+                _row("memory held", "{:,.0f}", *(one["held"] for one in opened)),
+                _row("memory of the whole process", "{:,.0f}", *(one["process"] for one in opened)),
             ],
         ),
-        *_table(
+        table(
             ["workers", "ours: reads a second", "plain", "ours: a worker grows by MiB", "plain"],
             [
                 [
                     str(workers),
-                    *(f"{one[f'reads_{workers}']:,.0f}" for one in (random_ours, random_plain)),
-                    *(f"{one[f'grown_{workers}']:,.1f}" for one in (random_ours, random_plain)),
+                    *(f"{one[f'reads_{workers}']:,.0f}" for one in read),
+                    *(f"{one[f'grown_{workers}']:,.1f}" for one in read),
                 ]
                 for workers in WORKERS
             ],
         ),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(tables)
 
 
-def _row(what: str, form: str, ours: float, plain: float, other: float) -> list[str]:
+def _row(title: str, form: str, ours: float, plain: float, other: float) -> list[str]:
     ratio = f"{plain / ours:.1f}" if ours > 0 else "-"
-    return [what, form.format(ours), form.format(plain), ratio, form.format(other)]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
-
-
-def _machine() -> str:
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    model = models[0] if models else platform.machine()
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {date.today()}"
+    return [title, form.format(ours), form.format(plain), ratio, form.format(other)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What the data costs, beside the plain way. Prints Markdown.")
+    parser = make_parser("What the data costs, beside the plain way.", MEASURES)
     parser.add_argument("--records", type=int, default=ALL_RECORDS, help="raw records (default: %(default)s)")
     parser.add_argument("--qa-records", type=int, default=1_000_000, help="of the QA file (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="each measure so many times (default: %(default)s)")
-    parser.add_argument(
-        "--workdir", type=Path, help="keep the workload here for the next run (default: a temporary folder)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, one round: shows that it works, not how fast"
-    )
-    parser.add_argument("--measure", choices=MEASURES, help="this one alone, in --workdir as it is; prints JSON")
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(MEASURES[arguments.measure](arguments.workdir)))
         return
     if arguments.quick:
         arguments.records, arguments.qa_records, arguments.rounds = 2000, 3000, 1
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (arguments.workdir or Path(temporary)).resolve()
-        make_workload(folder, arguments.records, arguments.qa_records)
-        print(markdown(run(folder, arguments.rounds), arguments.rounds))
+    with open_workdir(arguments.workdir) as folder:
+        write_annotations(folder, arguments.records, arguments.qa_records)
+        answers = measure_by_turns("data", MEASURES, arguments.rounds, [f"--workdir={folder}"])
+    check_agreement(answers)
+    print(markdown(medians(answers), arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def fastest(call: Callable[[], object], times: int) -> float:
 # What is printed
 
 
-def machine(*packages: str) -> str:
+def machine(packages: Sequence[str] = PACKAGES) -> str:
     """Return processor, cores, versions of Python and of the installed ones of `packages`, and the date."""
     from training.provenance import cpu_name, versions  # imports torch
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, PreTrainedModel, Qwen2Config
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Qwen2Config
 
 import qwen
 from config import IGNORE_INDEX, LoraConfig, TrainConfig
@@ -54,39 +54,18 @@ class Sizes:
 
     def vision_config(self) -> CLIPVisionConfig:
         return CLIPVisionConfig(
-            hidden_size=self.vision_width,
-            intermediate_size=4 * self.vision_width,
-            num_hidden_layers=self.vision_layers,
-            num_attention_heads=self.vision_heads,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-        )
+            hidden_size=self.vision_width, intermediate_size=4 * self.vision_width,
+            num_hidden_layers=self.vision_layers, num_attention_heads=self.vision_heads,
+            image_size=self.image_size, patch_size=self.patch_size,
+        )  # fmt: skip
 
     def text_config(self, pad: int = PAD_TOKEN_ID, eos: int | None = None) -> Qwen2Config:
         return Qwen2Config(
-            vocab_size=self.vocabulary,
-            hidden_size=self.width,
-            intermediate_size=self.mlp,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=32_768,
-            tie_word_embeddings=self.tied,
-            bos_token_id=None,
-            eos_token_id=eos,
-            pad_token_id=pad,
-        )
-
-    def llava_config(self, image: int = IMAGE_TOKEN_ID, pad: int = PAD_TOKEN_ID, eos: int | None = None) -> LlavaConfig:
-        return LlavaConfig(
-            vision_config=self.vision_config(),
-            text_config=self.text_config(pad, eos),
-            vision_feature_layer=FEATURE_LAYER,
-            vision_feature_select_strategy="default",
-            image_seq_length=self.image_tokens,
-            image_token_id=image,
-            tie_word_embeddings=self.tied,
-        )
+            vocab_size=self.vocabulary, hidden_size=self.width, intermediate_size=self.mlp,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            max_position_embeddings=32_768, tie_word_embeddings=self.tied,
+            bos_token_id=None, eos_token_id=eos, pad_token_id=pad,
+        )  # fmt: skip
 
 
 SIZES = {

@@ -7,10 +7,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -43,10 +45,12 @@ class NotInstalled(Exception):
     """A way needs a package that is not installed."""
 
 
-def require(package: str) -> None:
-    """Raise NotInstalled if a package is not installed."""
+def require(name: str) -> Any:
+    """Import and return a module. Raises NotInstalled if its package is not installed."""
+    package = name.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         raise NotInstalled(package)
+    return importlib.import_module(name)
 
 
 @contextlib.contextmanager

@@ -16,40 +16,27 @@ import json
 import operator
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 import train
-from benchmarks.measuring import (
-    PACKAGES,
-    Meter,
-    machine,
-    make_parser,
-    measure_by_turns,
-    median_of,
-    open_workdir,
-    table,
-)
-from benchmarks.models import SIZES, fresh_sample
+from benchmarks.measuring import Meter, machine, make_parser, measure_by_turns, median_of, open_workdir, table
+from benchmarks.models import SIZES
 from benchmarks.ours import watch_steps
-from benchmarks.peers import Peer, add_lora, make_optimizer, padded_inputs, sort_by_length, train_peer
+from benchmarks.peers import llava_twin, padded_inputs, sort_by_length, train_peer
 from benchmarks.workload import write_workload
 from config import IGNORE_INDEX, Config, load_config
 from dataset.batch import collate
 from dataset.conversation import Encoded
+from dataset.loader import Key, QADataset
 from dataset.open import sample_order
-from model.build import PRECISIONS
+from dataset.record import Record
 from training.log import read_rows
-from training.run import open_processors, open_qa_file
+from training.run import open_model, open_processors, open_qa_file
 
 NAMES = {
     "ours": "ours, first epoch",
@@ -68,58 +55,44 @@ TOLERANCE = 1e-5  # between two losses of the same step, in fp32
 # The ways, each in a process of its own
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What every way gets. steps: including the `warmup` steps, which are not measured."""
-
-    folder: Path  # of the workload
-    precision: str
-    steps: int
-    warmup: int
-    threads: int
-    workers: int  # processes that read images; 0: the one that trains
+EncodedSample = tuple[Key, Record, Encoded]  # the arguments of `QADataset.read`, which reads its images
 
 
-class Taken(NamedTuple):
-    """A sample of our run, encoded, its images not read yet."""
-
-    encoded: Encoded
-    images: list[Path]
-
-
-def first_samples(config: Config, steps: int) -> list[Taken]:
-    """Return the samples of the first `steps` steps of our run, in their order."""
+def first_samples(config: Config, steps: int) -> tuple[QADataset, list[EncodedSample]]:
+    """Return the samples of the first `steps` steps of our run in their order, and their dataset."""
     dataset = open_qa_file(config, open_processors(config), config.data.qa_file)
     order = sample_order(dataset, config.data, seed=config.seed)
-    count = steps * config.train.per_device_train_batch_size
-    found = [dataset.encode(order.at(position)) for position in range(count)]
-    return [Taken(encoded, dataset.qa.image_paths(record)) for record, encoded in found]
+    keys = [order.at(position) for position in range(steps * config.train.per_device_train_batch_size)]
+    return dataset, [(key, *dataset.encode(key)) for key in keys]
 
 
-def amount(config: Config, settings: Settings, taken: Sequence[Taken]) -> dict:
-    """Count what the measured steps learn from: samples, tokens without padding, and tokens of answers."""
-    measured = taken[settings.warmup * config.train.per_device_train_batch_size :]
-    return {
+def answer(meter: Meter, samples: Sequence[EncodedSample], losses: Sequence[Tensor | float]) -> dict:
+    """Return the cost of the measured steps, what they learned from (samples, tokens without padding, tokens of answers), and
+    the losses of all steps. samples: of all steps."""
+    first = meter.warm_up * len(samples) // meter.steps
+    measured = [encoded for _, _, encoded in samples[first:]]
+    return meter.cost | {
         "samples": len(measured),
-        "tokens": sum(len(sample.encoded.input_ids) for sample in measured),
-        "targets": sum(label != IGNORE_INDEX for sample in measured for label in sample.encoded.labels),
+        "tokens": sum(len(encoded.input_ids) for encoded in measured),
+        "targets": sum(label != IGNORE_INDEX for encoded in measured for label in encoded.labels),
+        "losses": [float(loss) for loss in losses],
     }
 
 
-def ours(settings: Settings, cached: bool = False) -> dict:
+def ours(arguments: argparse.Namespace, cached: bool = False) -> dict:
     """Run `train.main`. cached: with the encoder's features on disk, as they are from the second epoch on."""
-    meter = Meter(settings.steps, settings.warmup)
-    folder = settings.folder
+    meter = Meter(arguments.steps, arguments.warmup)
+    folder = arguments.workdir
     if not cached:
         shutil.rmtree(folder / "qa.features", ignore_errors=True)
     shutil.rmtree(folder / "run", ignore_errors=True)
     values = {
         "output_dir": folder / "run",
         "train.cache_features": "on",
-        "train.precision": settings.precision,
-        "train.max_steps": settings.steps,
-        "train.num_threads": settings.threads,
-        "train.num_workers": settings.workers,
+        "train.precision": arguments.precision,
+        "train.max_steps": arguments.steps,
+        "train.num_threads": arguments.threads,
+        "train.num_workers": arguments.workers,
     }
 
     @contextlib.contextmanager
@@ -127,42 +100,24 @@ def ours(settings: Settings, cached: bool = False) -> dict:
         yield
         meter.step_done()
 
-    overrides = [f"{key}={value}" for key, value in values.items()]
     with watch_steps(count):
-        train.main(["--config", str(folder / "config.yaml"), *overrides])
-    config = load_config(folder / "config.yaml", overrides)
-    losses = [row["loss"] for row in read_rows(folder / "run" / "metrics.jsonl")]
-    return meter.cost | amount(config, settings, first_samples(config, settings.steps)) | {"losses": losses}
+        train.main(["--config", str(folder / "config.yaml"), *(f"{key}={value}" for key, value in values.items())])
+    _, samples = first_samples(load_config(folder / "config.yaml"), arguments.steps)
+    return answer(meter, samples, [row["loss"] for row in read_rows(folder / "run" / "metrics.jsonl")])
 
 
-class Reader:
-    """Reads the images of samples and pads their ids, as the examples for LLaVA do: numbers of samples -> inputs."""
-
-    def __init__(self, samples: Sequence[Taken], image_processor, pad_token_id: int):
-        self.samples, self.image_processor, self.pad_token_id = samples, image_processor, pad_token_id
-
-    def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        taken = [self.samples[number] for number in numbers]
-        images = [Image.open(path).convert("RGB") for sample in taken for path in sample.images]
-        pixels = self.image_processor(images, return_tensors="pt")["pixel_values"].split([len(s.images) for s in taken])
-        texts = [(torch.tensor(sample.encoded.input_ids), torch.tensor(sample.encoded.labels)) for sample in taken]
-        samples = [fresh_sample(*text, of_sample) for text, of_sample in zip(texts, pixels, strict=True)]
-        return padded_inputs(collate(samples, self.pad_token_id))
-
-
-def peer(settings: Settings, by_length: bool = False, **options) -> dict:
-    """Train LLaVA. by_length: see `sort_by_length`; options: see `train_peer`."""
-    meter = Meter(settings.steps, settings.warmup)
-    folder, config = settings.folder, load_config(settings.folder / "config.yaml")
+def peer(arguments: argparse.Namespace, by_length: bool = False, **options) -> dict:
+    """Train LLaVA on the same samples. by_length: see `sort_by_length`; options: see `train_peer`."""
+    meter = Meter(arguments.steps, arguments.warmup)
+    config = load_config(arguments.workdir / "config.yaml")
     size = config.train.per_device_train_batch_size
-    taken = first_samples(config, settings.steps)
+    dataset, samples = first_samples(config, arguments.steps)
     if by_length:
-        taken = [taken[i] for i in sort_by_length([len(one.encoded.input_ids) for one in taken], size)]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
-    dtype = PRECISIONS[settings.precision]
-    llava = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=dtype)
-    model = add_lora(llava, config.lora.r, load_file(folder / "first.safetensors"))
-    losses = []
+        samples = [samples[i] for i in sort_by_length([len(encoded.input_ids) for _, _, encoded in samples], size)]
+    built = open_model(config, arguments.precision, open_processors(config))
+    model, pad_token_id = llava_twin(built.model), built.tokenizer.pad_token_id
+    del built  # before the steps, whose memory is measured
+    losses: list[Tensor | float] = []
 
     def after_step(loss: Tensor | float) -> bool:
         losses.append(loss)
@@ -170,26 +125,22 @@ def peer(settings: Settings, by_length: bool = False, **options) -> dict:
         return False
 
     train_peer(
-        Peer(
-            model=model,
-            optimizer=make_optimizer(model, config.train),
-            read=Reader(taken, AutoImageProcessor.from_pretrained(folder / "tower"), tokenizer.pad_token_id),
-            samples=len(taken),
-            batch_size=size,
-            tokenizer=tokenizer,
-        ),
+        model,
+        lambda numbers: padded_inputs(collate([dataset.read(*samples[i]) for i in numbers], pad_token_id)),
+        len(samples),
         after_step,
-        output_dir=str(folder / "peer"),
-        max_steps=settings.steps,
+        output_dir=str(arguments.workdir / "peer"),
+        max_steps=arguments.steps,
+        per_device_train_batch_size=size,
         lr_scheduler_type="cosine",
-        bf16=settings.precision == "bf16",
-        dataloader_num_workers=settings.workers,
+        bf16=arguments.precision == "bf16",
+        dataloader_num_workers=arguments.workers,
         **options,
     )
-    return meter.cost | amount(config, settings, taken) | {"losses": [float(loss) for loss in losses]}
+    return answer(meter, samples, losses)
 
 
-WAYS: dict[str, Callable[[Settings], dict]] = {
+WAYS: dict[str, Callable[[argparse.Namespace], dict]] = {
     "ours": ours,
     "ours-cached": functools.partial(ours, cached=True),
     "hf": peer,
@@ -244,14 +195,14 @@ def markdown(answers: dict[str, list[dict]], settings: str) -> str:
         cells.append(ratio(answers.get("ours"), found, operator.itemgetter("memory")))
         rows.append([NAMES[name], *cells])
     text = (
-        f"{machine(*PACKAGES)}; {settings}; {median_of(len(first))}. {one['samples']} samples of "
+        f"{machine()}; {settings}; {median_of(len(first))}. {one['samples']} samples of "
         f"{one['tokens'] / one['samples']:.0f} tokens, {one['targets'] / one['tokens']:.0%} of them in answers.\n\n"
         f"{table(head, rows)}"
     )
     if "ours" in answers:
-        found = [f"{NAMES[name]} {value:.1e}" for name, value in largest_differences(answers).items() if name != "ours"]
+        texts = [f"{NAMES[name]} {value:.1e}" for name, value in largest_differences(answers).items() if name != "ours"]
         steps = f"{len(one['losses'])} steps with updates"
-        text += f"\n\nLosses of {steps}, largest difference from ours: {', '.join(found)}."
+        text += f"\n\nLosses of {steps}, largest difference from ours: {', '.join(texts)}."
     return text
 
 
@@ -286,15 +237,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    chosen = {name: getattr(arguments, name) for name in ("precision", "steps", "warmup", "threads", "workers")}
     if arguments.measure:
         torch.set_num_threads(arguments.threads)
-        print(json.dumps(WAYS[arguments.measure](Settings(arguments.workdir, **chosen))))
+        print(json.dumps(WAYS[arguments.measure](arguments)))
         return
     with open_workdir(arguments.workdir) as workdir:
         folder = workdir / arguments.workload
         write_workload(folder, arguments.workload, arguments.steps * SIZES[arguments.workload].batch_size)
-        options = [f"--workdir={folder}", *(f"--{name}={value}" for name, value in chosen.items())]
+        options = [
+            f"--{name}={getattr(arguments, name)}" for name in ("precision", "steps", "warmup", "threads", "workers")
+        ]
+        options += [f"--workdir={folder}"]
         environment = {
             "OMP_NUM_THREADS": str(arguments.threads),
             "HF_HUB_OFFLINE": "1",
@@ -304,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     named = ("workload", "precision", "threads", "workers", "steps", "warmup")
     settings = ", ".join(f"{name} {getattr(arguments, name)}" for name in named)
     if arguments.append_json:
-        line = {"machine": machine(*PACKAGES), "settings": settings, "answers": answers}
+        line = {"machine": machine(), "settings": settings, "answers": answers}
         with open(arguments.append_json, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     if arguments.precision == "fp32" and "ours" in answers:

@@ -1,10 +1,5 @@
-"""The workload of `benchmarks.training`, `limits` and `answering`: a folder with models of random weights, photos, questions and
-a config, made from a seed.
-
-The weights are there twice: `tower` and `lm` as this project reads them, and `llava` as transformers'
-LlavaForConditionalGeneration does. `first.safetensors` holds the projector and the LoRA matrices that a run of ours begins
-with, so that the peers begin with them too.
-"""
+"""The folder on which `benchmarks.training`, `limits` and `answering` work: an encoder and a language model of random weights
+(`tower`, `lm`), photos, questions (qa.jsonl) and a config.yaml. Everything is made from a seed."""
 
 from __future__ import annotations
 
@@ -17,22 +12,18 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionModel,
-    LlavaForConditionalGeneration,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
 
 from benchmarks.annotations import PLAIN_WORDS, SEED
 from benchmarks.models import FEATURE_LAYER, SIZES, TRAIN, Sizes, answer_length
-from config import load_config
-from training.run import open_model, open_processors
 
-VERSION = 1  # of the files that `write_workload` writes
+VERSION = 2  # of the files that `write_workload` writes
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
 QUESTION_WORDS = 32
 PHOTO = (640, 480)  # pixels
@@ -60,7 +51,6 @@ def write_workload(folder: Path, name: str, records: int) -> None:
             photo(chance).save(folder / "images" / f"{i}.jpg", quality=88)
             file.write(json.dumps(record(chance, i)) + "\n")
     (folder / "config.yaml").write_text(yaml.safe_dump(config_values(sizes)))
-    write_first_weights(folder)
     stamp.write_text(json.dumps(wanted | {"records": records}))
 
 
@@ -70,7 +60,7 @@ def new_tokenizer() -> Qwen2Tokenizer:
     # A word grows from its left end. Words come before roles, and only a word's first letter follows "Ġ", so no other
     # merge comes in between.
     grown = [(whole[:end], whole[end]) for whole in (*words, "user", "assistant") for end in range(1, len(whole))]
-    merges = list(dict.fromkeys(grown))
+    merges: Any = list(dict.fromkeys(grown))
     tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
     return Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
@@ -82,19 +72,14 @@ def new_tokenizer() -> Qwen2Tokenizer:
 
 
 def write_models(folder: Path, sizes: Sizes, tokenizer: Qwen2Tokenizer) -> None:
-    """Write `llava` and its two halves in bfloat16, as released models are."""
-    eos, pad, image = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
+    """Write an encoder and a language model in bfloat16, as released models are."""
+    pad, eos = map(tokenizer.convert_tokens_to_ids, ("<|endoftext|>", "<|im_end|>"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        whole: Any = LlavaForConditionalGeneration(sizes.llava_config(image, pad, eos)).to(torch.bfloat16)
-    whole.save_pretrained(folder / "llava")
-    with torch.device("meta"):
-        tower, lm = CLIPVisionModel(sizes.vision_config()), Qwen2ForCausalLM(sizes.text_config(pad, eos))
-    tower.load_state_dict(whole.model.vision_tower.state_dict(), assign=True)
-    lm.model.load_state_dict(whole.model.language_model.state_dict(), assign=True)
-    lm.lm_head.load_state_dict(whole.lm_head.state_dict(), assign=True)
-    tower.save_pretrained(folder / "tower")
-    lm.save_pretrained(folder / "lm")
+        tower: Any = CLIPVisionModel(sizes.vision_config())
+        language_model: Any = Qwen2ForCausalLM(sizes.text_config(pad, eos))
+    tower.to(torch.bfloat16).save_pretrained(folder / "tower")
+    language_model.to(torch.bfloat16).save_pretrained(folder / "lm")
 
 
 def photo(chance: np.random.Generator) -> Image.Image:
@@ -140,10 +125,3 @@ def config_values(sizes: Sizes) -> dict:
             "save_steps": None,
         },
     }
-
-
-def write_first_weights(folder: Path) -> None:
-    config = load_config(folder / "config.yaml")
-    model = open_model(config, "fp32", open_processors(config)).model
-    trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    save_file(trained, folder / "first.safetensors")

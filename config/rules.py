@@ -16,7 +16,7 @@ from config.typed_yaml import InputError, Trainable, kind_of, nearest
 if TYPE_CHECKING:
     from config.schema import Config, DataConfig, ScratchConfig, StageConfig
 
-CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions an image
+CAPTION_FORMATS = ("ai_challenger", "coco_captions")  # of data.sources, with several captions per image
 
 # (part, kind of its word under train.trainable) -> the config key of its learning rate
 RATE_KEYS = {
@@ -111,7 +111,7 @@ def _refuse_source_contradictions(data: DataConfig) -> None:
             raise InputError(f'"{where}.name": "{source.name}" is the name of two sources; names must differ.')
         if source.captions == "one_per_epoch" and source.format not in ("auto", *CAPTION_FORMATS):
             raise InputError(
-                f'"{where}.captions": one_per_epoch needs several captions an image; {source.format} has none.'
+                f'"{where}.captions": one_per_epoch needs several captions per image; {source.format} has none.'
             )
         if source.split == "validation" and data.validation_file is None:
             raise InputError(f'"{where}.split" is validation, but "data.validation_file" is not set.')

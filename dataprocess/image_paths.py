@@ -231,8 +231,8 @@ class ImageFolder:
         if real != self._real_root and not real.startswith(self._real_root.rstrip("/") + "/"):
             raise RecordError(
                 "path_outside_folder",
-                f"{path} leads by a link to {real}, outside {self._root}; point images of a source at the folder where "
-                "that lies, or put a copy in the link's place.",
+                f"{path} is a link to {real}, outside {self._root}; set images of the source to the folder of that "
+                "file, or replace the link by a copy.",
             )
 
 

@@ -166,7 +166,7 @@ def read_csv(obj: dict, index: int) -> Draft:
     if not isinstance(caption, str):
         raise RecordError("wrong_type", "neither a question with its answer nor a caption.")
     if not images:
-        raise RecordError("missing_image", "a caption without the path of its picture.")
+        raise RecordError("missing_image", "a caption without the path of its image.")
     return Draft(id=_id(obj), images=images, conversations=[_caption(caption, index)], type=_type(obj))
 
 
@@ -174,9 +174,9 @@ def read_folder(obj: dict, index: int) -> Draft:
     """An image with the text of the .txt file of the same name: {"picture": path, "text": ...}."""
     image, text = obj.get("picture"), obj.get("text")
     if not isinstance(image, str):
-        raise RecordError("missing_image", f"{obj.get('text_file')}: no picture of that name lies beside it.")
+        raise RecordError("missing_image", f"{obj.get('text_file')}: no image of that name beside it.")
     if not isinstance(text, str):
-        raise RecordError("no_answer", f"{image}: no .txt file of that name lies beside it.")
+        raise RecordError("no_answer", f"{image}: no .txt file of that name beside it.")
     return Draft(image, [image], [_caption(text.strip(), index)])
 
 
@@ -278,7 +278,7 @@ def _captioned(*, name: str | None, image: str, captions: object, index: int) ->
     except TypeError:
         raise RecordError("wrong_type", f'"caption" holds {captions!r:.40}; expected a list of texts.') from None
     except UnicodeEncodeError:
-        raise RecordError("bad_unicode", "a caption holds half a surrogate pair, which is no character.") from None
+        raise RecordError("bad_unicode", "a caption contains an unpaired surrogate, not a valid character.") from None
     conversations = [  # the first character decides the language of most captions, without the slower search
         [
             (_PROMPT_TURNS if "\u3400" <= caption < "\ua000" or _is_chinese(caption) else _ENGLISH_PROMPT_TURNS)[

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from dataprocess.split import TRAIN, VALIDATION
+from dataset.record import encode_refused_row
 
 EXAMPLES = 3  # examples of each reason in the message about too many refusals
 
@@ -27,16 +27,15 @@ class Refusal(NamedTuple):
 
     def to_line(self) -> bytes:
         """The refusal as a JSON object, without a newline."""
-        fields = {
-            "source": self.source,
-            "file": self.file,
-            **({"line": self.line} if self.line else {"index": self.position}),
-            "id": self.id,
-            "reason": self.reason,
-            "detail": self.detail,
-        }
-        # "backslashreplace" because a refused record may contain half a surrogate pair.
-        return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        return encode_refused_row(
+            source=self.source,
+            file=self.file,
+            line=self.line,
+            index=self.position,
+            id=self.id,
+            reason=self.reason,
+            detail=self.detail,
+        )
 
     def __str__(self) -> str:
         place = f"line {self.line}" if self.line else f"item {self.position}"

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import IGNORE_INDEX
+from dataset.html_page import html_page
 
 KINDS = {  # kind of a token -> its meaning
     "image": "the position of one image feature",
@@ -138,11 +139,8 @@ def write_page(
         f"<section><h2>{html.escape(name)} <span>{html.escape(remark)}</span></h2>{''.join(rows)}</section>"
         for name, remark, rows in batches
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><header><h1>{html.escape(title)}</h1>"
-        f"<dl>{facts}</dl><table>{legend}</table></header>{body}</body></html>"
-    )
+    header = f"<header><h1>{html.escape(title)}</h1><dl>{facts}</dl><table>{legend}</table></header>"
+    return html_page(title, style=_STYLE, body=header + body)
 
 
 def _lengths(counts: Counter) -> str:

@@ -1,1 +1,1 @@
-"""How good the answers are, and whether they come from the picture."""
+"""Scores of answers, loss on held-out records, and the page of answers."""

@@ -207,7 +207,7 @@ def use_liger(causal_lm: PreTrainedModel) -> bool:
     Returns False if liger_kernel is not installed. Liger also changes transformers' modules for models made later.
     """
     try:
-        from liger_kernel import transformers as liger  # type: ignore[import-not-found]  # installed by few
+        from liger_kernel import transformers as liger
     except ImportError:
         return False
     family = "qwen3" if causal_lm.config.model_type == "qwen3" else "qwen2"

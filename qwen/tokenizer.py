@@ -25,7 +25,7 @@ IMAGE_TOKENS = ["<|image_pad|>", "<|extra_0|>"]  # the first one in the vocabula
 QWEN1_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 
 
-def load_tokenizer(path: str, any_kind: bool = False) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a local folder or hub name, with chat tokens, an image token and a padding token.
 
     any_kind: accept any fast tokenizer, for a language model that is trained from scratch. Missing chat tokens are added.

@@ -48,8 +48,8 @@ HIDDEN, HEADS, LAYERS, MLP = 64, 4, 2, 96
 
 
 @cache
-def train_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Train a byte-level BPE on SENTENCES; return its vocabulary (the 256 bytes first) and merges."""
+def train_bpe() -> tuple[dict[str, int], list]:
+    """Train a byte-level BPE on SENTENCES; return its vocabulary (the 256 bytes first) and merges (pairs)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,8 +33,8 @@ from transformers import (
 HIDDEN_SIZE = 32
 NUM_LAYERS = 4
 
-_WIDTHS = {"hidden_size": HIDDEN_SIZE, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 2}
-_TEXT = {
+_WIDTHS: dict[str, Any] = {"hidden_size": HIDDEN_SIZE, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 2}
+_TEXT: dict[str, Any] = {
     **_WIDTHS, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 8,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
@@ -45,6 +46,7 @@ _BICUBIC, _BILINEAR = 3, 2
 def write_clip(folder: Path, whole: bool = True, image_size: int = 28, seed: int = 0) -> Path:
     """Like openai/clip-vit-large-patch14-336: patch size 7, 16 patches at 28 pixels. `whole`: with the text half."""
     vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 7}
+    model: PreTrainedModel
     if whole:
         model = CLIPModel(CLIPConfig(text_config=_TEXT, vision_config=vision, projection_dim=16))
     else:
@@ -74,6 +76,7 @@ def write_clip(folder: Path, whole: bool = True, image_size: int = 28, seed: int
 def write_siglip(folder: Path, whole: bool = True, image_size: int = 30, seed: int = 0) -> Path:
     """Like google/siglip-so400m-patch14-384, whose patches do not cover the image: 30 pixels, patch size 7, 16 patches."""
     vision = {**_WIDTHS, "intermediate_size": 48, "image_size": image_size, "patch_size": 7}
+    model: PreTrainedModel
     if whole:
         model = SiglipModel(SiglipConfig(text_config=_TEXT, vision_config=vision))
     else:

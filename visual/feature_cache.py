@@ -177,9 +177,8 @@ class FeatureCache:
         result: dict[bytes, Tensor] = {}
         try:
             with self._files().database as database:
-                database.execute(
-                    "BEGIN IMMEDIATE"
-                )  # no other writer until the commit, so new places are not taken twice
+                # no other writer until the commit, so a new place is not taken twice
+                database.execute("BEGIN IMMEDIATE")
                 for digest, features in new.items():
                     stored = self._stored(digest)
                     result[digest] = features if stored is None else stored

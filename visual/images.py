@@ -58,7 +58,7 @@ MAX_TIFF_PAINTED_TIMES = 16
 
 _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, refused as a decompression bomb; shrink it."
 _BOMB = (
-    "needs far more work to decode than its size should, refused as a decompression bomb; save it again or remove it."
+    "needs far more work to decode than its size suggests, refused as a decompression bomb; save it again or remove it."
 )
 
 # [0, 65535] -> [0, 255], rounded: 0 stays 0 and 65535 becomes 255.

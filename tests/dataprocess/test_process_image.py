@@ -354,7 +354,7 @@ def test_a_link_out_of_the_folder_is_refused_with_advice(shop, image_folder):
     shop.source("x", "llava", [llava("link.jpg"), llava("link/secret.jpg"), llava("a.jpg")], images=image_folder)
     shop.prepare()
     for refusal, target in zip(shop.refused(), (shop.folder / "secret.jpg", shop.folder), strict=True):
-        assert f"leads by a link to {target}, outside {image_folder}; point images of a source at" in refusal["detail"]
+        assert f"is a link to {target}, outside {image_folder}; set images of the source to" in refusal["detail"]
 
 
 def test_links_inside_the_folder_and_to_it_are_followed(shop):

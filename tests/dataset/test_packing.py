@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from config import IGNORE_INDEX, InputError, LoraConfig, ModelConfig, Trainable, TrainableConfig, TrainConfig
-from config.typed_yaml import FolderOrHub
+from config import IGNORE_INDEX, InputError
 from dataset.batch import Batch, collate
 from dataset.order import PackedRow, SampleOrder, bucket, micro_batches, pack, packed_rows
-from model.build import Built, build_model, checkpoint_activations, load_processors
+from model.build import Built, checkpoint_activations
 from qwen import attention, image_token_id, load_language_model
 from qwen.attention import packed_sdpa
 from tests.toy_batches import CPU, PAD, samples_of, text_sample
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe, write_qwen3, write_qwen3_moe
+from tests.toy_model import build_toy, train_config
 from tests.toy_towers import write_clip
 
 WRITERS = {
@@ -120,12 +120,7 @@ def folders(tmp_path_factory):
 
 
 def build(folders, name: str, **words: str) -> Built:
-    settings = ModelConfig(vision_tower=FolderOrHub(folders / "clip"), language_model=FolderOrHub(folders / name))
-    trainable = TrainableConfig(**{part: Trainable(word) for part, word in words.items()})
-    built = build_model(
-        load_processors(settings), settings, LoraConfig(r=4, alpha=8.0), TrainConfig(trainable=trainable),
-        dtype=torch.float32, seed=0,
-    )  # fmt: skip
+    built = build_toy(folders, name, train=train_config(**words))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         for name, parameter in built.model.named_parameters():

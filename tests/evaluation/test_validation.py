@@ -1,5 +1,7 @@
-"""Validation without generating: loss, perplexity, token accuracy and balance loss, against the plain way to compute them.
-`sh tests/run.sh tests/test_validate.py`"""
+"""Validation without generating: loss, perplexity, token accuracy and balance loss, compared with a plain computation.
+
+Run: python -m pytest tests/evaluation/test_validation.py
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,29 @@ import torch.nn.functional as F
 
 from config import IGNORE_INDEX
 from dataset.batch import collate
+from evaluation.validation import Sums, Validation, sum_losses
 from model.loss import balance_loss, count_right
-from training.step import on_device
-from tests.test_moe import build, folders  # noqa: F401 (a fixture)
-from tests.test_packing import CPU, PAD, samples_of
-from evaluation.validation import (Sums, Validation, add_up, of_sums)
+from tests.toy_batches import CPU, PAD, samples_of
+from tests.toy_language import write_qwen2_moe
+from tests.toy_model import build_toy, train_config
+from tests.toy_towers import write_clip
 
 
-def plainly(model, samples) -> tuple[float, float]:
-    """(loss, share of right tokens), sample by sample from whole logits."""
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A mixture of experts, in eval mode."""
+    folder = tmp_path_factory.mktemp("models")
+    write_clip(folder / "clip")
+    write_qwen2_moe(folder / "qwen2_moe")
+    return build_toy(folder, "qwen2_moe", train=train_config(language_model="full")).model.eval()
+
+
+def plain_losses(model, samples) -> tuple[float, float]:
+    """Return (loss, share of right tokens), computed sample by sample from all logits."""
     losses, right = [], []
     for sample in samples:
-        inputs = on_device(collate([sample], PAD), CPU)
-        features = None if inputs["pixel_values"] is None else model.encode_images(inputs["pixel_values"])
-        logits = model.causal_lm(input_ids=inputs["input_ids"], image_features=features).logits[0, :-1].double()
+        features = None if sample.pixel_values is None else model.encode_images(sample.pixel_values)
+        logits = model.causal_lm(input_ids=sample.input_ids[None], image_features=features).logits[0, :-1].double()
         targets = sample.labels[1:]
         wanted = targets != IGNORE_INDEX
         losses += F.cross_entropy(logits[wanted], targets[wanted], reduction="none").tolist()
@@ -35,31 +46,31 @@ def plainly(model, samples) -> tuple[float, float]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_it_is_what_whole_logits_say_however_records_are_batched(folders, packed, size):  # noqa: F811
-    model = build(folders).model.eval()
+def test_validation_equals_a_plain_computation_however_records_are_batched(model, packed, size):
     samples = samples_of(model.causal_lm.config.image_token_id)
     batches = [collate(samples[start : start + size], PAD, packed) for start in range(0, len(samples), size)]
-    found = of_sums(add_up(model, batches, CPU, contextlib.nullcontext), model.has_experts)
+    sums = sum_losses(model, batches, device=CPU, autocast=contextlib.nullcontext)
+    found = Validation.of_sums(sums, model.has_experts)
     with torch.no_grad():
-        loss, right = plainly(model, samples)
+        loss, right = plain_losses(model, samples)
     assert found.loss == pytest.approx(loss, rel=1e-5) and found.token_accuracy == pytest.approx(right)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert 2 <= found.balance_loss < 4
 
 
-def test_sums_are_added_up_over_processes_and_a_dense_model_has_no_balance():
+def test_sums_add_up_over_processes_and_a_dense_model_has_no_balance_loss():
     one, other = Sums(6.0, 4, 2, 20.0, 10), Sums(2.0, 4, 4, 90.0, 30)
-    assert of_sums(one.plus(other), True) == Validation(1.0, 0.75, 2.75)
-    assert of_sums(one, False).values == {"loss": 1.5, "perplexity": math.exp(1.5), "token_accuracy": 0.5}
+    assert Validation.of_sums(one.plus(other), True) == Validation(1.0, 0.75, 2.75)
+    assert Validation.of_sums(one, False).values == {"loss": 1.5, "perplexity": math.exp(1.5), "token_accuracy": 0.5}
     assert Validation(800.0, 0.0, None).perplexity == math.inf
 
 
-def test_a_perplexity_that_no_float_holds_is_left_out():
-    found = of_sums(Sums(loss=2000.0, targets=2, right=0, tokens=4), has_experts=False)
+def test_a_perplexity_beyond_a_floats_range_is_left_out():
+    found = Validation.of_sums(Sums(loss=2000.0, targets=2, right=0, tokens=4), has_experts=False)
     assert found.perplexity == math.inf and found.values == {"loss": 1000.0, "token_accuracy": 0.0}
 
 
-def test_counting_goes_by_chunks_and_misses_none(monkeypatch):
+def test_right_tokens_are_counted_in_chunks_without_a_gap(monkeypatch):
     head = torch.nn.Linear(8, 50, bias=False)
     hidden = torch.randn(333, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -69,8 +80,8 @@ def test_counting_goes_by_chunks_and_misses_none(monkeypatch):
     assert int(count_right(hidden, head, targets)) == 111
 
 
-def test_the_balance_loss_is_in_float32_whatever_the_routers_computed_in(folders):  # noqa: F811
-    config = build(folders).model.causal_lm.config
+def test_the_balance_loss_is_float32_whatever_dtype_the_routers_have(model):
+    config = model.causal_lm.config
     logits = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found = balance_loss((logits, logits), None, config)

@@ -72,6 +72,15 @@ def step(model: nn.Module, bf16: bool = False, rows: int = 2, tokens: int = 9) -
     return {"output": y.detach(), "input": x.grad, **gradients}
 
 
+def step_with_one_token(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the results of `step` for one token, without the gradients of queries and keys: these are zero up to rounding,
+    because a softmax over one token is constant."""
+    results = step(model, rows=1, tokens=1)
+    zeros = [name for name in results if "q_proj" in name or "k_proj" in name]
+    assert max(results.pop(name).abs().max() for name in zeros) < 1e-6
+    return results
+
+
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
 
@@ -295,7 +304,7 @@ def test_compiled_once_for_any_number_of_rows_and_equal_to_plain(temporary, tmp_
     for tokens in (9, 23, 4):
         assert_equal_to_rounding(step(other, tokens=tokens), step(model, tokens=tokens))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-    assert_equal_to_rounding(step(other, rows=1, tokens=1), step(model, rows=1, tokens=1))
+    assert_equal_to_rounding(step_with_one_token(other), step_with_one_token(model))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     assert not reports and any((tmp_path / "cache" / "inductor").iterdir()) and not list(temporary.rglob("*"))
 

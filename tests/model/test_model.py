@@ -28,8 +28,8 @@ def folders(tmp_path_factory):
 
 
 def batch_for(built, rows=2, length=30, images_a_row=1):
-    """Return a batch of random tokens with `images_a_row` images in every row. The last tokens of a row are supervised, one more
-    than in the row before."""
+    """Return a batch of random tokens with `images_a_row` images in every row. The last tokens of a row are supervised: 3
+    in the first row, one more in each further row."""
     generator = torch.Generator().manual_seed(0)
     size = built.model.vision_tower.image_size
     count = built.model.vision_tower.num_image_tokens

@@ -38,10 +38,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def build(folder: Path, language_model: str = "qwen2", start_from: Path | None = None, **options) -> Built:
-    """Build a model; options: dtype, or words of train.trainable."""
-    dtype = options.pop("dtype", torch.float32)
-    return build_toy(folder, language_model, train=train_config(**options), dtype=dtype, start_from=start_from)
+def build(folder: Path, name: str = "qwen2", start_from: Path | None = None, dtype=torch.float32, **words) -> Built:
+    """Build a model with the language model folder/<name>. words: of train.trainable."""
+    return build_toy(folder, name, train=train_config(**words), dtype=dtype, start_from=start_from)
 
 
 def build_from_scratch(folder: Path, start_from: Path | None = None, **words) -> Built:
@@ -110,8 +109,8 @@ STORED = {  # case -> (language model, words, the stored names of the language m
 
 @pytest.mark.parametrize("case", STORED)
 def test_a_checkpoint_stores_the_weights_that_were_trained_and_no_others(folder, tmp_path, case):
-    language_model, words, stored = STORED[case]
-    built = build(folder, language_model, **words)
+    name, words, stored = STORED[case]
+    built = build(folder, name, **words)
     found = save(built, tmp_path / "final")
     names = stored(built)
     has_lora = "language_model" not in words

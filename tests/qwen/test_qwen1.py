@@ -1,7 +1,8 @@
-"""Qwen v1 in the Qwen2 network equals the original code bit for bit, and unsupported checkpoints are refused.
+"""Qwen v1 in the Qwen2 network equals the original code, and unsupported checkpoints are refused.
 
 `fixtures/qwen1-tiny` is a tiny random checkpoint in the published layout. Its `golden.safetensors` was computed by Qwen's
-own modeling_qwen.py in fp32.
+own modeling_qwen.py in fp32 on a processor with AVX-512. There the logits are equal bit for bit. A processor with other
+matrix kernels rounds differently (3e-6 with AVX2), so the tests allow ROUNDING; a wrong weight differs by more than 1.
 """
 
 import json
@@ -25,6 +26,11 @@ from qwen.modeling import QWenModel
 from tests.toy_language import WRITERS
 
 TINY = Path(__file__).parent.parent / "fixtures" / "qwen1-tiny"
+ROUNDING = 1e-5  # of logits up to 6.6
+
+
+def assert_equal_to_rounding(found: torch.Tensor, golden: torch.Tensor) -> None:
+    assert found.shape == golden.shape and (found - golden).abs().max() <= ROUNDING
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +58,33 @@ def copy_with(folder, **changes):
 @torch.no_grad()
 def test_logits_and_loss_equal_the_originals(model, golden):
     output = model(golden["input_ids"], attention_mask=golden["attention_mask"], labels=golden["labels"])
-    assert torch.equal(output.logits, golden["logits"])
-    assert torch.equal(output.loss, golden["loss"][0])
+    assert_equal_to_rounding(output.logits, golden["logits"])
+    assert_equal_to_rounding(output.loss, golden["loss"][0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", ["gate and up swapped", "key and value swapped"])
+def test_a_wrong_weight_is_far_beyond_rounding(golden, wrong):
+    model = qwen.load_language_model(TINY)
+    for layer in model.model.layers:
+        if wrong == "gate and up swapped":
+            layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
+        else:
+            layer.self_attn.k_proj, layer.self_attn.v_proj = layer.self_attn.v_proj, layer.self_attn.k_proj
+    logits = model(golden["input_ids"], attention_mask=golden["attention_mask"]).logits
+    assert (logits - golden["logits"]).abs().max() > 1
 
 
 @torch.no_grad()
 def test_logits_without_a_mask_equal_the_originals(model, golden):
-    assert torch.equal(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
+    assert_equal_to_rounding(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
 
 
 @torch.no_grad()
 def test_left_padded_logits_equal_the_originals(model, golden):
     mask = golden["attention_mask_left"]
     logits = model(golden["input_ids_left"], attention_mask=mask).logits
-    assert torch.equal(logits[mask.bool()], golden["logits_left"][mask.bool()])
+    assert_equal_to_rounding(logits[mask.bool()], golden["logits_left"][mask.bool()])
 
 
 def test_generated_ids_equal_the_originals(model, golden):
@@ -77,10 +96,10 @@ def test_generated_ids_equal_the_originals(model, golden):
 @torch.no_grad()
 def test_auto_classes_load_a_v1_folder_without_remote_code(golden):
     model = AutoModelForCausalLM.from_pretrained(TINY)
-    assert torch.equal(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
+    assert_equal_to_rounding(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
     base = AutoModel.from_pretrained(TINY)
     assert isinstance(base, QWenModel)
-    assert torch.equal(model.lm_head(base(golden["input_ids"][:1])[0]), golden["logits_nomask_row0"])
+    assert_equal_to_rounding(model.lm_head(base(golden["input_ids"][:1])[0]), golden["logits_nomask_row0"])
 
 
 def test_a_saved_model_is_a_v1_checkpoint(model, tmp_path):
@@ -218,7 +237,7 @@ def test_constants_of_early_checkpoints_are_not_weights(tmp_path, golden):
         weights["transformer.h.0.attn.rotary_emb.inv_freq"] = torch.ones(8)
 
     model = qwen.load_language_model(resave(tmp_path / "m", change))
-    assert torch.equal(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
+    assert_equal_to_rounding(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
 
 
 def write_bin(folder, content):
@@ -239,7 +258,7 @@ def convert_as_advised(folder):
 @torch.no_grad()
 def test_a_pickled_file_is_refused_with_the_command_that_converts_it(tmp_path, golden):
     model = convert_as_advised(write_bin(tmp_path / "good", released_weights()))
-    assert torch.equal(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
+    assert_equal_to_rounding(model(golden["input_ids"][:1]).logits, golden["logits_nomask_row0"])
 
 
 @torch.no_grad()

@@ -114,7 +114,9 @@ def whole(project):
 def test_the_model_is_equal_at_every_precision(project, whole):
     """First weights and RoPE's frequencies are float32, so a model trained in half precision can be read in any."""
     config = load_config(project)
-    made = [open_model(config, precision, open_processors(config)).model.causal_lm for precision in ("fp32", "bf16", "fp16")]
+    made = [
+        open_model(config, precision, open_processors(config)).model.causal_lm for precision in ("fp32", "bf16", "fp16")
+    ]
     tensors = [[*model.parameters(), *model.buffers()] for model in made]
     for other in tensors[1:]:
         for of_one, of_other in zip(tensors[0], other, strict=True):
@@ -232,7 +234,7 @@ def test_a_huge_size_in_a_checkpoints_config_is_refused_without_allocating(whole
         (["model.from_scratch.num_key_value_heads=3"], ["does not divide"]),
         (["model.from_scratch.hidden_sizes=36"], ['did you mean "model.from_scratch.hidden_size"']),
         (["model.from_scratch.vocab_size=100"], ["at least|between"]),
-        (["model.from_scratch.tokenizer=some/name"], ["reads as a name on the hub", "./some/name"]),
+        (["model.from_scratch.tokenizer=some/name"], ["looks like a hub name", "./some/name"]),
         (["model.attention=mixed", "train.attn_implementation=flash_attention_2"], ["flash_attention_2", "mixed"]),
         (["model.attention=both"], ["causal, mixed"]),
         (

@@ -1,7 +1,7 @@
-"""test.py: what it writes, that it answers as the trained model did, and what it says to mistakes.
+"""test.py: its output, its answers compared with the trained model's, its messages about mistakes.
+`sh tests/run.sh tests/runs/test_answering.py`"""
 
-python -m pytest tests/test_answering.py
-"""
+from __future__ import annotations
 
 import json
 import os
@@ -29,12 +29,12 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that has just ended: its model is still in memory, its folder is on disk."""
+    """A run that has just ended: its model is in memory, its folder on disk."""
     path = write_project(tmp_path_factory.mktemp("project"))
     ended = []
     with pytest.MonkeyPatch.context() as patch:
-        finish = train.finish
-        patch.setattr(train, "finish", lambda run: (ended.append(run), finish(run)))
+        score_held_out = train.score_held_out
+        patch.setattr(train, "score_held_out", lambda run: (ended.append(run), score_held_out(run))[1])
         run_training(path, "train.max_steps=2", "train.eval_steps=null", "train.save_steps=null")
     return ended[0]
 
@@ -63,7 +63,7 @@ def ask(output, *arguments) -> list[dict]:
 
 
 def exit_message(capsys, *arguments) -> str:
-    """What a user reads on stderr when the script ends with 2."""
+    """Run test.py, which must end with exit code 2, and return the last line of stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: test.main([*map(str, arguments)]))
@@ -71,14 +71,15 @@ def exit_message(capsys, *arguments) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-# --- what it writes
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
 
 
-def test_one_picture(final, images, tmp_path, capsys):
-    picture, output = images / "3.png", tmp_path / "out"
-    (row,) = ask(output, "--checkpoint", final, "--images", picture, "--question", QUESTIONS[0])
+def test_one_image(final, images, tmp_path, capsys):
+    image, output = images / "3.png", tmp_path / "out"
+    (row,) = ask(output, "--checkpoint", final, "--images", image, "--question", QUESTIONS[0])
     assert list(row) == ["image", "question", "answer", "seconds"]
-    assert (row["image"], row["question"]) == (str(picture), QUESTIONS[0])
+    assert (row["image"], row["question"]) == (str(image), QUESTIONS[0])
     assert isinstance(row["answer"], str) and row["seconds"] >= 0
     assert sorted(path.name for path in output.iterdir()) == ["answers.html", "answers.jsonl"]
     page = (output / "answers.html").read_text(encoding="utf-8")
@@ -87,17 +88,17 @@ def test_one_picture(final, images, tmp_path, capsys):
     assert str(output / "answers.jsonl") in printed and str(output / "answers.html") in printed
 
 
-def test_a_folder_with_its_subfolders_and_a_file_that_is_no_picture(final, images, tmp_path, capsys):
+def test_a_folder_with_subfolders_and_a_file_that_is_not_an_image(final, images, tmp_path, capsys):
     folder, output = tmp_path / "folder", tmp_path / "out"
     (folder / "sub" / "deep").mkdir(parents=True)
     for i, place in enumerate(("b.png", "sub/a.PNG", "sub/deep/c.png")):
         shutil.copy(images / f"{i}.png", folder / place)
-    (folder / "sub" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "sub" / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    (folder / "notes.txt").write_text("not an image")
     arguments = ["--checkpoint", final, "--images", folder, *(f"--question={q}" for q in QUESTIONS)]
     found = ask(output, *arguments)
-    pictures = [folder / place for place in ("b.png", "sub/a.PNG", "sub/deep/c.png")]
-    assert [(r["image"], r["question"]) for r in found] == [(str(p), q) for p in pictures for q in QUESTIONS]
+    paths = [folder / place for place in ("b.png", "sub/a.PNG", "sub/deep/c.png")]
+    assert [(r["image"], r["question"]) for r in found] == [(str(p), q) for p in paths for q in QUESTIONS]
     (problem,) = rows(output, "unreadable.jsonl")
     assert problem["image"] == str(folder / "sub" / "broken.jpg") and "broken.jpg" in problem["problem"]
     assert problem["problem"] in capsys.readouterr().out and "Not read" in (output / "answers.html").read_text()
@@ -106,13 +107,13 @@ def test_a_folder_with_its_subfolders_and_a_file_that_is_no_picture(final, image
     assert not (output / "unreadable.jsonl").exists()
 
 
-def test_a_picture_that_cannot_be_read_is_listed_once_whatever_is_asked_about_it(final, images, tmp_path):
+def test_an_unreadable_image_is_listed_once_for_all_questions(final, images, tmp_path):
     folder, output = tmp_path / "folder", tmp_path / "out"
     folder.mkdir()
     for i, name in enumerate(("a.png", "c.png", "e.png")):
         shutil.copy(images / f"{i}.png", folder / name)
     for name in ("b.jpg", "d.jpg"):
-        (folder / name).write_bytes(b"no picture")
+        (folder / name).write_bytes(b"not an image")
     (folder / os.fsdecode(b"\xff.png")).write_bytes((images / "3.png").read_bytes())
     arguments = ["--checkpoint", final, "--images", folder, *(f"--question={q}" for q in QUESTIONS)]
     found = ask(output, *arguments, "test.batch_size=4")
@@ -124,7 +125,7 @@ def test_a_picture_that_cannot_be_read_is_listed_once_whatever_is_asked_about_it
     assert [entry["image"] for entry in unreadable if "not UTF-8" in entry["problem"]] == [str(folder / "\ufffd.png")]
 
 
-def test_an_answer_is_on_disk_before_the_next_batch_is_asked(final, images, tmp_path, monkeypatch):
+def test_answers_are_written_after_each_batch(final, images, tmp_path, monkeypatch):
     written = []
     generate = model.answer.generate
     monkeypatch.setattr(
@@ -136,23 +137,23 @@ def test_an_answer_is_on_disk_before_the_next_batch_is_asked(final, images, tmp_
     assert written == [0, 4, 8]
 
 
-def test_no_picture_that_can_be_read_is_an_error(final, tmp_path, capsys):
+def test_a_folder_without_readable_images_is_an_error(final, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name in ("a.jpg", "b.png"):
         (tmp_path / "in" / name).write_bytes(b"nothing")
     found = exit_message(capsys, "--checkpoint", final, "--images", tmp_path / "in", "--output", tmp_path / "out")
-    assert "none of the 2 pictures" in found and str(tmp_path / "out" / "unreadable.jsonl") in found
+    assert "none of the 2 images" in found and str(tmp_path / "out" / "unreadable.jsonl") in found
     assert len(rows(tmp_path / "out", "unreadable.jsonl")) == 2
 
 
-def test_questions_without_any_picture(final, tmp_path):
+def test_questions_without_an_image(final, tmp_path):
     found = ask(tmp_path, "--checkpoint", final, "--no-image", *(f"--question={q}" for q in QUESTIONS))
     assert [(row["image"], row["question"]) for row in found] == [(None, q) for q in QUESTIONS]
     assert "<img" not in (tmp_path / "answers.html").read_text()
 
 
 def test_scores_on_a_qa_file(run, final, images, tmp_path):
-    """The references are the model's own answers, but for one: so it is known what has to come out."""
+    """All references but one are the model's own answers, so the scores are known."""
     given = ask(tmp_path / "asked", "--checkpoint", final, "--images", images, "--question", QUESTIONS[0])
     given = [row for row in given if row["answer"]]
     records = [
@@ -179,7 +180,7 @@ def test_scores_on_a_qa_file(run, final, images, tmp_path):
     assert "never this" in (tmp_path / "out" / "answers.html").read_text()
 
 
-def test_the_scores_after_training_are_those_of_the_checkpoint(run, final, tmp_path):
+def test_scores_after_training_equal_the_checkpoints_scores(run, final, tmp_path):
     ask(tmp_path, "--checkpoint", final, "--qa", run.config.data.validation_file)
     found, expected = (json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, final))
     for name in ("loss", "perplexity"):  # summed in another order
@@ -187,61 +188,61 @@ def test_the_scores_after_training_are_those_of_the_checkpoint(run, final, tmp_p
     assert found == expected
 
 
-# --- the answers are the trained model's
+# ---------------------------------------------------------------------------------------------------------------------
+# The answers are the trained model's
 
 
-def greedy(run, picture, question: str, count: int) -> str:
-    """An independent reference: the prompt as one string, the whole sequence through the network for every token."""
+def greedy(run, image, question: str, count: int) -> str:
+    """Answer without test.py's code: the prompt is one string, and every token runs the whole sequence."""
     model, tokenizer = run.built.model.eval(), run.built.tokenizer
-    pixels = run.built.image_processor([read_image(picture)])
-    places = "<|image_pad|>" * model.vision_tower.num_image_tokens
-    prompt = f"<|im_start|>user\n{places}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    pixels = run.built.image_processor([read_image(image)])
+    image_tokens = "<|image_pad|>" * model.vision_tower.num_image_tokens
+    prompt = f"<|im_start|>user\n{image_tokens}\n{question}<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    said = []
+    answer: list[int] = []
     with torch.no_grad():
         for _ in range(count):
-            inputs = torch.tensor([ids + said])
+            inputs = torch.tensor([ids + answer])
             hidden = model.causal_lm.model(
                 input_ids=inputs, image_features=model.encode_images(pixels), use_cache=False
             )
-            said.append(int(model.causal_lm.lm_head(hidden.last_hidden_state[0, -1]).argmax()))
-            if said[-1] in stops:
+            answer.append(int(model.causal_lm.lm_head(hidden.last_hidden_state[0, -1]).argmax()))
+            if answer[-1] in stops:
                 break
-    return tokenizer.decode(said, skip_special_tokens=True).strip()
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-def test_answers_are_those_of_the_model_that_was_just_trained(run, final, images, tmp_path):
+def test_answers_equal_those_of_the_trained_model(run, final, images, tmp_path):
     ask(tmp_path, "--checkpoint", final, "--images", images, *(f"--question={q}" for q in QUESTIONS[:2]))
     found = answers(tmp_path)
     expected = {
-        (str(picture), question): greedy(run, picture, question, run.config.test.max_new_tokens)
-        for picture in images.iterdir()
+        (str(image), question): greedy(run, image, question, run.config.test.max_new_tokens)
+        for image in images.iterdir()
         for question in QUESTIONS[:2]
     }
     assert found == expected
-    assert len(set(found.values())) > 3  # they do depend on what is asked and shown
+    assert len(set(found.values())) > 3  # they depend on image and question
 
 
-def test_answers_do_not_depend_on_how_many_are_asked_at_once(final, images, tmp_path):
+def test_answers_do_not_depend_on_the_batch_size(final, images, tmp_path):
     arguments = ["--checkpoint", final, "--images", images, *(f"--question={q}" for q in QUESTIONS)]
     found = [ask(tmp_path / size, *arguments, f"test.batch_size={size}") for size in ("1", "8", "100")]
     plain = [[(row["image"], row["question"], row["answer"]) for row in each] for each in found]
     assert plain[0] == plain[1] == plain[2] and len(plain[0]) == 36
 
 
-def test_overrides_reach_the_generation(final, images, tmp_path):
+def test_overrides_change_the_generation(final, images, tmp_path):
     arguments = ["--checkpoint", final, "--images", images, "--question", QUESTIONS[0]]
     one = ask(tmp_path / "one", *arguments, "test.max_new_tokens=1")
     beams = ask(tmp_path / "beams", *arguments, "test.max_new_tokens=1", "test.num_beams=3")
     longer = ask(tmp_path / "longer", *arguments, "test.max_new_tokens=8")
-    assert [row["answer"] for row in one] == [
-        row["answer"] for row in beams
-    ]  # the likeliest token is the likeliest beam
+    # with one token, the best beam is the most likely token
+    assert [row["answer"] for row in one] == [row["answer"] for row in beams]
     assert sum(len(row["answer"]) for row in longer) > sum(len(row["answer"]) for row in one)
 
 
-def test_a_checkpoint_answers_from_wherever_it_lies(final, images, tmp_path, monkeypatch):
+def test_a_moved_checkpoint_gives_the_same_answers(final, images, tmp_path, monkeypatch):
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(final, moved)
     monkeypatch.chdir(tmp_path)
@@ -251,10 +252,8 @@ def test_a_checkpoint_answers_from_wherever_it_lies(final, images, tmp_path, mon
     assert answers(moved.parent / "answers") == answers(tmp_path / "a")
 
 
-def test_pictures_and_text_are_read_as_in_training_whatever_lies_beside_the_base_models_now(
-    run, final, images, tmp_path
-):
-    """A checkpoint has its own image processor and tokenizer."""
+def test_images_and_text_are_read_as_in_training(run, final, images, tmp_path):
+    """A checkpoint has its own image processor and tokenizer; those beside the base models may change or disappear."""
     tower, lm = tmp_path / "tower", tmp_path / "lm"
     shutil.copytree(run.config.model.vision_tower, tower)
     shutil.copytree(run.config.model.language_model, lm, ignore=shutil.ignore_patterns("*tokenizer*"))
@@ -266,11 +265,12 @@ def test_pictures_and_text_are_read_as_in_training_whatever_lies_beside_the_base
     assert answers(tmp_path / "b") == answers(tmp_path / "a")
 
 
-# --- how it is called
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
-def test_without_a_checkpoint_it_is_the_one_that_the_config_trained(run, final, images, tmp_path):
-    """`sh test.sh [FOLDER]`: the model as it was trained, pictures and questions as config.yaml has them now."""
+def test_the_default_checkpoint_is_the_one_that_the_config_trained(run, final, images, tmp_path):
+    """`sh test.sh [FOLDER]`: the model as it was trained, images and questions as in config.yaml now."""
     config = final.parent.parent / "config.yaml"
     values = yaml.safe_load(config.read_text())
     values["test"] = {"images": str(images / "1.png"), "questions": ["Now?"], "max_new_tokens": 2}
@@ -280,14 +280,14 @@ def test_without_a_checkpoint_it_is_the_one_that_the_config_trained(run, final, 
     assert [(r["image"], r["question"]) for r in ask(tmp_path, "--config", changed)] == [
         (str(images / "1.png"), "Now?")
     ]
-    long = '["' + "Is it so? " * 40 + '"]'  # longer than a file's name may be
+    long = '["' + "Is it so? " * 40 + '"]'  # longer than a file name may be
     found = ask(tmp_path, "--config", changed, images / "2.png", f"test.questions={long}")
     assert [(row["image"], row["question"]) for row in found] == [(str(images / "2.png"), "Is it so? " * 40)]
     assert test.main(["--config", str(changed), str(images)]) == 0
     assert len(rows(final.parent / "answers")) == 12
 
 
-def test_a_picture_whose_name_looks_like_an_override_is_a_picture(final, images, tmp_path, monkeypatch):
+def test_an_image_whose_name_looks_like_an_override_is_an_image(final, images, tmp_path, monkeypatch):
     shutil.copy(images / "0.png", tmp_path / "a=b.png")
     monkeypatch.chdir(tmp_path)
     (row,) = ask(tmp_path, "--checkpoint", final, "a=b.png", "--question", "Q")
@@ -301,8 +301,8 @@ def test_a_picture_whose_name_looks_like_an_override_is_a_picture(final, images,
         (["--qa", "qa.jsonl", "--question", "Q"], ["--qa", "leave out"]),
         (["--no-image", "a.png"], ["--no-image", "a.png"]),
         (["a.png", "b.png"], ["b.png", "a.png"]),
-        (["--images", "none.png"], ["none.png", "no such picture"]),
-        (["--images", "empty"], ["empty", "no picture in this folder"]),
+        (["--images", "none.png"], ["none.png", "no such image"]),
+        (["--images", "empty"], ["empty", "no image in this folder"]),
         (["--qa", "none.jsonl"], ["none.jsonl"]),
         (["--qa", "empty/qa.jsonl"], ["qa.jsonl", "no records"]),
         (["test.batchsize=1"], ['did you mean "test.batch_size"?']),
@@ -310,7 +310,7 @@ def test_a_picture_whose_name_looks_like_an_override_is_a_picture(final, images,
         (["--output", "a.png/x"], ["a.png/x", "--output"]),
     ],
 )
-def test_mistakes_end_with_2_and_say_what_to_do(final, tmp_path, monkeypatch, capsys, arguments, words):
+def test_mistakes_end_with_code_2_and_advice(final, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "qa.jsonl").touch()
@@ -319,7 +319,7 @@ def test_mistakes_end_with_2_and_say_what_to_do(final, tmp_path, monkeypatch, ca
     assert found.startswith("error: ") and [word for word in words if word not in found] == [], found
 
 
-def test_a_checkpoint_that_is_damaged_is_refused_by_the_files_name(run, final, images, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_refused_by_file_name(run, final, images, tmp_path, capsys):
     for name in ("projector.safetensors", "adapter_model.safetensors", "config.yaml", "tokenizer/tokenizer.json"):
         damaged = tmp_path / name.replace("/", "-")
         shutil.copytree(final, damaged)
@@ -330,7 +330,9 @@ def test_a_checkpoint_that_is_damaged_is_refused_by_the_files_name(run, final, i
         (damaged / name).unlink()
         missing = exit_message(capsys, "--checkpoint", damaged, "--images", images)
         assert f"{damaged}/manifest.json: lists '{name}'" in missing
-    assert "checkpoint folder does not exist" in exit_message(capsys, "--checkpoint", tmp_path / "none", "--images", images)
+    assert "checkpoint folder does not exist" in exit_message(
+        capsys, "--checkpoint", tmp_path / "none", "--images", images
+    )
     assert "not a checkpoint" in exit_message(capsys, "--checkpoint", images, "--images", images)
     config = final.parent.parent / "config.yaml"
     assert "train.sh first" in exit_message(capsys, "--config", config, "output_dir=nowhere", images)

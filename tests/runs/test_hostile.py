@@ -1,7 +1,7 @@
-"""Checkpoints from strangers: refused with one message, nothing run, nothing written.
-`sh tests/run.sh tests/test_hostile.py`
+"""Checkpoints from strangers are refused with one message; no code in them runs and nothing is written.
+`sh tests/run.sh tests/runs/test_hostile.py`
 
-Every folder here has hashes that fit: who makes a folder to do harm makes its manifest as well.
+Every folder here has a manifest with correct hashes, because an attacker would write one too.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import test as script
 from config import InputError, run_script
 from model.checkpoint import load_adapter, load_trained
 from model.checkpoint_folder import MANIFEST, verify_folder
+from model.trainable import WeightOrigins
 from tests.toy_project import run_training, write_project
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICK = ("train.eval_steps=null", "train.max_steps=1", "train.save_steps=1", "train.score_samples=1")
 
 
@@ -39,13 +40,13 @@ def project(tmp_path_factory):
 
 @pytest.fixture
 def final(project, tmp_path):
-    """A copy of a trained model's folder, to be made hostile."""
+    """A copy of a trained model's folder, which a test makes hostile."""
     shutil.copytree(project.parent / "run" / "final", tmp_path / "run" / "final")
     return tmp_path / "run" / "final"
 
 
 def sign(folder: Path, **extra) -> None:
-    """A manifest that fits what lies in the folder."""
+    """Write a manifest with the hashes of the folder's files. extra: further entries."""
     files = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -62,7 +63,7 @@ def tree(folder: Path) -> dict[str, int]:
 
 
 def refused(folder: Path, capsys, *words: str) -> None:
-    """test.py ends with exit code 2 and one message that has these words; beside the answers' folder nothing is written."""
+    """Assert that test.py ends with exit code 2 and one message with these words, and changes nothing in the folder."""
     before = tree(folder)
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: script.main(["--checkpoint", str(folder), "--no-image", "--question", "What is it?"]))
@@ -80,8 +81,8 @@ def refused(folder: Path, capsys, *words: str) -> None:
 @pytest.mark.parametrize(
     "name", ["{outside}", "../outside.txt", "tokenizer/../../outside.txt", "./config.yaml", "a\0b", "", ".", "x" * 5000]
 )
-def test_a_manifest_names_files_of_its_folder_only(tmp_path, name, monkeypatch):
-    """A name that is no file found in the folder is never opened."""
+def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path, name, monkeypatch):
+    """Only files found in the folder are opened."""
     outside = tmp_path / "outside.txt"
     outside.write_text("secret")
     folder = tmp_path / "final"
@@ -109,7 +110,7 @@ def test_a_manifest_names_files_of_its_folder_only(tmp_path, name, monkeypatch):
     ],
     ids=lambda text: ascii(text[:60]),
 )  # fmt: skip
-def test_an_odd_manifest_is_one_message(tmp_path, text):
+def test_a_malformed_manifest_is_one_message(tmp_path, text):
     (tmp_path / "config.yaml").write_text("a")
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(InputError, match="manifest.json") as caught:
@@ -118,12 +119,12 @@ def test_an_odd_manifest_is_one_message(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "config.yaml", "state.json", "run.json", "tokenizer/tokenizer.json"])
-def test_a_text_of_gigabytes_is_refused_before_it_is_read(tmp_path, name, monkeypatch):
+def test_a_text_file_of_gigabytes_is_refused_before_it_is_read(tmp_path, name, monkeypatch):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     (tmp_path / MANIFEST).touch()
     with open(path, "wb") as file:
-        file.truncate(1 << 30)  # takes no room
+        file.truncate(1 << 30)  # sparse: it takes no disk space
     monkeypatch.setattr("builtins.open", pytest.fail)
     with pytest.raises(InputError, match=f"{name}: 1,074 MB, larger than the limit for this file"):
         verify_folder(tmp_path)
@@ -132,8 +133,8 @@ def test_a_text_of_gigabytes_is_refused_before_it_is_read(tmp_path, name, monkey
 @pytest.mark.parametrize(
     "name", ["language_model.safetensors", "vision_tower.safetensors", "tokenizer/evil.py", "a\x1b[2J"]
 )
-def test_a_file_that_is_not_listed_is_refused(final, name):
-    """A language_model.safetensors that lies there would be loaded."""
+def test_an_unlisted_file_is_refused(final, name):
+    """A language_model.safetensors would be loaded if it were accepted."""
     shutil.copy(final / "projector.safetensors", final / name)
     with pytest.raises(InputError) as caught:
         verify_folder(final)
@@ -161,7 +162,7 @@ def make_pipe(final: Path, outside: Path) -> None:
 
 @pytest.mark.parametrize("change", [link_file, link_folder, link_in_a_circle, make_pipe])
 def test_a_link_or_a_pipe_in_the_folder_is_refused(final, project, change, capsys):
-    change(final, project.parent / "run")  # the manifest stays: what is linked has the right content
+    change(final, project.parent / "run")  # the manifest still fits: the linked files have the same content
     refused(final, capsys, "a link or special file")
 
 
@@ -194,12 +195,12 @@ def entry(shape: list[int], start: int, end: int, kind: str = "F32") -> dict:
     ],
     ids=lambda content: ascii(content[8:60]),
 )  # fmt: skip
-def test_a_safetensors_file_that_lies_is_refused(tmp_path, content):
+def test_a_malformed_safetensors_file_is_refused(tmp_path, content):
     (tmp_path / "projector.safetensors").write_bytes(content)
     model = type("", (), {"projector": torch.nn.Module()})()
     model.projector.linear_1 = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="projector.safetensors: ") as caught:
-        load_trained(model, tmp_path)
+        load_trained(model, WeightOrigins(frozenset(), {}), tmp_path)
     assert len(str(caught.value)) < 600
 
 
@@ -219,29 +220,29 @@ def set_one(value: float):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (set_one(float("nan")), "no numbers"),
-        (set_one(float("-inf")), "no numbers"),
+        (set_one(float("nan")), "not finite"),
+        (set_one(float("-inf")), "not finite"),
         (lambda tensor: tensor.to(torch.int64), "torch.int64"),
         (lambda tensor: tensor.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
         (lambda tensor: tensor[..., None].clone(), "another shape"),
     ],
     ids=["nan", "inf", "int64", "float8", "shape"],
 )
-def test_weights_that_are_none_are_named(final, capsys, name, change, words):
+def test_unusable_weights_are_named(final, capsys, name, change, words):
     change_tensors(final / name, change)
     sign(final)
     refused(final, capsys, name, words, "linear_1" if name.startswith("proj") else "lora_")
 
 
 def test_the_adapters_config_is_not_read(final, capsys):
-    """PEFT's file is for other tools; what it says of this model stands in config.yaml."""
+    """PEFT's file is for other tools; the model is built from config.yaml."""
     (final / "adapter_config.json").write_text('{"peft_type": "evil", "auto_mapping": {"parent_library": "evil"}}')
     sign(final)
     assert script.main(["--checkpoint", str(final), "--no-image", "--question", "What is it?"]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Damaged or absurd, but signed: through the scripts
+# Damaged or absurd files with correct hashes, given to the scripts
 
 
 def change_json(path: Path, change) -> None:
@@ -250,7 +251,7 @@ def change_json(path: Path, change) -> None:
     path.write_text(json.dumps(values))
 
 
-def be_bert(values: dict) -> None:
+def use_bert_class(values: dict) -> None:
     values["tokenizer_class"] = "BertTokenizer"
 
 
@@ -268,7 +269,7 @@ def rename_vocabulary(values: dict) -> None:
         lambda path: change_json(path, rename_vocabulary),
         lambda path: change_json(path, lambda values: values["model"].update(merges=[["no", "such"]])),
         lambda path: change_json(path, lambda values: values["model"].update(type="WordPiece")),
-        lambda path: change_json(path.with_name("tokenizer_config.json"), be_bert),
+        lambda path: change_json(path.with_name("tokenizer_config.json"), use_bert_class),
         lambda path: change_json(path.with_name("tokenizer_config.json"), lambda v: v.update(pad_token=5)),
     ],
     ids=["empty", "list", "cut", "deep", "ids", "merges", "model", "class", "token"],
@@ -293,7 +294,7 @@ def test_a_damaged_tokenizer_is_one_message(final, capsys, change):
     ],
     ids=lambda values: json.dumps(values)[:60],
 )  # fmt: skip
-def test_an_absurd_image_processor_is_one_message_before_a_picture_is_read(final, capsys, values):
+def test_an_absurd_image_processor_is_one_message(final, capsys, values):
     change_json(final / "image_processor" / "preprocessor_config.json", lambda found: found.update(values))
     sign(final)
     refused(final, capsys, "image_processor")
@@ -321,41 +322,43 @@ def set_key(folder: Path, key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("key", ABSURD)
-def test_a_number_that_would_fill_the_memory_is_refused_by_its_name(final, capsys, key):
+def test_a_number_that_would_fill_the_memory_is_named(final, capsys, key):
     set_key(final, key, ABSURD[key])
     sign(final)
     refused(final, capsys, key, str(ABSURD[key]))
 
 
 def test_aliases_in_yaml_are_refused(final, capsys):
-    """A few lines that stand for a billion words."""
+    """A few lines with aliases can expand to a billion words."""
     (final / "config.yaml").write_text(BOMB)
     sign(final)
     refused(final, capsys, "config.yaml", "alias")
 
 
-def script_refuses(words: list[str], *said: str) -> None:
-    """`python ...`: exit code 2 and one message."""
+def assert_script_refuses(words: list[str], *expected: str) -> None:
+    """Assert that `python ...` ends with exit code 2 and one message with the expected words."""
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and all(word in last for word in said), done.stderr
+    assert done.returncode == 2 and last.startswith("error: ") and all(word in last for word in expected), done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
 
 
-def test_test_py_refuses_it(final):
-    set_key(final, "model.projector_hidden_size", 65536)  # allowed, but not what the tensors are
+def test_the_test_command_refuses_a_hostile_checkpoint(final):
+    set_key(final, "model.projector_hidden_size", 65536)  # allowed, but not the tensors' size
     sign(final)
-    script_refuses(["test.py", "--checkpoint", str(final), "--no-image"], "projector.safetensors", "of another shape")
+    assert_script_refuses(
+        ["test.py", "--checkpoint", str(final), "--no-image"], "projector.safetensors", "of another shape"
+    )
 
 
-def test_train_py_refuses_it(project, tmp_path):
+def test_the_train_command_refuses_a_hostile_checkpoint(project, tmp_path):
     folder = tmp_path / "run" / "checkpoint-1"
     shutil.copytree(project.parent / "run" / "checkpoint-1", folder)
     (folder / "tokenizer" / "tokenizer.json").write_text("[]")
     sign(folder)
     before = tree(folder)
     output = f"output_dir={tmp_path / 'run'}"
-    script_refuses(["train.py", "--config", str(project), *QUICK, "train.save_steps=2", output], "tokenizer")
+    assert_script_refuses(["train.py", "--config", str(project), *QUICK, "train.save_steps=2", output], "tokenizer")
     assert tree(folder) == before and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -371,7 +374,7 @@ def test_train_py_refuses_it(project, tmp_path):
     ],
     ids=["processor", "projector", "state", "bomb", "lora.r"],
 )  # fmt: skip
-def test_training_does_not_go_on_from_it(project, tmp_path, capsys, change, word):
+def test_training_does_not_resume_from_a_hostile_checkpoint(project, tmp_path, capsys, change, word):
     folder = tmp_path / "checkpoint-1"
     shutil.copytree(project.parent / "run" / "checkpoint-1", folder)
     change(folder)
@@ -393,7 +396,7 @@ EVIL = "import pathlib\npathlib.Path({mark!r}).write_text('run')\nclass Evil: pa
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
 def test_code_beside_the_tokenizer_is_never_run(final, tmp_path, monkeypatch, name):
-    """auto_map asks for a class in the folder's own Python file."""
+    """auto_map names a class in a Python file of the folder."""
     monkeypatch.chdir(tmp_path)
     mark, folder = tmp_path / "run-it", final / "tokenizer"
     path = folder / name
@@ -444,8 +447,8 @@ def test_a_hostile_config_is_one_message(final, tmp_path, monkeypatch, capsys, t
     ],
     ids=lambda text: text[:20],
 )  # fmt: skip
-def test_a_hostile_state_stops_training_before_it_begins(project, tmp_path, capsys, text, word):
-    """train.py: exit code 2, and nothing of the run is changed."""
+def test_a_hostile_state_is_refused_before_training(project, tmp_path, capsys, text, word):
+    """Exit code 2, and the run's files stay as they were."""
     folder = tmp_path / "run" / "checkpoint-1"
     shutil.copytree(project.parent / "run" / "checkpoint-1", folder)
     (folder / "state.json").write_text(text)
@@ -458,8 +461,8 @@ def test_a_hostile_state_stops_training_before_it_begins(project, tmp_path, caps
     assert "Traceback" not in error and tree(folder) == before
 
 
-def test_an_adapter_of_another_name_is_refused(tmp_path, monkeypatch):
-    """Names are matched one by one: nothing is loaded because it is called somewhat like it."""
+def test_an_adapter_with_other_tensor_names_is_refused(tmp_path, monkeypatch):
+    """Names must be equal: a similar name is not enough."""
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     monkeypatch.setattr("model.checkpoint._adapter", lambda model: {"q_proj.lora_A.weight": torch.zeros(1)})
     with pytest.raises(InputError, match="unknown to this model"):

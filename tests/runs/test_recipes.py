@@ -1,4 +1,5 @@
-"""Every recipe in recipes/, with tiny checkpoints of the same families, prepares its data and takes a step."""
+"""Every recipe in recipes/ prepares its data and takes a step, with tiny checkpoints of the same model families.
+`sh tests/run.sh tests/runs/test_recipes.py`"""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from tests.toy_language import write_qwen1, write_qwen2, write_qwen3
 from tests.toy_project import run_training, write_pictures
 from tests.toy_towers import write_clip, write_dinov2, write_siglip, write_siglip2
 
-ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TINY = {
     "openai/clip-vit-large-patch14": write_clip,
     "google/siglip-so400m-patch14-384": write_siglip,
@@ -32,7 +33,7 @@ LORA_MODULES = {
 
 
 def write_raw_data(source: dict, folder: Path) -> dict:
-    """Six records in the source's own format; returns the source with its paths."""
+    """Write six records in the source's own format, and return the source with their paths."""
     write_pictures(folder / "images", 6)
     if source["format"] == "llava":
         records = [
@@ -41,7 +42,7 @@ def write_raw_data(source: dict, folder: Path) -> dict:
                 "image": f"{i}.png",
                 "conversations": [
                     {"from": "human", "value": "<image>\nWhat is it?" if i % 2 else "What is it?\n<image>"},
-                    {"from": "gpt", "value": f"It is picture {i}."},
+                    {"from": "gpt", "value": f"It is image {i}."},
                 ],
             }
             for i in range(6)
@@ -55,11 +56,11 @@ def write_raw_data(source: dict, folder: Path) -> dict:
     return source | {"annotations": str(annotations), "images": str(folder / "images")}
 
 
-OTHERS = ("demo", "from-scratch", "from-scratch-demo")  # with tests of their own
+OTHERS = ("demo", "from-scratch", "from-scratch-demo")  # have their own tests
 
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem not in OTHERS], ids=lambda path: path.stem)
-def test_the_recipe_builds_and_takes_a_step(recipe, tmp_path):
+def test_recipe_builds_and_takes_a_step(recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text())
     values["data"]["sources"] = [
         write_raw_data(source, tmp_path / source["name"]) for source in values["data"]["sources"]
@@ -92,10 +93,10 @@ def write_jsonl(path: Path, records: list[dict]) -> str:
     return str(path)
 
 
-def test_the_recipe_from_scratch_trains_all_its_stages_and_answers(tmp_path):
-    """Shrunk to a narrow model; data in the layouts that the stages name, as they were published: minimind's texts, SVLM's
-    captions and instructions with the mark at the end, with `\\n` and without, a row of three pictures among them."""
-    values = yaml.safe_load((ROOT / "configs" / "from-scratch.yaml").read_text())
+def test_the_recipe_from_scratch_trains_all_its_stages(tmp_path):
+    """With a narrow model and data in the published layouts: minimind's texts, SVLM's captions and instructions with the
+    image mark at the end, with and without a newline before it, one row with three images."""
+    values = yaml.safe_load((ROOT / "recipes" / "from-scratch.yaml").read_text())
     write_dinov2(tmp_path / "tower")
     write_pictures(tmp_path / "images", 6)
     texts = [{"text": f"很久以前，有{i}只猫。Once upon a time there were {i} cats."} for i in range(12)]
@@ -136,10 +137,10 @@ def test_the_recipe_from_scratch_trains_all_its_stages_and_answers(tmp_path):
     assert (tmp_path / "run" / "final" / "scores.json").exists()
 
 
-def test_the_recipe_from_scratch_is_the_ancestors():
-    """DINOv2-base, 32 tokens a picture, width 1024, 14 layers, 4 heads; four experts, two of which and a shared one a token
-    passes; first the top two layers with projector and embeddings, 1,500 steps an epoch at most, then all layers."""
-    config = load_config(ROOT / "configs" / "from-scratch.yaml")
+def test_the_recipe_from_scratch_has_svlms_settings():
+    """DINOv2-base, 32 tokens per image, width 1024, 14 layers, 4 heads; four experts, of which a token passes two and a
+    shared one; first the top two layers with projector and embeddings, at most 1,500 steps an epoch, then all layers."""
+    config = load_config(ROOT / "recipes" / "from-scratch.yaml")
     model, new = config.model, config.model.from_scratch
     assert (model.vision_tower, model.projector, model.num_queries) == ("facebook/dinov2-base", "resampler", 32)
     assert (new.hidden_size, new.num_hidden_layers, new.num_attention_heads) == (1024, 14, 4)
@@ -153,15 +154,15 @@ def test_the_recipe_from_scratch_is_the_ancestors():
     assert text.train.freeze_random == ("projector",) and not vision.train.freeze_random
 
 
-def test_the_ancestors_recipe_is_kept():
-    """Qwen-7B with CLIP or SigLIP: the published settings, and an alpha that goes with the rank."""
+def test_the_qwen_7b_recipes_have_the_published_settings():
+    """Qwen-7B with CLIP or SigLIP. Only alpha differs: it is not below the rank."""
     for name in ("qwen-7b-clip", "qwen-7b-siglip"):
-        config = load_config(ROOT / "configs" / f"{name}.yaml")
+        config = load_config(ROOT / "recipes" / f"{name}.yaml")
         assert (config.lora.r, config.lora.dropout) == (128, 0.1) and config.lora.alpha >= config.lora.r
         assert config.lora.target_modules == ("c_attn", "w1", "w2")
         assert (config.train.projector_lr, config.train.lora_lr) == (1e-4, 3e-5)
         assert (config.train.per_device_train_batch_size, config.train.num_train_epochs) == (4, 2)
 
 
-def test_demo_yaml_is_config_yaml():
-    assert load_config(ROOT / "configs" / "demo.yaml") == load_config(ROOT / "config.yaml")
+def test_demo_recipe_equals_config_yaml():
+    assert load_config(ROOT / "recipes" / "demo.yaml") == load_config(ROOT / "config.yaml")

@@ -1,7 +1,7 @@
-"""What a run must not do, and what it must do twice alike: no network, nothing written elsewhere, nothing unpickled;
-the same files from the same command. `sh tests/run.sh tests/test_safety.py`
+"""A run uses no network, writes only into its folders and unpickles nothing; the same command makes the same files.
+`sh tests/run.sh tests/runs/test_safety.py`
 
-The scripts run as a user starts them, in processes of their own, under tests/guard/sitecustomize.py.
+The scripts run as a user starts them, in separate processes, under tests/guard/sitecustomize.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import test as script
 from tests.guard import ROOT, guarded
 from tests.toy_project import run_training, write_project
 
-VARY = {"samples_per_s", "tokens_per_s", "peak_memory_mb"}  # of a row of metrics.jsonl
-STARTS = ["manifest.json", "run.json"]  # tell of the start: its time, its command; and the hash of what tells of it
+VARY = {"samples_per_s", "tokens_per_s", "peak_memory_mb"}  # keys of metrics.jsonl that differ between equal runs
+STARTS = ["manifest.json", "run.json"]  # run.json records time and command of the start, manifest.json its hash
 
 
 def python(folder: Path, environment: dict[str, str], *words: str) -> str:
+    """Run Python under guard, assert that nothing was refused and the exit code is 0, and return what it printed."""
     done = subprocess.run(
         [sys.executable, *words], cwd=folder / "elsewhere", env=environment, capture_output=True, text=True
     )
@@ -40,29 +41,32 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# Everything a user does with a config, in one process (starting Python takes the longest): what it is told to write goes
-# into the run's folder and the data's.
+# Everything that a user does with a config, in one process because starting Python takes longest. All of it writes into the
+# folders of the run and the data.
 DRIVE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from dataprocess import process_image
 from dataset import show
 from tests.toy_project import run_training
-config, pictures = sys.argv[1:]
+config, images = sys.argv[1:]
 sys.argv = ["process_image", "--config", config]
 assert not process_image.main()
 assert show.main(["--config", config, "--count", "4"]) == 0
 assert run_training(config, "--check") == 0
 import test
-assert test.main(["--config", config, pictures, "--question", "What is it?"]) == 0
+assert test.main(["--config", config, images, "--question", "What is it?"]) == 0
 assert test.main(["--config", config, "--qa", config.replace("config.yaml", "data/validation.jsonl")]) == 0
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with `project`, whose run was made twice by `python train.py`, the sets of the two processes in another
-    order: `first` is a copy of what the first left, `project/run` the second. After the first, DRIVE."""
+    """(folder, the project's files with their times before the runs).
+
+    `python train.py` ran twice, with different hash seeds: `folder/first` is the first run's folder, `folder/project/run`
+    the second one's. DRIVE ran after that.
+    """
     folder = tmp_path_factory.mktemp("guarded")
     project = folder / "project"
     config = write_project(project)
@@ -71,12 +75,12 @@ def runs(tmp_path_factory):
     values["train"]["num_workers"] = 2
     config.write_text(yaml.safe_dump(values))
     before = {path: path.lstat().st_mtime_ns for path in project.rglob("*")}
-    may = [project / "run", project / "data"]
+    writable = [project / "run", project / "data"]
     train = str(ROOT / "train.py"), "--config", str(config)
-    python(folder, guarded(folder, may, 1), *train)
+    python(folder, guarded(folder, writable, 1), *train)
     (project / "run").rename(folder / "first")
-    python(folder, guarded(folder, may, 2), *train)
-    python(folder, guarded(folder, may), "-c", DRIVE, str(config), str(project / "images"))
+    python(folder, guarded(folder, writable, 2), *train)
+    python(folder, guarded(folder, writable), "-c", DRIVE, str(config), str(project / "images"))
     return folder, before
 
 
@@ -107,8 +111,8 @@ def runs(tmp_path_factory):
         ("pickle", "import pickle; pickle.loads(b'cos\\nsystem\\n.')"),
     ],
 )  # fmt: skip
-def test_the_guard_catches(tmp_path, what, code):
-    """It ends in an error, and stands in the log for the case that somebody catches that; nothing is done."""
+def test_the_guard_refuses(tmp_path, what, code):
+    """The process gets an error, the log a line in case the error is caught, and nothing is done."""
     environment = guarded(tmp_path, [])
     (tmp_path / "temp" / "there").touch()
     done = subprocess.run(
@@ -119,7 +123,7 @@ def test_the_guard_catches(tmp_path, what, code):
     assert list((tmp_path / "elsewhere").iterdir()) == [] and (tmp_path / "home").exists()
 
 
-def test_the_guard_lets_pass_what_is_allowed(tmp_path):
+def test_the_guard_permits_the_allowed(tmp_path):
     code = (
         "import os, pickle, socket, tempfile; open(tempfile.mkdtemp() + '/a', 'w').close(); "
         "a, b = socket.socketpair(); a.send(b'x'); pickle.loads(pickle.dumps({'a': [1, None]})); open('/dev/null', 'w')"
@@ -132,8 +136,8 @@ def test_the_guard_lets_pass_what_is_allowed(tmp_path):
 
 
 def test_nothing_is_written_outside_the_run_the_data_and_the_cache(runs):
-    """The guard has refused nothing (`python` asserts it); and for what it does not see, because libraries in C and Rust
-    write it: every file in the surroundings is as it was."""
+    """The guard has refused nothing (`python` asserts that). It does not see writes of C and Rust libraries, so all files
+    around are compared too."""
     folder, before = runs
     project = folder / "project"
     after = {path: path.lstat().st_mtime_ns for path in project.rglob("*")}
@@ -144,7 +148,7 @@ def test_nothing_is_written_outside_the_run_the_data_and_the_cache(runs):
     assert list((folder / "elsewhere").iterdir()) == []
     assert {path.name for path in (folder / "home").iterdir()} <= {".cache", ".config"}
     assert [path for path in (folder / "home" / ".config").rglob("*") if not path.is_dir()] == []
-    # the loader's workers leave the sockets there over which they gave their tensors, torch's compiler an empty folder
+    # the loader's workers leave the sockets over which they sent tensors, torch's compiler an empty folder
     assert {re.sub("[-_].*", "", path.name) for path in (folder / "temp").iterdir()} <= {"pymp", "torchinductor"}
     assert [path for path in (folder / "temp").rglob("*") if path.is_file()] == []
     assert {"answers.jsonl", "answers.html"} <= set(os.listdir(project / "run" / "answers"))
@@ -160,7 +164,7 @@ def test_no_file_of_a_run_is_a_pickle(runs):
 
 
 def test_torch_load_is_never_called(tmp_path, monkeypatch):
-    """Training, going on and answering."""
+    """Not in training, resuming or answering."""
     for name in ("load", "save"):
         monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("torch.load or torch.save"))
     config = write_project(tmp_path, pictures=8)
@@ -172,7 +176,7 @@ def test_torch_load_is_never_called(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Twice the same
+# Reproducibility
 
 
 def test_the_same_command_makes_the_same_metrics(runs):
@@ -190,7 +194,7 @@ def test_the_same_command_makes_the_same_metrics(runs):
 
 @pytest.mark.parametrize("name", ["samples.jsonl", "final", "best", "checkpoint-3", "checkpoint-6"])
 def test_the_same_command_makes_the_same_bytes(runs, name):
-    """Weights, optimizer, scores, tokenizer, config and all; but for the file that tells of the start, and its hash."""
+    """Every file (weights, optimizer, scores, tokenizer, config, ...) except the record of the start and its hash."""
     folder, _ = runs
     paths = [folder / "first" / name, folder / "project" / "run" / name]
     if name.endswith(".jsonl"):
@@ -203,7 +207,7 @@ def test_the_same_command_makes_the_same_bytes(runs, name):
     assert {name for name in hashes[0] if hashes[0][name] != hashes[1][name]} <= {"run.json"}
 
 
-def test_the_trained_folder_says_how_it_came_about_and_nothing_secret(runs):
+def test_the_trained_folder_records_its_start_without_secrets(runs):
     folder, _ = runs
     run = folder / "project" / "run"
     (entry,) = json.loads((run / "final" / "run.json").read_text())

@@ -68,7 +68,7 @@ def assert_resumes(config: Path, reference: Path, *options: str, saved_at: int |
 @pytest.mark.parametrize("number", [INT, TERM])
 @pytest.mark.parametrize("to_group, workers", [(False, 0), (True, 2)])
 def test_a_signal_finishes_the_step_and_saves(config, reference, number, to_group, workers):
-    """Also if the whole group with the loader's workers gets it: a terminal, torchrun, timeout and job schedulers do that."""
+    """to_group: terminals, torchrun, timeout and job schedulers send it to the loader's workers too."""
     options = f"train.num_workers={workers}"
     start = Start(config, *RUN, options, at=[At("train.sum_gradients", 2, number, to_group)])
     assert start.end() == 128 + number, start.output()

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from config import IGNORE_INDEX, InputError, LoraConfig, ModelConfig, Trainable, TrainableConfig, TrainConfig
-from config.typed_yaml import FolderOrHub
+from config import IGNORE_INDEX, InputError, LoraConfig
 from dataset.batch import Batch
-from model.build import Built, autocast, build_model, checkpoint_activations, load_processors
+from model.build import Built, autocast, checkpoint_activations
 from model.checkpoint import save_trained
 from model.checkpoint_folder import write_folder
 from model.generate import Prompt, generate
 from tests.toy_batches import CPU
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe
+from tests.toy_model import build_toy, train_config
 from tests.toy_towers import write_clip
 from training.parallel import check_equal_weights, clip_grad_norm, sum_gradients
 from training.sharding import gathered_for_inference, gathered_for_saving, idle_batch, laid_out_as, shard
@@ -52,15 +52,9 @@ MAX_NORM = 0.5
 
 def build(folder: Path, kind: str, checkpoint: Path | None = None, dtype=torch.float32) -> Built:
     language_model, words = KINDS[kind]
-    settings = ModelConfig(
-        vision_tower=FolderOrHub(folder / "tower"),
-        language_model=FolderOrHub(folder / language_model),
-        start_from=checkpoint,
-    )
     lora = LoraConfig(r=4, alpha=8.0, target_modules=("q_proj", "up_proj"))
-    trainable = TrainableConfig(**{part: Trainable(word) for part, word in words.items()})
-    train = TrainConfig(trainable=trainable)
-    built = build_model(load_processors(settings), settings, lora, train, dtype=dtype, seed=3)
+    train = train_config(**words)
+    built = build_toy(folder, language_model, "tower", train=train, lora=lora, dtype=dtype, start_from=checkpoint)
     if kind == "lora":
         checkpoint_activations(built.model)
     return built

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,9 +297,9 @@ def watchdog():
     faulthandler.cancel_dump_traceback_later()
 
 
-def outcome(data: bytes) -> Image.Image | ImageError:
-    """Return the result of reading; assert that verifying agrees and that there are no warnings."""
-    results = []
+def outcome(data: bytes) -> Any:
+    """Return the image or the ImageError of reading; assert that verifying agrees and that there are no warnings."""
+    results: list[Any] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for function in (read_image, verify_image, image_suffix):
@@ -404,7 +405,7 @@ def scans(size: int, count: int) -> bytes:
     return data[: frame + 5] + struct.pack(">HH", size, size) + data[frame + 9 : scan] + header * count + b"\xff\xd9"
 
 
-def tiff(*tags: tuple[int, int], data: bytes) -> bytes:
+def tiff(*tags: tuple[int, int, int], data: bytes) -> bytes:
     """A grey TIFF with one directory and 32-bit values."""
     entries = b"".join(struct.pack("<HHII", tag, 4, *value) for tag, *value in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
