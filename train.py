@@ -127,7 +127,7 @@ def set_learning_rates(run: Run, factor: float) -> None:
 
 
 def is_due(every: int | None, step: int) -> bool:
-    """Whether something that happens every so many steps happens after this one. every: None for never."""
+    """Return whether something that happens every so many steps happens after this one. every: None for never."""
     return every is not None and step % every == 0
 
 

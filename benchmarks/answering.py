@@ -83,8 +83,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     answerer.options["min_new_tokens"] = arguments.new_tokens  # where random weights stop has no meaning
     task, way = name.split("_")
     questions = QUESTIONS if task == "questions" else 1
-    files = [arguments.workdir / "images" / f"{i}.jpg" for i in range(arguments.images // questions)]
-    requests = requests_about(files, questions)
+    images = [arguments.workdir / "images" / f"{i}.jpg" for i in range(arguments.images // questions)]
+    requests = requests_about(images, questions)
 
     def answers(asked: list[Request]) -> list[str]:
         if way == "plain":
@@ -97,42 +97,34 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     return clock.read() | {"answers": texts}
 
 
-def summarize(answers: dict[str, list[dict]]) -> dict[str, dict]:
-    """Return name -> medians, and the answers of the first round."""
-    medians = {
-        name: {key: median(one[key] for one in found) for key in ("cpu", "wall", "peak")}
-        for name, found in answers.items()
-    }
-    return {name: medians[name] | {"answers": found[0]["answers"]} for name, found in answers.items()}
-
-
-def check_agreement(results: dict[str, dict], precision: str) -> None:
+def check_agreement(answers: dict[str, list[dict]], precision: str) -> None:
     """Raise ValueError if answers in float32 are not those of the plain way."""
-    wrong = {name: share for name, share in shares_equal(results).items() if share < 1}
+    wrong = {name: share for name, share in shares_equal(answers).items() if share < 1}
     if precision == "fp32" and wrong:
         raise ValueError(f"only a share of these answers has the tokens of those asked one at a time: {wrong}")
 
 
-def shares_equal(results: dict[str, dict]) -> dict[str, float]:
-    """Return way -> the share of its answers whose tokens are all those of the plain way."""
+def shares_equal(answers: dict[str, list[dict]]) -> dict[str, float]:
+    """Return way -> the share of its answers whose tokens are all those of the plain way, in the first round."""
     shares = {}
     for plain, ours in (("folder_plain", "folder_batched"), ("questions_plain", "questions_shared")):
-        pairs = list(zip(results[plain]["answers"], results[ours]["answers"], strict=True))
+        pairs = list(zip(*(answers[name][0]["answers"] for name in (plain, ours)), strict=True))
         shares[ours] = sum(one == other for one, other in pairs) / len(pairs)
     return shares
 
 
-def markdown(results: dict[str, dict], about: str) -> str:
-    shares = shares_equal(results)
+def markdown(answers: dict[str, list[dict]], about: str) -> str:
+    shares = shares_equal(answers)
+    costs = {
+        name: {key: median(one[key] for one in answers[name]) for key in ("cpu", "wall", "peak")} for name in NAMES
+    }
     head = ["", "answers a second", "times", "answers a CPU second", "times", "MiB above the model", "tokens alike"]
     rows = []
     for name, title in NAMES.items():
-        found, plain = results[name], results[f"{name.split('_')[0]}_plain"]
-        count = len(found["answers"])
+        found, plain, count = costs[name], costs[f"{name.split('_')[0]}_plain"], len(answers[name][0]["answers"])
+        speeds = [(count / found[clock], plain[clock] / found[clock]) for clock in ("wall", "cpu")]
         equal = f"{100 * shares[name]:.0f} %" if name in shares else ""
-        cells = [f"{count / found['wall']:.2f}", f"{plain['wall'] / found['wall']:.2f}"]
-        cells += [f"{count / found['cpu']:.2f}", f"{plain['cpu'] / found['cpu']:.2f}"]
-        rows.append([title, *cells, f"{found['peak']:,.0f}", equal])
+        rows.append([title, *(f"{value:.2f}" for pair in speeds for value in pair), f"{found['peak']:,.0f}", equal])
     return f"{about}\n\n{table(head, rows)}"
 
 
@@ -151,12 +143,11 @@ def main() -> None:
         arguments.rounds, arguments.images, arguments.new_tokens = 1, 16, 4
     with open_workdir(arguments.workdir) as folder:
         write_workload(folder, "tiny" if arguments.quick else "W2", arguments.images)
-        options = [f"--workdir={folder}", f"--precision={arguments.precision}", f"--threads={arguments.threads}"]
-        options += [f"--images={arguments.images}", f"--new-tokens={arguments.new_tokens}"]
-        results = summarize(measure_by_turns("answering", NAMES, arguments.rounds, options))
-    check_agreement(results, arguments.precision)
+        options = {key: getattr(arguments, key) for key in ("precision", "threads", "images", "new_tokens")}
+        answers = measure_by_turns("answering", NAMES, arguments.rounds, workdir=folder, **options)
+    check_agreement(answers, arguments.precision)
     about = f"{arguments.precision}, threads: {arguments.threads}, {arguments.new_tokens} new tokens an answer"
-    print(markdown(results, f"{machine(('torch', 'transformers'))}; {about}; {median_of(arguments.rounds)}."))
+    print(markdown(answers, f"{machine(('torch', 'transformers'))}; {about}; {median_of(arguments.rounds)}."))
 
 
 if __name__ == "__main__":

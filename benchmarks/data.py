@@ -21,25 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from benchmarks import measuring
 from benchmarks.annotations import ALL_RECORDS, SEED, SOURCES, write_annotations
-from benchmarks.measuring import (
-    Clock,
-    machine,
-    make_parser,
-    measure_by_turns,
-    median_of,
-    memory,
-    open_workdir,
-    table,
-)
+from benchmarks.measuring import Clock, machine, measure_by_turns, median_of, memory, table
 
 VALIDATION_FRACTION = 0.01
 WORKERS = (1, 2, 4)
 MAX_READS = 400_000  # random reads, shared among the workers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The measures, each in a process of its own
 
 
 def prepare_ours(folder: Path) -> dict:
@@ -92,13 +80,13 @@ def prepare_plain(folder: Path) -> dict:
             path = os.path.join(images, name) if name else None
             if path and not os.path.exists(path):
                 continue
-            conversations = _plain_conversations(row, number)
-            record = {"id": f"{source.name}:{number}", "conversations": conversations[0], "source": source.name}
+            conversations, key = _plain_conversations(row, number), f"{source.name}:{number}"
+            record = {"id": key, "conversations": conversations[0], "source": source.name}
             if path:
                 record["image"] = path
             if len(conversations) > 1:
                 record["alternatives"] = conversations[1:]
-            by_image[path or record["id"]].append(record)
+            by_image[path or key].append(record)
     names = sorted(by_image)
     random.Random(SEED).shuffle(names)
     held = int(len(names) * VALIDATION_FRACTION)
@@ -189,22 +177,11 @@ def _worker(read: Callable[[int], int], order: array, together, answers) -> None
     answers.put((begun, ended, memory("Private_Dirty", "smaps_rollup") - before, letters))
 
 
-MEASURES = {
-    measure.__name__: measure
-    for measure in (
-        *(prepare_ours, prepare_again, prepare_plain),
-        *(open_first, open_indexed, open_plain),
-        *(read_ours, read_plain),
-    )
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-
-
-def medians(answers: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    return {name: {key: median(one[key] for one in found) for key in found[0]} for name, found in answers.items()}
+MEASURES: dict[str, Callable[[Path], dict]] = {
+    "prepare_ours": prepare_ours, "prepare_again": prepare_again, "prepare_plain": prepare_plain,
+    "open_first": open_first, "open_indexed": open_indexed, "open_plain": open_plain,
+    "read_ours": read_ours, "read_plain": read_plain,
+}  # fmt: skip
 
 
 def check_agreement(answers: dict[str, list[dict]]) -> None:
@@ -216,51 +193,44 @@ def check_agreement(answers: dict[str, list[dict]]) -> None:
             raise ValueError(f"{task}: ours and the plain way differ in {', '.join(same)}: {sorted(seen)}")
 
 
-def markdown(results: dict[str, dict[str, float]], rounds: int) -> str:
+def markdown(answers: dict[str, list[dict]]) -> str:
+    results = {name: {key: median(one[key] for one in found) for key in found[0]} for name, found in answers.items()}
     prepared = [results[f"prepare_{way}"] for way in ("ours", "plain", "again")]
     opened = [results[f"open_{way}"] for way in ("indexed", "plain", "first")]
     read = [results[f"read_{way}"] for way in ("ours", "plain")]
-    tables = [
-        f"{machine(())}; {median_of(rounds)}. Memory is MiB above what the process held after its imports.",
-        table(
-            [f"{prepared[0]['kept']:,.0f} records prepared", "ours", "plain", "plain / ours", "ours, nothing changed"],
-            [
-                _row("CPU seconds", "{:.2f}", *(one["cpu"] for one in prepared)),
-                _row("seconds", "{:.2f}", *(one["wall"] for one in prepared)),
-                _row("memory at the highest", "{:,.0f}", *(one["peak"] for one in prepared)),
-            ],
-        ),
-        table(
-            [f"{opened[0]['kept']:,.0f} records opened", "ours", "plain", "plain / ours", "ours, first time"],
-            [
-                _row("milliseconds", "{:,.0f}", *(1000 * one["wall"] for one in opened)),
-                _row("CPU milliseconds", "{:,.0f}", *(1000 * one["cpu"] for one in opened)),
-                _row("memory held", "{:,.0f}", *(one["held"] for one in opened)),
-                _row("memory of the whole process", "{:,.0f}", *(one["process"] for one in opened)),
-            ],
-        ),
-        table(
-            ["workers", "ours: reads a second", "plain", "ours: a worker grows by MiB", "plain"],
-            [
-                [
-                    str(workers),
-                    *(f"{one[f'reads_{workers}']:,.0f}" for one in read),
-                    *(f"{one[f'grown_{workers}']:,.1f}" for one in read),
-                ]
-                for workers in WORKERS
-            ],
-        ),
+
+    def row(title: str, form: str, found: list[dict], key: str, factor: int = 1) -> list[str]:
+        ours, plain, other = (factor * one[key] for one in found)
+        ratio = f"{plain / ours:.1f}" if ours > 0 else "-"
+        return [title, form.format(ours), form.format(plain), ratio, form.format(other)]
+
+    preparing = [
+        row("CPU seconds", "{:.2f}", prepared, "cpu"),
+        row("seconds", "{:.2f}", prepared, "wall"),
+        row("memory at the highest", "{:,.0f}", prepared, "peak"),
     ]
-    return "\n\n".join(tables)
-
-
-def _row(title: str, form: str, ours: float, plain: float, other: float) -> list[str]:
-    ratio = f"{plain / ours:.1f}" if ours > 0 else "-"
-    return [title, form.format(ours), form.format(plain), ratio, form.format(other)]
+    opening = [
+        row("milliseconds", "{:,.0f}", opened, "wall", 1000),
+        row("CPU milliseconds", "{:,.0f}", opened, "cpu", 1000),
+        row("memory held", "{:,.0f}", opened, "held"),
+        row("memory of the whole process", "{:,.0f}", opened, "process"),
+    ]
+    reading = []
+    for workers in WORKERS:
+        speeds = [f"{one[f'reads_{workers}']:,.0f}" for one in read]
+        reading.append([str(workers), *speeds, *(f"{one[f'grown_{workers}']:,.1f}" for one in read)])
+    rounds, ways = median_of(len(answers["prepare_ours"])), ["ours", "plain", "plain / ours"]
+    parts = [
+        f"{machine(())}; {rounds}. Memory is MiB above what the process held after its imports.",
+        table([f"{prepared[0]['kept']:,.0f} records prepared", *ways, "ours, nothing changed"], preparing),
+        table([f"{opened[0]['kept']:,.0f} records opened", *ways, "ours, first time"], opening),
+        table(["workers", "ours: reads a second", "plain", "ours: a worker grows by MiB", "plain"], reading),
+    ]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = make_parser("What the data costs, beside the plain way.", MEASURES)
+    parser = measuring.make_parser("What the data costs, beside the plain way.", MEASURES)
     parser.add_argument("--records", type=int, default=ALL_RECORDS, help="raw records (default: %(default)s)")
     parser.add_argument("--qa-records", type=int, default=1_000_000, help="of the QA file (default: %(default)s)")
     arguments = parser.parse_args()
@@ -269,11 +239,11 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.records, arguments.qa_records, arguments.rounds = 2000, 3000, 1
-    with open_workdir(arguments.workdir) as folder:
+    with measuring.open_workdir(arguments.workdir) as folder:
         write_annotations(folder, arguments.records, arguments.qa_records)
-        answers = measure_by_turns("data", MEASURES, arguments.rounds, [f"--workdir={folder}"])
+        answers = measure_by_turns("data", MEASURES, arguments.rounds, workdir=folder)
     check_agreement(answers)
-    print(markdown(medians(answers), arguments.rounds))
+    print(markdown(answers))
 
 
 if __name__ == "__main__":

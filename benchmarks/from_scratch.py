@@ -1,8 +1,8 @@
 """What each choice of the from-scratch recipe is worth: `python -m benchmarks.from_scratch --output DIR [--jobs 2]`.
 
 Trains recipes/from-scratch-demo.yaml as it is and with one choice switched off, with several seeds each, and writes means
-and spreads of the held-out scores into DIR as from_scratch.md and from_scratch.json. A run that is there already is not made
-again, so the command goes on where it was interrupted. Some six minutes of one CPU core a run.
+and spreads of the held-out scores into DIR as from_scratch.md and from_scratch.json. Finished runs are kept, so the same
+command resumes where it was interrupted. Some six minutes of one CPU core a run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.training import machine
+from benchmarks.measuring import ROOT, machine, table
 from config import InputError, load_config, run_script, to_yaml
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "from-scratch-demo.yaml"
-DENSE = (  # as many parameters pass a token as with two routed experts and the shared one
+DENSE = (  # as many parameters for a token as with two routed experts and the shared one
     "model.from_scratch.architecture=qwen2", "model.from_scratch.intermediate_size=192",
     "model.from_scratch.num_experts=null", "model.from_scratch.num_experts_per_tok=null",
     "model.from_scratch.moe_intermediate_size=null", "model.from_scratch.shared_expert_intermediate_size=null",
     "train.router_aux_loss_coef=null",
 )  # fmt: skip
-VARIANTS: dict[str, tuple[str, ...]] = {  # name -> config keys; WITHOUT_TEXT also leaves the first stage out
+VARIANTS: dict[str, tuple[str, ...]] = {  # name -> config keys; WITHOUT_TEXT also drops the first stage
     "the recipe": (),
     "MLP instead of the resampler": ("model.projector=mlp", "model.num_queries=null"),
     "causal instead of mixed attention": ("model.attention=causal",),
@@ -43,7 +42,7 @@ TYPES = ("colour", "shape", "count", "place", "yes_no", "digit", "unseen_pair")
 
 
 def write_config(folder: Path, without_text: bool) -> Path:
-    """The recipe with its paths written out, in `folder`; perhaps without its first stage."""
+    """Write the recipe with absolute paths into `folder`; with or without its first stage."""
     values = yaml.safe_load(to_yaml(load_config(RECIPE)))
     if without_text:
         values["train"]["stages"] = values["train"]["stages"][1:]
@@ -53,59 +52,56 @@ def write_config(folder: Path, without_text: bool) -> Path:
 
 
 def train(config: Path, folder: Path, words: Sequence[str]) -> dict:
-    """One run, in a process of its own; its scores. One that has ended is passed over, and one of other settings refused, by
-    train.py itself."""
+    """Run train.py in a process of its own and return the scores. It passes over a finished run, and refuses one of another
+    config."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), f"output_dir={folder}", *words]
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment).returncode
-    if ended:
-        raise InputError(f"{folder}: this run ended with {ended}; log.txt there says why. The same command goes on.")
+        status = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment).returncode
+    if status:
+        raise InputError(
+            f"{folder}: this run ended with exit code {status}; see log.txt there. The same command resumes."
+        )
     return json.loads((folder / "final" / "scores.json").read_text(encoding="utf-8"))
 
 
-def run_all(output: Path, variants: Sequence[str], seeds: Sequence[int], words: Sequence[str], jobs: int) -> dict:
-    """variant -> the scores of each seed."""
+def run_all(output: Path, arguments: argparse.Namespace) -> dict[str, list[dict]]:
+    """Return variant -> the scores of each seed."""
     output.mkdir(parents=True, exist_ok=True)
     configs = {flag: write_config(output, flag) for flag in (False, True)}
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = {
-            (name, seed): pool.submit(
-                train,
-                configs[name == WITHOUT_TEXT],
-                output / f"{list(VARIANTS).index(name)}-{seed}",
-                [*VARIANTS[name], f"seed={seed}", *words],
-            )
-            for seed in seeds
-            for name in variants
-        }
-        found: dict[str, list[dict]] = {name: [] for name in variants}
-        for (name, seed), run in waiting.items():
-            found[name].append(run.result())
+
+    def run(name: str, seed: int) -> dict:
+        words = [*VARIANTS[name], f"seed={seed}", *arguments.override]
+        return train(configs[name == WITHOUT_TEXT], output / f"{list(VARIANTS).index(name)}-{seed}", words)
+
+    found: dict[str, list[dict]] = {name: [] for name in arguments.variants}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = [(name, seed, pool.submit(run, name, seed)) for seed in arguments.seeds for name in arguments.variants]
+        for name, seed, running in runs:
+            found[name].append(running.result())
             print(f"{name}, seed {seed}: {100 * found[name][-1]['accuracy']:.1f} %", flush=True)
     return found
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean and spread (lowest to highest), in percent."""
+    """Format mean and spread (lowest to highest), in percent."""
     low, mean, high = (100 * value for value in (min(values), statistics.mean(values), max(values)))
     return f"{mean:.1f} ({low:.0f}–{high:.0f})"
 
 
 def as_markdown(found: dict[str, list[dict]], seeds: Sequence[int]) -> str:
-    rows = [["", "all", "blind", *TYPES], ["---"] * (len(TYPES) + 3)]
+    rows = []
     for name, scores in found.items():
-        by_type = [[one["by_type"][kind]["accuracy"] for one in scores] for kind in TYPES]
-        together = [[one[key] for one in scores] for key in ("accuracy", "blind")]
-        rows.append([name, *map(cell, together), *map(cell, by_type)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        values = [[one[key] for one in scores] for key in ("accuracy", "blind")]
+        values += [[one["by_type"][kind]["accuracy"] for one in scores] for kind in TYPES]
+        rows.append([name, *map(cell, values)])
     about = f"{len(seeds)} seeds: mean (lowest–highest) of the held-out answers that are exactly right, in %."
-    return f"{about} {machine()}.\n\n{table}\n"
+    return f"{about} {machine()}.\n\n{table(['', 'all', 'blind', *TYPES], rows)}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Switch each choice of the from-scratch recipe off, and measure.")
+    parser = argparse.ArgumentParser(description="What each choice of the from-scratch recipe is worth.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
@@ -113,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--override", action="append", default=[], metavar="key=value", help="for every run")
     arguments = parser.parse_args(argv)
     output = arguments.output.resolve()
-    found = run_all(output, arguments.variants, arguments.seeds, arguments.override, arguments.jobs)
+    found = run_all(output, arguments)
     text = as_markdown(found, arguments.seeds)
     (output / "from_scratch.md").write_text(text, encoding="utf-8")
     values = {"date": str(datetime.date.today()), "seeds": arguments.seeds, "scores": found}

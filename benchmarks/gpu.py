@@ -1,8 +1,8 @@
 """What a GPU makes of the training step, beside what people take instead: `python -m benchmarks.gpu --output DIR`.
 
-Trains a Qwen2.5-0.5B and a Qwen-7B, each behind a CLIP-L/14 at 336 pixels, with random weights made on the device. Nothing is
-downloaded, and nothing is read from disk meanwhile, so loading is not included (`benchmarks.training` includes it). One row
-for each way: ours, ours without each of its parts, and others. It ends by the clock, and lists what it left out.
+Trains a Qwen2.5-0.5B and a Qwen-7B, each behind a CLIP-L/14 at 336 pixels, with random weights made on the device. Nothing
+is downloaded, and nothing is read from disk meanwhile, so loading is not included (`benchmarks.training` includes it). One
+row for each way: ours, ours without each of its parts, and others. It ends by the clock, and lists what it left out.
 
 Writes gpu.md and gpu.json into DIR after every row. `--tiny` runs the same code on small shapes, also without a GPU.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import tempfile
@@ -25,11 +26,12 @@ from transformers.models.llava import modeling_llava
 from transformers.models.qwen2 import modeling_qwen2
 
 from benchmarks.flops import Work, step_flops
-from benchmarks.measuring import machine, table
+from benchmarks.measuring import fastest, machine, table
 from benchmarks.models import PAD_TOKEN_ID, SIZES, Sizes, Task, answer_length, random_model, random_sample
 from benchmarks.ours import NotInstalled, Train, ours
 from benchmarks.peers import llava
 from dataset.batch import collate
+from model.build import PRECISIONS
 
 LORA_RANK = 64
 CLIP_L_336 = Sizes(
@@ -84,33 +86,23 @@ class Row:
     note: str = ""
 
 
-class Clock:
-    """Seconds on the device, and until the end."""
-
-    def __init__(self, device: torch.device, seconds: float):
-        self.device, self.end = device, time.perf_counter() + seconds
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def left(self) -> float:
-        return self.end - time.perf_counter()
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
     """Return the operations per second of the best of several large square products."""
-    clock, best = Clock(device, 0.0), 0.0
-    for size in sizes:
+
+    def rate(size: int) -> float:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = a @ b
-        for _ in range(4):
-            begun = clock.now()
-            for _ in range(8):
-                torch.mm(a, b, out=out)
-            best = max(best, 8 * 2 * size**3 / (clock.now() - begun))
-    return best
+        seconds = fastest(lambda: [torch.mm(a, b, out=out) for _ in range(8)], 4, functools.partial(now, device))
+        return 8 * 2 * size**3 / seconds
+
+    return max(map(rate, sizes))
 
 
 def make_task(sizes: Sizes, precision: str, device: torch.device, folder: Path) -> Task:
@@ -129,10 +121,10 @@ def pass_flops(task: Task) -> dict[bool, int]:
     return {cached: sum(step_flops(shapes, work._replace(cached=cached)).values()) for cached in (False, True)}
 
 
-def measure(row: Row, task: Task, flops: dict[bool, int], rate: float, clock: Clock, least: float) -> Row:
-    """Fill in a row: whole passes after the warm-up, for `least` seconds or until the clock's end. A way that cannot run gets
-    a note that says why."""
-    if clock.left() <= 0:
+def measure(row: Row, task: Task, flops: dict[bool, int], rate: float, end: float, least: float = SECONDS) -> Row:
+    """Fill in a row: whole passes after the warm-up, for `least` seconds or until the time `end`. The note of a way that
+    cannot run says why."""
+    if time.perf_counter() >= end:
         return replace(row, note="left out: no time")
     make, switches = WAYS[row.way]
     losses: list = []
@@ -141,13 +133,13 @@ def measure(row: Row, task: Task, flops: dict[bool, int], rate: float, clock: Cl
 
     def after_step(loss) -> bool:
         losses.append(loss)
-        times.append(clock.now())
+        times.append(now(task.device))
         if len(times) == WARM_UP and task.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # forget what building the model took
         passes, within = divmod(len(times) - WARM_UP, BATCHES)
         if passes < 1:
-            return clock.left() <= 0
-        return within == 0 and (times[-1] - times[WARM_UP - 1] >= least or clock.left() <= 0)
+            return times[-1] >= end
+        return within == 0 and (times[-1] - times[WARM_UP - 1] >= least or times[-1] >= end)
 
     try:
         with patches_undone():
@@ -184,10 +176,6 @@ def patches_undone() -> Iterator[None]:
             vars(module).update(names)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
 def markdown(rows: list[Row], about: str) -> str:
     parts = [about]
     for model in dict.fromkeys(row.model for row in rows):
@@ -207,23 +195,23 @@ def markdown(rows: list[Row], about: str) -> str:
 
 def compare(output: Path, tiny: bool, seconds: float, folder: Path) -> None:
     """Measure every way on every model, and write all rows so far after each. folder: for compiled code."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = Clock(device, seconds)
+    device, end = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter() + seconds
+    precision = "fp32" if tiny else "bf16"
+    dtype = PRECISIONS[precision]
+    rate = matrix_rate(device, dtype, (256,) if tiny else (4096, 8192, 16_384))
+    name = f"{torch.cuda.get_device_name()}; " if device.type == "cuda" else ""
+    about = (
+        f"{name}{machine()}. {str(dtype).removeprefix('torch.')}; {rate / 1e12:.3g} TFLOP/s in large matrix products; "
+        f"LoRA r={LORA_RANK} on all linear layers; loading not included."
+    )
     rows: list[Row] = []
     output.mkdir(parents=True, exist_ok=True)
     for name, sizes in ({"tiny": TINY} if tiny else MODELS).items():
-        task = make_task(sizes, "fp32" if tiny else "bf16", device, folder)
-        if not rows:
-            rate = matrix_rate(device, task.dtype, (256,) if tiny else (4096, 8192, 16_384))
-            about = (
-                f"{f'{torch.cuda.get_device_name()}; ' if device.type == 'cuda' else ''}{machine()}. "
-                f"{str(task.dtype).removeprefix('torch.')}; {rate / 1e12:.3g} TFLOP/s in large matrix products; "
-                f"LoRA r={LORA_RANK} on all linear layers; loading not included."
-            )
+        task = make_task(sizes, precision, device, folder)
         flops = pass_flops(task)
-        of_model = Clock(device, min(clock.left(), seconds * SHARE_OF_TIME[name]))
+        end_of_model = min(end, time.perf_counter() + seconds * SHARE_OF_TIME[name])
         for way in WAYS:
-            rows.append(measure(Row(name, way), task, flops, rate, of_model, least=0.0 if tiny else SECONDS))
+            rows.append(measure(Row(name, way), task, flops, rate, end_of_model, least=0.0 if tiny else SECONDS))
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

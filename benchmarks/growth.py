@@ -10,11 +10,13 @@ Draws a figure and prints a Markdown table with the exponents: 1 is linear.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +36,11 @@ READS = 2000
 TAIL = 3  # the exponent is fitted to the last points: the fixed cost of a step dominates the first ones
 
 
-@dataclass(frozen=True)
-class Series:
-    """The cost of one kind of work."""
+class Series(NamedTuple):
+    """The cost of one kind of work. panel: the title of what is drawn together; unit: of the work."""
 
+    panel: str
+    unit: str
     label: str
     work: Sequence[int]
     seconds: Sequence[float]
@@ -49,17 +52,7 @@ class Series:
         return float(np.polyfit(np.log(work), np.log(seconds), 1)[0])
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Series that are drawn together."""
-
-    title: str
-    unit: str  # of the work
-    series: list[Series]
-
-
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """How far each panel goes."""
 
     tokens: Sequence[int] = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -87,27 +80,26 @@ def step_seconds(shapes: list[tuple[int, int, int]], rounds: int) -> float:
     return float(np.diff(times).min())
 
 
-def measure_steps(extent: Extent) -> list[Panel]:
-    def series(label: str, work: Sequence[int], shapes: Callable[[int], list[tuple[int, int, int]]]) -> Series:
-        return Series(label, work, [step_seconds(shapes(size), extent.rounds) for size in work])
-
-    image, short = SIZES.image_tokens, (SHORT - ANSWER, ANSWER, 1)
-    one = series("one text", extent.tokens, lambda n: [(n - ANSWER - image, ANSWER, 1)])
-    many = series("texts of 128 tokens, packed", extent.tokens, lambda n: [short] * (n // 128))
-    batch = series("a step", extent.samples, lambda n: [short] * n)
-    images = series("a step of 4 samples", extent.images, lambda n: [(QUESTION, ANSWER, n)] * 4)
+def measure_steps(extent: Extent) -> list[Series]:
+    short = (SHORT - ANSWER, ANSWER, 1)
+    long = SIZES.image_tokens + ANSWER  # and a question of the rest
+    kinds: list[tuple[str, str, str, Sequence[int], Callable[[int], list[tuple[int, int, int]]]]] = [
+        ("Tokens in a step", "tokens", "one text", extent.tokens, lambda n: [(n - long, ANSWER, 1)]),
+        ("Tokens in a step", "tokens", "texts of 128 tokens, packed", extent.tokens, lambda n: [short] * (n // 128)),
+        ("Samples in a step", "samples", "a step", extent.samples, lambda n: [short] * n),
+        ("Images in a sample", "images", "a step of 4 samples", extent.images, lambda n: [(QUESTION, ANSWER, n)] * 4),
+    ]
     return [
-        Panel("Tokens in a step", "tokens", [one, many]),
-        Panel("Samples in a step", "samples", [batch]),
-        Panel("Images in a sample", "images", [images]),
+        Series(panel, unit, label, work, [step_seconds(shapes(size), extent.rounds) for size in work])
+        for panel, unit, label, work, shapes in kinds
     ]
 
 
-def measure_records(extent: Extent, folder: Path) -> Panel:
+def measure_records(extent: Extent, folder: Path) -> list[Series]:
     costs = [record_seconds(folder / f"{count}.jsonl", count, extent.rounds) for count in extent.records]
     labels = ("opened for the first time", "opened", f"{READS:,} read at random")
-    series = [Series(label, extent.records, seconds) for label, *seconds in zip(labels, *costs, strict=True)]
-    return Panel("Records in the QA file", "records", series)
+    of_labels = zip(labels, zip(*costs, strict=True), strict=True)
+    return [Series("Records in the QA file", "records", label, extent.records, seconds) for label, seconds in of_labels]
 
 
 def record_seconds(path: Path, count: int, rounds: int) -> tuple[float, float, float]:
@@ -126,26 +118,22 @@ def record_seconds(path: Path, count: int, rounds: int) -> tuple[float, float, f
     return first, again, fastest(lambda: [qa[place] for place in places], rounds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The figure and the table
-
-
-def draw(panels: list[Panel], path: Path) -> None:
+def draw(series: Sequence[Series], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = ("#1f5f99", "#d9662b", "#3c8d53")
     figure, places = pyplot.subplots(2, 2, figsize=(10, 7.2), constrained_layout=True)
-    for place, panel in zip(places.flat, panels, strict=True):
-        for one, colour in zip(panel.series, colours, strict=False):
+    for place, (title, group) in zip(places.flat, itertools.groupby(series, lambda one: one.panel), strict=True):
+        found = list(group)
+        for one, colour in zip(found, ("#1f5f99", "#d9662b", "#3c8d53"), strict=False):
             label = f"{one.label}: exponent {one.exponent:.2f}"
             place.plot(one.work, np.maximum(one.seconds, 1e-5), "o-", color=colour, ms=4.5, lw=1.6, label=label)
-        top = panel.series[0]
+        top = found[0]
         linear = [top.seconds[-1] * work / top.work[-1] for work in top.work]
         place.plot(top.work, linear, "--", color="0.6", lw=1, label="linear", zorder=0)
-        place.set(xscale="log", yscale="log", title=panel.title, xlabel=panel.unit, ylabel="CPU seconds")
+        place.set(xscale="log", yscale="log", title=title, xlabel=top.unit, ylabel="CPU seconds")
         place.set_xticks(top.work, [f"{work:,}" for work in top.work])
         place.minorticks_off()
         place.set_ylim(top=place.get_ylim()[1] * 6)  # room for the legend
@@ -157,12 +145,12 @@ def draw(panels: list[Panel], path: Path) -> None:
     pyplot.close(figure)
 
 
-def markdown(panels: list[Panel]) -> str:
+def markdown(series: Sequence[Series]) -> str:
     head = ["", "from", "to", "CPU seconds", "times the work", "times the seconds", "exponent"]
     rows = []
-    for title, one in ((panel.title, one) for panel in panels for one in panel.series):
+    for one in series:
         (least, most), (begun, ended) = ((values[0], values[-1]) for values in (one.work, one.seconds))
-        cells = [f"{title}: {one.label}", f"{least:,}", f"{most:,}", f"{begun:.3g} to {ended:.3g}"]
+        cells = [f"{one.panel}: {one.label}", f"{least:,}", f"{most:,}", f"{begun:.3g} to {ended:.3g}"]
         rows.append([*cells, f"{most / least:,.0f}", f"{ended / max(begun, 1e-9):,.1f}", f"{one.exponent:.2f}"])
     return f"{machine()}; one thread, float32.\n\n{table(head, rows)}"
 
@@ -174,11 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     extent = QUICK if arguments.quick else Extent()
     torch.set_num_threads(1)
-    panels = measure_steps(extent)
     with open_workdir(None) as folder:
-        panels.append(measure_records(extent, folder))
-    draw(panels, arguments.figure)
-    print(markdown(panels))
+        series = measure_steps(extent) + measure_records(extent, folder)
+    draw(series, arguments.figure)
+    print(markdown(series))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ train.py trains on the workload W2 of `benchmarks.training`, in this process. By
 products measure the machine's own rate, and the step's own products are computed alone. The step's operations are counted
 from its shapes (`benchmarks.flops`), torch's counter checks them, and the profiler shows where the rest of the time goes.
 
-All in CPU time, including reading the images. Prints Markdown. `auto` does not compile so short a run: `train.compile=on` at the end of
-the command measures what a long one does.
+All in CPU time, including reading the images. Prints Markdown. `auto` does not compile so short a run; `train.compile=on` at
+the end of the command measures what a long one does.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-import train
 from benchmarks.flops import Product, Work, linear_products, step_flops, torch_counter
 from benchmarks.measuring import fastest, machine, open_workdir, table
-from benchmarks.ours import watch_steps
+from benchmarks.ours import Watch, watch_training
 from benchmarks.workload import write_workload
 from dataset.batch import Batch
 from model.model import VisionLanguageModel
 from training.step import Stepper
 
 WARM_UP, PROFILED, COUNTED = 4, 3, 1  # steps before and after those that are measured
-SQUARES = (1024, 2048)  # sides of the large products
+SQUARES = [Product("square", "forward", size, size, size) for size in (1024, 2048)]
 MATRIX = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "mkldnn_convolution", "_slow_conv2d_forward")
 PARTS = ("matrix products", "attention", "optimizer", "element by element", "Python")
 
@@ -52,9 +51,8 @@ class Findings:
     expected: int = 0  # by `linear_products`, in the same step
 
 
-def step_observer(findings: Findings, steps: int) -> Callable[..., contextlib.AbstractContextManager]:
-    """Return what `watch_steps` takes: the steps after WARM_UP are timed, PROFILED are profiled, the last one is counted by
-    torch."""
+def step_observer(findings: Findings, steps: int) -> Watch:
+    """Return what times `steps` steps after WARM_UP, profiles PROFILED more, and lets torch count the last one."""
     ended = 0.0
 
     @contextlib.contextmanager
@@ -69,7 +67,7 @@ def step_observer(findings: Findings, steps: int) -> Callable[..., contextlib.Ab
             findings.step.append(time.process_time() - begun)
             findings.flops.append(sum_flops(model, micro_batches))
             dtype = next(model.causal_lm.model.layers.parameters()).dtype
-            findings.square_rates += [square_rate(size, dtype) for size in SQUARES]
+            findings.square_rates += [own_rate({square: 1}, dtype) for square in SQUARES]
             findings.own_rates.append(own_rate(products_of(model, micro_batches), dtype))
         elif phase < steps + PROFILED:
             with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -104,38 +102,19 @@ def sum_products(products: dict[Product, int]) -> int:
     return sum(times * product.flops for product, times in products.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The rates
-
-
-def square_rate(size: int, dtype: torch.dtype) -> float:
-    """Return the operations per CPU second of a product of two square matrices."""
-    a, b, out = (torch.randn(size, size).to(dtype) for _ in range(3))
-    return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=out))
-
-
 def own_rate(products: dict[Product, int], dtype: torch.dtype) -> float:
     """Return the operations per CPU second of a step's products, each computed alone."""
-    seconds = sum(times * seconds_of(matrix_product(product, dtype)) for product, times in products.items())
+    seconds = sum(times * fastest(matrix_product(product, dtype), 2) for product, times in products.items())
     return sum_products(products) / seconds
 
 
 def matrix_product(product: Product, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """Return what computes a product; it was computed once, so that no first call is measured."""
     rows, columns, inner = product.rows, product.out_features, product.in_features
     x, gradient, weight = (torch.randn(shape).to(dtype) for shape in ((rows, inner), (rows, columns), (columns, inner)))
     left, right = {"forward": (x, weight.T), "input": (gradient, weight), "weight": (gradient.T, x)}[product.kind]
     out = torch.mm(left, right)
     return lambda: torch.mm(left, right, out=out)
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Return the CPU seconds of the faster of two calls, after one that is not measured."""
-    call()
-    return fastest(call, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The profile
 
 
 def split_step(events: Iterable[FunctionEvent], seconds: float) -> dict[str, float]:
@@ -167,10 +146,6 @@ def part_of(event: FunctionEvent) -> str | None:
     return "element by element" if is_operation else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-
-
 def markdown(findings: Findings, precision: str, threads: int) -> str:
     step, loading = fmean(findings.step), fmean(findings.loading)
     flops = {part: fmean(one[part] for one in findings.flops) for part in findings.flops[0]}
@@ -185,41 +160,27 @@ def markdown(findings: Findings, precision: str, threads: int) -> str:
     seconds = {part: step * sum(parts[part] for parts in findings.parts) / profiled for part in PARTS}
     seconds["loading and logging"] = loading
     checked = findings.counted / max(1, findings.expected)
-    tables = [
-        f"{machine()}. Threads: {threads}; {precision}, {len(findings.step)} steps, CPU time.",
-        table(
-            ["", "GFLOP/s", "of the machine's"],
-            [[title, f"{rate / 1e9:,.1f}", f"{rate / best:.0%}"] for title, rate in rates.items()],
-        ),
-        f"The step's products by torch's counter: {checked:.4f} of what the shapes say.",
-        table(
-            ["what has to be computed", "GFLOP a step", "share"],
-            [[part, f"{count / 1e9:,.2f}", f"{count / useful:.1%}"] for part, count in flops.items()],
-        ),
-        table(
-            ["where the time goes", "ms a step", "share"],
-            [[part, f"{1e3 * value:,.1f}", f"{value / (step + loading):.1%}"] for part, value in seconds.items()],
-        ),
-    ]
-    return "\n\n".join(tables)
+    about = f"{machine()}. Threads: {threads}; {precision}, {len(findings.step)} steps, CPU time."
+    rate_rows = [[title, f"{rate / 1e9:,.1f}", f"{rate / best:.0%}"] for title, rate in rates.items()]
+    counted = f"The step's products by torch's counter: {checked:.4f} of what the shapes say."
+    flop_rows = [[part, f"{count / 1e9:,.2f}", f"{count / useful:.1%}"] for part, count in flops.items()]
+    time_rows = [[part, f"{1e3 * s:,.1f}", f"{s / (step + loading):.1%}"] for part, s in seconds.items()]
+    return "\n\n".join(
+        [
+            about,
+            table(["", "GFLOP/s", "of the machine's"], rate_rows),
+            counted,
+            table(["what has to be computed", "GFLOP a step", "share"], flop_rows),
+            table(["where the time goes", "ms a step", "share"], time_rows),
+        ]
+    )
 
 
 def measure(folder: Path, workload: str, arguments: argparse.Namespace) -> Findings:
-    """Train in `folder` on the workload, which is written there if it is missing."""
+    """Train on the workload, which is written into `folder` if it is missing. arguments: see `main`."""
+    findings, steps = Findings(), WARM_UP + arguments.steps + PROFILED + COUNTED
     write_workload(folder, workload, records=192)
-    values = {
-        "output_dir": folder / "run",
-        "train.max_steps": WARM_UP + arguments.steps + PROFILED + COUNTED,
-        "train.precision": arguments.precision,
-        "train.num_threads": arguments.threads,
-        "train.num_workers": 0,  # reading images counts in this process's time
-    }
-    words = [*(f"{key}={value}" for key, value in values.items()), *arguments.overrides]
-    findings = Findings()
-    with watch_steps(step_observer(findings, arguments.steps)), contextlib.redirect_stdout(sys.stderr):
-        stopped = train.main(["--config", str(folder / "config.yaml"), "--resume", "none", *words])
-    if stopped:
-        raise SystemExit(stopped)
+    watch_training(folder, step_observer(findings, arguments.steps), steps, arguments, *arguments.overrides)
     return findings
 
 
@@ -232,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes: shows that it works, not how fast")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.compile=on")
     arguments = parser.parse_args(argv)
-    with open_workdir(arguments.workdir) as folder:
+    arguments.workers = 0  # reading images counts in this process's time
+    with open_workdir(arguments.workdir) as folder, contextlib.redirect_stdout(sys.stderr):
         findings = measure(folder, "tiny" if arguments.tiny else "W2", arguments)
     print(markdown(findings, arguments.precision, arguments.threads))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, measures by turns in separate processes, clocks, memory, tables.
+"""What the benchmarks share: measures by turns in processes of their own, clocks, memory, the machine's name, tables.
 
 Imports only the standard library, so that a measured process holds nothing that it does not need. Linux only: memory and
 child processes are read from /proc.
@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "peft", "trl")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line, and measures by turns
-
 
 def make_parser(description: str, measures: Collection[str]) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark that measures by turns."""
+    """Return a parser with the options that `measure_by_turns` needs, and --quick."""
     parser = argparse.ArgumentParser(description=f"{description} Prints Markdown.")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: %(default)s)")
     parser.add_argument("--workdir", type=Path, help="keep the workload here (default: a temporary folder)")
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, one round: shows that it works, not how fast"
-    )
+    parser.add_argument("--quick", action="store_true", help="small and one round: shows that it works, not how fast")
     parser.add_argument("--measure", "--worker", choices=measures, help="only this one, in --workdir; prints JSON")
     return parser
 
@@ -47,64 +41,42 @@ def open_workdir(folder: Path | None) -> Iterator[Path]:
         yield (folder or Path(temporary)).resolve()
 
 
-def measure_by_turns(
-    module: str, names: Iterable[str], rounds: int, options: Sequence[str], **environment: str
-) -> dict[str, list[dict]]:
+def measure_by_turns(module: str, names: Iterable[str], rounds: int, **options) -> dict[str, list[dict]]:
     """Measure each of `names` once a round, in a process of its own, and return name -> its answer of each round.
 
-    The process is `python -m benchmarks.MODULE OPTIONS --measure NAME`; the last line that it prints is its answer in JSON.
-    Raises RuntimeError if it fails.
+    The process is `python -m benchmarks.MODULE --OPTION=VALUE ... --measure NAME`, offline; its answer is the last line that
+    it prints, in JSON. Raises RuntimeError if it fails.
     """
+    threads = {"OMP_NUM_THREADS": str(options.get("threads", 1)), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | threads | {"HF_HUB_OFFLINE": "1"}
     answers: dict[str, list[dict]] = {name: [] for name in names}
+    command = [sys.executable, "-m", f"benchmarks.{module}"]
+    command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     for number in range(rounds):
         for name, found in answers.items():
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
-            command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--measure", name]
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+            words = [*command, "--measure", name]
+            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
             found.append(json.loads(done.stdout.splitlines()[-1]))
     return answers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time and memory
-
-
 class Clock:
-    """What a piece of work costs from here on: seconds, and memory above what the process held before."""
+    """What a piece of work costs from here on. reset_peak: count the peak memory from here on, too."""
 
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident memory
-        self._before = memory("VmRSS")
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
+    def __init__(self, reset_peak: bool = True) -> None:
+        if reset_peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        self._held, self._cpu, self._wall = memory("VmRSS"), cpu_seconds(), time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Return CPU and wall seconds; MiB above the start, at the peak and now; MiB of the whole process."""
-        cpu, wall = time.process_time() - self._cpu, time.perf_counter() - self._wall
+        """Return CPU and wall seconds; MiB at the peak and now, above the start; MiB at the peak and now, of the process."""
+        cpu, wall = cpu_seconds() - self._cpu, time.perf_counter() - self._wall
         now, highest = memory("VmRSS"), memory("VmHWM")
-        return {"cpu": cpu, "wall": wall, "peak": highest - self._before, "held": now - self._before, "process": now}
-
-
-class Meter:
-    """Cost of the steps after a warm-up.
-
-    cost, after the last step: CPU seconds of this process and its children, wall seconds, and the peak memory of this
-    process in MiB until then, as a whole and above what its imports took.
-    """
-
-    def __init__(self, steps: int, warm_up: int):
-        self.steps, self.warm_up, self.done = steps, warm_up, 0
-        self._imports = peak_memory()
-
-    def step_done(self) -> None:
-        self.done += 1
-        if self.done == self.warm_up:
-            self._start = cpu_seconds(), time.perf_counter()
-        if self.done == self.steps:
-            cpu, wall = cpu_seconds() - self._start[0], time.perf_counter() - self._start[1]
-            peak = peak_memory()
-            self.cost = {"cpu": cpu, "wall": wall, "memory": peak, "memory_above": peak - self._imports}
+        above = {"peak": highest - self._held, "held": now - self._held}
+        return {"cpu": cpu, "wall": wall, **above, "highest": highest, "process": now}
 
 
 def memory(field: str, file: str = "status") -> float:
@@ -113,11 +85,6 @@ def memory(field: str, file: str = "status") -> float:
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
     raise KeyError(field)
-
-
-def peak_memory() -> float:
-    """Return the peak resident memory of this process in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def cpu_seconds() -> float:
@@ -133,18 +100,14 @@ def cpu_seconds() -> float:
     return spent
 
 
-def fastest(call: Callable[[], object], times: int) -> float:
-    """Return the CPU seconds of the fastest of several calls."""
+def fastest(call: Callable[[], object], times: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Return the seconds of the fastest of several calls; by default those of the CPU."""
     seconds = []
     for _ in range(times):
-        begun = time.process_time()
+        begun = clock()
         call()
-        seconds.append(time.process_time() - begun)
+        seconds.append(clock() - begun)
     return max(min(seconds), 1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is printed
 
 
 def machine(packages: Sequence[str] = PACKAGES) -> str:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -29,17 +28,7 @@ import qwen
 from benchmarks.measuring import ROOT, machine, table
 from benchmarks.models import IMAGE_TOKEN_ID, PAD_TOKEN_ID, join_parts, random_sample
 from benchmarks.ours import make_stepper, take_step
-from config import (
-    InputError,
-    ModelConfig,
-    ScratchConfig,
-    Trainable,
-    TrainableConfig,
-    TrainConfig,
-    load_config,
-    run_script,
-)
-from config.typed_yaml import FolderOrHub
+from config import InputError, load_config, run_script, schema
 from dataset.batch import collate
 from model.build import checkpoint_activations
 from model.loss import CHUNK_BYTES
@@ -50,11 +39,12 @@ from model.trainable import set_trainable
 # Private names of torch and transformers used here: untyped_storage()._cdata, which identifies a tensor's memory;
 # torch._subclasses.fake_tensor; config._experts_implementation
 
+RECIPE = ROOT / "recipes" / "from-scratch.yaml"
 GIB = 2**30
 HALF = torch.bfloat16
-FULL = Trainable("full")
-TRAIN = TrainConfig(
-    trainable=TrainableConfig(projector=FULL, language_model=FULL, embeddings=FULL),
+FULL = schema.Trainable("full")
+TRAIN = schema.TrainConfig(
+    trainable=schema.TrainableConfig(projector=FULL, language_model=FULL, embeddings=FULL),
     projector_lr=1e-4, language_model_lr=1e-4, embeddings_lr=1e-4, weight_decay=0.1,
 )  # fmt: skip
 STEPS = 5
@@ -62,46 +52,42 @@ MICRO_BATCHES = 2  # the second one adds to the gradients of the first
 DINOV2_BASE = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518, "patch_size": 14,
 }  # fmt: skip
+TINY_ENCODER = DINOV2_BASE | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
+TINY_LANGUAGE_MODEL = {
+    "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}  # fmt: skip
+TINY = ["model.num_queries=4", *(f"model.from_scratch.{key}={size}" for key, size in TINY_LANGUAGE_MODEL.items())]
 
 
-@dataclass(frozen=True)
-class Shapes:
+class Shapes(NamedTuple):
     """Shapes of a model and of what it trains on. encoder: arguments of transformers' Dinov2Config."""
 
     encoder: dict
     image_size: int
     image_tokens: int  # of the resampler
-    model: ModelConfig
-    new: ScratchConfig  # the language model
+    model: schema.ModelConfig
+    new: schema.ScratchConfig  # the language model
     vocabulary: int
     batch: int
     length: int  # tokens of a text
 
 
-def shapes_of(
-    model: ModelConfig, batch: int, length: int, encoder: dict = DINOV2_BASE, image_size: int = 224
-) -> Shapes:
-    """Return the shapes of a config's model behind a DINOv2.
+def shapes_of(config: schema.Config, batch: int, length: int) -> Shapes:
+    """Return the shapes of a config's model behind DINOv2-base.
 
     InputError: the language model is a released one, its vocabulary is not known, or the projector is not a resampler.
     """
-    new = model.from_scratch
+    model, new = config.model, config.model.from_scratch
     if new is None or model.projector != "resampler":
         raise InputError("the config has no model.from_scratch with a resampler, which is what is counted here.")
     if new.vocab_size is None:
         raise InputError('"model.from_scratch.vocab_size" is null, so the size of the vocabulary is not known; set it.')
-    tokens = model.num_queries or NUM_QUERIES
-    return Shapes(encoder, image_size, tokens, model, new, new.vocab_size, batch, length)
+    return Shapes(DINOV2_BASE, 224, model.num_queries or NUM_QUERIES, model, new, new.vocab_size, batch, length)
 
 
-NO_FOLDER = FolderOrHub("none")  # nothing is loaded
-TINY_ENCODER = DINOV2_BASE | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
-TINY_LANGUAGE_MODEL = ScratchConfig(
-    tokenizer=NO_FOLDER, vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=4,
-    num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56,
-)  # fmt: skip
-TINY_MODEL = ModelConfig(NO_FOLDER, None, TINY_LANGUAGE_MODEL, attention="mixed", projector="resampler", num_queries=4)
-TINY = shapes_of(TINY_MODEL, batch=2, length=48, encoder=TINY_ENCODER, image_size=28)
+def tiny_shapes() -> Shapes:
+    return shapes_of(load_config(RECIPE, TINY), 2, 48)._replace(encoder=TINY_ENCODER, image_size=28)
 
 
 def new_language_model(shapes: Shapes) -> Any:
@@ -123,10 +109,6 @@ def new_model(shapes: Shapes, device: torch.device | str) -> VisionLanguageModel
     model = join_parts(encoder, projector, language_model, feature_layer=-1, image_size=shapes.image_size)
     set_trainable(model, TRAIN.trainable)
     return model.train()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
 
 
 def weight_items(model: VisionLanguageModel) -> dict[str, int]:
@@ -200,7 +182,7 @@ def saved_bytes(lm: Any, ids: Tensor, lengths: Sequence[int], features: Tensor) 
     return (total, 0) if is_checkpointed else (total - casts, casts)
 
 
-def count(shapes: Shapes) -> tuple[list[tuple[str, int]], dict[str, int]]:
+def count_bytes(shapes: Shapes) -> tuple[list[tuple[str, int]], dict[str, int]]:
     """Return ((item, bytes) of everything, the moments that take most -> bytes)."""
     weights = weight_items(new_model(shapes, "meta"))
     trained = sum(size for title, size in weights.items() if "frozen" not in title)
@@ -236,10 +218,6 @@ def as_markdown(rows: list[tuple[str, int]], moments: dict[str, int]) -> str:
     return table(["what", "MiB"], cells)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
 def measure(shapes: Shapes, device: torch.device, cap: float, checkpointing: bool) -> str:
     """Take STEPS real optimizer steps of MICRO_BATCHES micro-batches each, on random images and texts, on a GPU under a cap
     of `cap` GiB. Returns a sentence about them."""
@@ -251,26 +229,23 @@ def measure(shapes: Shapes, device: torch.device, cap: float, checkpointing: boo
     if checkpointing:
         checkpoint_activations(model)
     stepper = make_stepper(model, TRAIN, "bf16", device, balance_factor=0.01)
-    chance, text = np.random.default_rng(0), shapes.length - shapes.image_tokens
+    chance, text, count = np.random.default_rng(0), shapes.length - shapes.image_tokens, MICRO_BATCHES * shapes.batch
     for step in range(STEPS):
-        samples = [
-            random_sample(shapes, chance, text // 4, text - text // 4) for _ in range(MICRO_BATCHES * shapes.batch)
-        ]
+        samples = [random_sample(shapes, chance, text // 4, text - text // 4) for _ in range(count)]
         outcome = take_step(stepper, step, [*collate(samples, PAD_TOKEN_ID, packed=True).split(MICRO_BATCHES)])
-    how = "with" if checkpointing else "without"
-    steps = f"{STEPS} steps of {MICRO_BATCHES} x {shapes.batch} x {shapes.length} tokens"
-    result = f"{steps} {how} activation checkpointing, loss {outcome.loss:.3f}"
+    how = f"{'with' if checkpointing else 'without'} activation checkpointing"
+    steps = f"{STEPS} steps of {MICRO_BATCHES} x {shapes.batch} x {shapes.length} tokens {how}, loss {outcome.loss:.3f}"
     if device.type != "cuda":
-        return f"{result}; on {device.type}, where nothing caps the memory"
+        return f"{steps}; on {device.type}, where nothing caps the memory"
     peak, held = (read(device) / GIB for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
     return (
-        f"{result}, under a cap of {cap:g} GiB: {peak:.2f} GiB allocated at most, {held:.2f} GiB held by the allocator"
+        f"{steps}, under a cap of {cap:g} GiB: {peak:.2f} GiB allocated at most, {held:.2f} GiB held by the allocator"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Count, and measure, the memory of training a model from scratch.")
-    parser.add_argument("--config", type=Path, default=ROOT / "recipes" / "from-scratch.yaml")
+    parser.add_argument("--config", type=Path, default=RECIPE)
     parser.add_argument("--batch", type=int, default=4, help="texts at once")
     parser.add_argument("--length", type=int, default=768, help="tokens of each, its image's among them")
     parser.add_argument("--measure", action="store_true", help="take real steps as well, on a GPU under the cap")
@@ -283,10 +258,9 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--checkpointing is an option of --measure; the count shows both.")
     if arguments.measure and not has_gpu and not arguments.tiny:
         raise InputError("--measure needs a GPU, or --tiny for the same code on a CPU.")
-    shapes = (
-        TINY if arguments.tiny else shapes_of(load_config(arguments.config).model, arguments.batch, arguments.length)
-    )
-    print(f"{machine()}\n\n{as_markdown(*count(shapes))}")
+    sizes = (arguments.batch, arguments.length)
+    shapes = tiny_shapes() if arguments.tiny else shapes_of(load_config(arguments.config), *sizes)
+    print(f"{machine()}\n\n{as_markdown(*count_bytes(shapes))}")
     if arguments.measure:
         device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
         print("\n" + measure(shapes, device, arguments.cap, arguments.checkpointing))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, Qwen2Config
 
 import qwen
@@ -31,7 +30,7 @@ MEAN_ANSWER, SPREAD, LONGEST_ANSWER = 93, 0.8, 700  # words, log-normal; an answ
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a CLIP encoder and a Qwen2 language model, and what trains them."""
+    """Sizes of a CLIP encoder and a Qwen2 language model, and of what trains them."""
 
     vocabulary: int
     width: int = 512
@@ -64,14 +63,13 @@ class Sizes:
             vocab_size=self.vocabulary, hidden_size=self.width, intermediate_size=self.mlp,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             max_position_embeddings=32_768, tie_word_embeddings=self.tied,
-            bos_token_id=None, eos_token_id=eos, pad_token_id=pad,
+            pad_token_id=pad, bos_token_id=None, eos_token_id=eos,
         )  # fmt: skip
 
 
 SIZES = {
     "W1": Sizes(vocabulary=151_936),  # Qwen's own
-    # the head's share of the work is that of a language model of 1.5 billion parameters
-    "W2": Sizes(vocabulary=12_288),
+    "W2": Sizes(vocabulary=12_288),  # the head's share of the work is that of a language model of 1.5 billion parameters
     "tiny": Sizes(
         vocabulary=640, width=64, layers=2, heads=4, kv_heads=2, mlp=96, vision_width=32, vision_layers=4,
         vision_heads=2, image_size=32, patch_size=8, lora_rank=4, batch_size=2,
@@ -89,13 +87,13 @@ def join_parts(
 
 
 def random_model(
-    sizes: Sizes, dtype: torch.dtype, device: torch.device, attention: str = PACKED_SDPA, seed: int = 0
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, attention: str = PACKED_SDPA
 ) -> VisionLanguageModel:
     """Make a frozen encoder, a projector, and a language model with LoRA on its seven linear layers, in training mode.
 
     What is frozen has `dtype`, what trains is float32. attention: the name of an implementation in transformers.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.device(device):
         encoder = CLIPVisionModel._from_config(sizes.vision_config(), dtype=dtype)
         language_model = Qwen2ForCausalLM._from_config(sizes.text_config(), dtype=dtype, attn_implementation=attention)
@@ -118,17 +116,11 @@ def random_sample(sizes: Any, chance: np.random.Generator, question: int, answer
     labels = input_ids.clone()
     labels[: image_tokens + question] = IGNORE_INDEX
     shape = (images, 3, sizes.image_size, sizes.image_size)
-    return fresh_sample(input_ids, labels, torch.from_numpy(chance.standard_normal(shape, dtype=np.float32)))
-
-
-def fresh_sample(input_ids: Tensor, labels: Tensor, pixel_values: Tensor) -> Sample:
-    """Make a sample of which no image is cached."""
-    images = len(pixel_values)
     return Sample(
         id="random",
         input_ids=input_ids,
         labels=labels,
-        pixel_values=pixel_values if images else None,
+        pixel_values=torch.from_numpy(chance.standard_normal(shape, dtype=np.float32)),
         patch_features=None,
         image_keys=[None] * images,
         is_cached=[False] * images,
@@ -137,8 +129,7 @@ def fresh_sample(input_ids: Tensor, labels: Tensor, pixel_values: Tensor) -> Sam
 
 def answer_length(chance: np.random.Generator, mean: float = MEAN_ANSWER) -> int:
     """Draw a length; log-normal, as people's answers are."""
-    length = chance.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD)
-    return int(np.clip(length, 1, LONGEST_ANSWER))
+    return int(np.clip(chance.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD), 1, LONGEST_ANSWER))
 
 
 @dataclass(frozen=True)

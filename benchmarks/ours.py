@@ -1,17 +1,18 @@
-"""This project's optimizer steps, as the benchmarks measure them: those of a train.py run, or taken directly on samples in
-memory, with each speed-up switched on or off.
-"""
+"""This project's optimizer steps, as the benchmarks measure them: those of train.py, watched; or taken on samples in memory,
+with each speed-up switched on or off."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+import train
 from benchmarks.annotations import SEED
 from benchmarks.models import TRAIN, Task
 from config import IGNORE_INDEX, TrainConfig
@@ -53,9 +55,9 @@ def require(name: str) -> Any:
     return importlib.import_module(name)
 
 
-@contextlib.contextmanager
-def watch_steps(watch: Watch) -> Iterator[None]:
-    """Run every optimizer step inside `watch(stepper, step, micro_batches)`, from its first forward pass to the update."""
+def watch_training(folder: Path, watch: Watch, steps: int, arguments: argparse.Namespace, *words: str) -> None:
+    """Run train.py on the workload in `folder`, each optimizer step inside `watch(stepper, step, micro_batches)`: from its
+    first forward pass to the update. arguments: has precision, threads and workers. words: more config keys."""
     begin, end = Stepper.forward_and_backward, Stepper.clip_and_step
     contexts = contextlib.ExitStack()
 
@@ -63,13 +65,23 @@ def watch_steps(watch: Watch) -> Iterator[None]:
         contexts.enter_context(watch(stepper, step, micro_batches))
         return begin(stepper, step, micro_batches)
 
-    def clip_and_step(stepper, *arguments, **options):
-        outcome = end(stepper, *arguments, **options)
+    def clip_and_step(stepper, *given, **named):
+        outcome = end(stepper, *given, **named)
         contexts.close()
         return outcome
 
+    values = {
+        "output_dir": folder / "run",
+        "train.max_steps": steps,
+        "train.precision": arguments.precision,
+        "train.num_threads": arguments.threads,
+        "train.num_workers": arguments.workers,
+    }
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    command = ["--config", str(folder / "config.yaml"), *(f"{key}={value}" for key, value in values.items()), *words]
     with mock.patch.multiple(Stepper, forward_and_backward=forward_and_backward, clip_and_step=clip_and_step):
-        yield
+        if stopped := train.main(command):
+            raise SystemExit(stopped)
 
 
 def make_stepper(
@@ -77,10 +89,9 @@ def make_stepper(
 ) -> Stepper:
     """Make what takes the steps of train.py. options: more of Stepper's fields."""
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
-    optimizer = torch.optim.AdamW(param_groups(model, train))
     return Stepper(
         model=model,
-        optimizer=accelerator.prepare_optimizer(optimizer),
+        optimizer=accelerator.prepare_optimizer(torch.optim.AdamW(param_groups(model, train))),
         accelerator=accelerator,
         autocast=autocast(precision, device),
         seed=SEED,
@@ -125,11 +136,13 @@ def ours(task: Task, **switches) -> Train:
         checkpoint_activations(model)
     if not on.chosen_logits:
         model.__class__ = AllLogits
-    batches = task.batches(task.samples, on.packing)
-    encoder = None
+    batches, encoder = task.batches(task.samples, on.packing), None
     if on.cached:
         batches = [with_features(model, task, batch) for batch in batches]
-        encoder = functools.partial(move_features, task.device)
+
+        def encoder(batch):
+            return batch.patch_features.to(task.device, non_blocking=True)
+
     stepper = make_stepper(model, TRAIN, task.precision, task.device, encoder=encoder)
 
     def train(after_step: AfterStep) -> None:
@@ -152,13 +165,9 @@ class AllLogits(VisionLanguageModel):
     ) -> Losses:  # fmt: skip
         if patch_features is None:
             patch_features = self.patch_features(pixel_values)
-        hidden = self.causal_lm.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            lengths=lengths,
-            image_features=self.project(patch_features),
-            use_cache=False,
-        ).last_hidden_state
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "lengths": lengths}
+        features = self.project(patch_features)
+        hidden = self.causal_lm.model(**rows, image_features=features, use_cache=False).last_hidden_state
         logits = self.causal_lm.lm_head(hidden).float()  # [B, L, V]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device, non_blocking=True)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
@@ -171,11 +180,6 @@ def with_features(model: VisionLanguageModel, task: Task, batch: Batch) -> Batch
     assert batch.pixel_values is not None
     with autocast(task.precision, task.device)():
         features = model.patch_features(batch.pixel_values.to(task.device)).cpu()
-    cached = dataclasses.replace(
-        batch, pixel_values=None, patch_features=features, image_keys=[], is_cached=[True] * len(batch.is_cached)
-    )
+    images = {"pixel_values": None, "patch_features": features, "image_keys": [], "is_cached": [True] * len(features)}
+    cached = dataclasses.replace(batch, **images)
     return cached.pin_memory() if task.device.type == "cuda" else cached
-
-
-def move_features(device: torch.device, batch: Batch) -> Tensor | None:
-    return None if batch.patch_features is None else batch.patch_features.to(device, non_blocking=True)

@@ -13,16 +13,9 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
 
 from benchmarks.annotations import SEED
 from benchmarks.models import FEATURE_LAYER, PAD_TOKEN_ID, TRAIN, Task
@@ -31,43 +24,40 @@ from dataset.batch import Batch
 from model.model import VisionLanguageModel
 from qwen.lora import LINEARS
 
-LLAVA_NAMES = {  # beginning of a weight's name in our model -> in LLaVA
-    "vision_tower.model.": "model.vision_tower.",
-    "projector.": "model.multi_modal_projector.",
-    "language_model.base_model.model.model.": "model.language_model.",
-    "language_model.base_model.model.lm_head.": "lm_head.",
-}
+Read = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
 def llava_twin(ours: VisionLanguageModel, attention: str = "sdpa") -> nn.Module:
     """Make LLaVA with LoRA on its language model, of the sizes and weights of our model; the same weights train."""
-    text, lora = copy.deepcopy(ours.causal_lm.config), ours.language_model.peft_config["default"]
-    config = LlavaConfig(
-        vision_config=copy.deepcopy(ours.vision_tower.model.config),
+    tower, lora = ours.vision_tower.model, ours.language_model.peft_config["default"]
+    vision, text = copy.deepcopy(tower.config), copy.deepcopy(ours.causal_lm.config)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
         text_config=text,
         image_token_index=text.image_token_id,
         image_seq_length=ours.vision_tower.num_image_tokens,
         vision_feature_layer=FEATURE_LAYER,
         tie_word_embeddings=text.tie_word_embeddings,
     )
-    tower = ours.vision_tower.model
     with torch.device(tower.device):
-        plain: Any = LlavaForConditionalGeneration._from_config(
+        made = transformers.LlavaForConditionalGeneration._from_config(
             config, dtype=tower.dtype, attn_implementation=attention
         )
+    plain: Any = made
     linears = rf".*language_model.*\.({'|'.join(LINEARS)})"
     settings = peft.LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=linears)
     model = peft.get_peft_model(plain, settings)
     plain.model.multi_modal_projector.requires_grad_(True).float()
-    plain.load_state_dict({llava_name(name): weight for name, weight in ours.state_dict().items()})
-    trained = {llava_name(name) for name, parameter in ours.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    parts = (
+        (plain.model.vision_tower, tower),
+        (plain.model.multi_modal_projector, ours.projector),
+        (plain.model.language_model, ours.causal_lm.model),
+        (plain.lm_head, ours.causal_lm.lm_head),
+    )
+    for theirs, part in parts:
+        theirs.load_state_dict(part.state_dict())
+        assert [p.requires_grad for p in theirs.parameters()] == [p.requires_grad for p in part.parameters()]
     return model.train()
-
-
-def llava_name(name: str) -> str:
-    (prefix,) = [prefix for prefix in LLAVA_NAMES if name.startswith(prefix)]
-    return LLAVA_NAMES[prefix] + name.removeprefix(prefix)
 
 
 def padded_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -85,23 +75,17 @@ def sort_by_length(lengths: Sequence[int], batch_size: int) -> list[int]:
 
 
 def train_peer(
-    model: nn.Module,
-    read: Callable[[Sequence[int]], dict[str, Tensor]],
-    samples: int,
-    after_step: AfterStep,
-    use_trl: bool = False,
-    **arguments,
+    model: nn.Module, read: Read, samples: int, after_step: AfterStep, use_trl: bool = False, **arguments
 ) -> None:
     """Train with transformers' Trainer, or with TRL's SFTTrainer at its defaults, until `after_step` returns true.
 
-    read: numbers of samples, of 0 to `samples` in order -> LLaVA's inputs. arguments: more of TrainingArguments or SFTConfig.
+    read: numbers of samples, which are taken in order -> LLaVA's inputs. arguments: of TrainingArguments or SFTConfig.
     """
-    trainer_class: Any = Trainer
-    arguments_class: Any = TrainingArguments
     rows: Any = [{"number": number} for number in range(samples)]
+    classes: tuple[Any, Any] = transformers.Trainer, transformers.TrainingArguments
     if use_trl:
-        library, rows = require("trl"), require("datasets").Dataset.from_list(rows)
-        trainer_class, arguments_class = library.SFTTrainer, library.SFTConfig
+        rows, trl = require("datasets").Dataset.from_list(rows), require("trl")
+        classes = trl.SFTTrainer, trl.SFTConfig
         arguments |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}  # samples are token ids
     losses: list[Tensor] = []
 
@@ -109,21 +93,20 @@ def train_peer(
         losses.append(step(*given, **named))
         return losses[-1]
 
-    class Stops(TrainerCallback):
+    class Stops(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **named) -> None:
             if after_step(losses.pop()):
                 control.should_training_stop = True
 
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rates = {"lora_": TRAIN.lora_lr, "multi_modal_projector": TRAIN.projector_lr}
-    groups: list[dict] = [
-        {"params": [trained[name] for name in trained if part in name], "lr": rate} for part, rate in rates.items()
-    ]
-    assert sum(len(group["params"]) for group in groups) == len(trained)
+    lora, projector = ([trained[name] for name in trained if part in name] for part in ("lora_", "projector"))
+    assert len(lora) + len(projector) == len(trained)
+    groups = [{"params": lora, "lr": TRAIN.lora_lr}, {"params": projector, "lr": TRAIN.projector_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # fused, as Trainer's own
-    trainer = trainer_class(
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": PAD_TOKEN_ID}, "<pad>"))  # asked for nothing but its padding
+    trainer = classes[0](
         model=model,
-        args=arguments_class(
+        args=classes[1](
             max_grad_norm=MAX_GRAD_NORM,
             use_cpu=next(model.parameters()).device.type == "cpu",
             train_sampling_strategy="sequential",
@@ -139,9 +122,7 @@ def train_peer(
         train_dataset=rows,
         optimizers=(optimizer, None),
         callbacks=[Stops()],
-        processing_class=PreTrainedTokenizerFast(  # asked for nothing but its padding
-            tokenizer_object=Tokenizer(models.WordLevel({"<pad>": PAD_TOKEN_ID}, "<pad>")), pad_token="<pad>"
-        ),
+        processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>"),
     )
     step, trainer.training_step = trainer.training_step, training_step
     trainer.train()
@@ -161,18 +142,10 @@ def llava(task: Task, by_length: bool = False, attention: str = "sdpa", liger: b
         samples = [samples[i] for i in sort_by_length([len(sample.input_ids) for sample in samples], size)]
     batches = [padded_inputs(batch) for batch in task.batches(samples)]
 
-    def train(after_step: AfterStep) -> None:
-        train_peer(
-            model,
-            lambda numbers: dict(batches[numbers[0] // size]),
-            len(samples),
-            after_step,
-            output_dir=str(task.folder),
-            per_device_train_batch_size=size,
-            bf16=task.precision == "bf16",
-            lr_scheduler_type="constant",
-            num_train_epochs=1000,
-            **options,
-        )
+    options |= {"output_dir": str(task.folder), "per_device_train_batch_size": size, "bf16": task.precision == "bf16"}
+    options |= {"lr_scheduler_type": "constant", "num_train_epochs": 1000}
 
-    return train
+    def read(numbers: Sequence[int]) -> dict[str, Tensor]:
+        return dict(batches[numbers[0] // size])
+
+    return lambda after_step: train_peer(model, read, len(samples), after_step, **options)

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import operator
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,18 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import train
-from benchmarks.measuring import Meter, machine, make_parser, measure_by_turns, median_of, open_workdir, table
+from benchmarks import measuring
+from benchmarks.measuring import Clock, machine, measure_by_turns, memory, table
 from benchmarks.models import SIZES
-from benchmarks.ours import watch_steps
+from benchmarks.ours import watch_training
 from benchmarks.peers import llava_twin, padded_inputs, sort_by_length, train_peer
 from benchmarks.workload import write_workload
 from config import IGNORE_INDEX, Config, load_config
 from dataset.batch import collate
-from dataset.conversation import Encoded
-from dataset.loader import Key, QADataset
+from dataset.loader import QADataset
 from dataset.open import sample_order
-from dataset.record import Record
 from training.log import read_rows
 from training.run import open_model, open_processors, open_qa_file
 
@@ -46,70 +43,69 @@ NAMES = {
     "trl": "TRL's SFTTrainer",
     "trl-no-checkpointing": "the same, no checkpointing",
 }
-CLOCKS = ("cpu", "wall")
 OTHER_BATCHES = ("hf-sorted",)  # whose losses differ, therefore
 TOLERANCE = 1e-5  # between two losses of the same step, in fp32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ways, each in a process of its own
-
-
-EncodedSample = tuple[Key, Record, Encoded]  # the arguments of `QADataset.read`, which reads its images
-
-
-def first_samples(config: Config, steps: int) -> tuple[QADataset, list[EncodedSample]]:
-    """Return the samples of the first `steps` steps of our run in their order, and their dataset."""
+def first_samples(config: Config, steps: int) -> tuple[QADataset, list[tuple]]:
+    """Return the dataset of our run, and the first samples in their order: arguments of `QADataset.read`, which reads their
+    images."""
     dataset = open_qa_file(config, open_processors(config), config.data.qa_file)
     order = sample_order(dataset, config.data, seed=config.seed)
     keys = [order.at(position) for position in range(steps * config.train.per_device_train_batch_size)]
     return dataset, [(key, *dataset.encode(key)) for key in keys]
 
 
-def answer(meter: Meter, samples: Sequence[EncodedSample], losses: Sequence[Tensor | float]) -> dict:
-    """Return the cost of the measured steps, what they learned from (samples, tokens without padding, tokens of answers), and
-    the losses of all steps. samples: of all steps."""
-    first = meter.warm_up * len(samples) // meter.steps
-    measured = [encoded for _, _, encoded in samples[first:]]
-    return meter.cost | {
-        "samples": len(measured),
-        "tokens": sum(len(encoded.input_ids) for encoded in measured),
-        "targets": sum(label != IGNORE_INDEX for encoded in measured for label in encoded.labels),
-        "losses": [float(loss) for loss in losses],
-    }
+class Meter:
+    """Measures steps after a warm-up; `__call__` is an after_step. arguments: has steps and warmup."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.steps, self.warm_up, self.losses = arguments.steps, arguments.warmup, list[Tensor | float]()
+        self._imports = memory("VmHWM")
+
+    def __call__(self, loss: Tensor | float) -> bool:
+        self.losses.append(loss)
+        if len(self.losses) == self.warm_up:
+            self._clock = Clock(reset_peak=False)
+        if len(self.losses) == self.steps:
+            self._cost = self._clock.read()
+        return False
+
+    def answer(self, samples: Sequence[tuple]) -> dict:
+        """Return CPU and wall seconds of the measured steps; the peak memory of the process up to the last step in MiB, as a
+        whole and above what its imports took; what the measured steps learned from; all losses. samples: of all steps."""
+        measured = [encoded for _, _, encoded in samples[self.warm_up * len(samples) // self.steps :]]
+        return {
+            "cpu": self._cost["cpu"],
+            "wall": self._cost["wall"],
+            "memory": self._cost["highest"],
+            "memory_above": self._cost["highest"] - self._imports,
+            "samples": len(measured),
+            "tokens": sum(len(encoded.input_ids) for encoded in measured),  # without padding
+            "targets": sum(label != IGNORE_INDEX for encoded in measured for label in encoded.labels),
+            "losses": [float(loss) for loss in self.losses],
+        }
 
 
 def ours(arguments: argparse.Namespace, cached: bool = False) -> dict:
-    """Run `train.main`. cached: with the encoder's features on disk, as they are from the second epoch on."""
-    meter = Meter(arguments.steps, arguments.warmup)
-    folder = arguments.workdir
+    """Run train.py. cached: with the encoder's features on disk, as they are from the second epoch on."""
+    meter, folder = Meter(arguments), arguments.workdir
     if not cached:
         shutil.rmtree(folder / "qa.features", ignore_errors=True)
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    values = {
-        "output_dir": folder / "run",
-        "train.cache_features": "on",
-        "train.precision": arguments.precision,
-        "train.max_steps": arguments.steps,
-        "train.num_threads": arguments.threads,
-        "train.num_workers": arguments.workers,
-    }
 
     @contextlib.contextmanager
     def count(*_) -> Iterator[None]:
         yield
-        meter.step_done()
+        meter(0.0)
 
-    with watch_steps(count):
-        train.main(["--config", str(folder / "config.yaml"), *(f"{key}={value}" for key, value in values.items())])
-    _, samples = first_samples(load_config(folder / "config.yaml"), arguments.steps)
-    return answer(meter, samples, [row["loss"] for row in read_rows(folder / "run" / "metrics.jsonl")])
+    watch_training(folder, count, arguments.steps, arguments, "train.cache_features=on")
+    meter.losses = [row["loss"] for row in read_rows(folder / "run" / "metrics.jsonl")]
+    return meter.answer(first_samples(load_config(folder / "config.yaml"), arguments.steps)[1])
 
 
 def peer(arguments: argparse.Namespace, by_length: bool = False, **options) -> dict:
     """Train LLaVA on the same samples. by_length: see `sort_by_length`; options: see `train_peer`."""
-    meter = Meter(arguments.steps, arguments.warmup)
-    config = load_config(arguments.workdir / "config.yaml")
+    meter, config = Meter(arguments), load_config(arguments.workdir / "config.yaml")
     size = config.train.per_device_train_batch_size
     dataset, samples = first_samples(config, arguments.steps)
     if by_length:
@@ -117,18 +113,11 @@ def peer(arguments: argparse.Namespace, by_length: bool = False, **options) -> d
     built = open_model(config, arguments.precision, open_processors(config))
     model, pad_token_id = llava_twin(built.model), built.tokenizer.pad_token_id
     del built  # before the steps, whose memory is measured
-    losses: list[Tensor | float] = []
-
-    def after_step(loss: Tensor | float) -> bool:
-        losses.append(loss)
-        meter.step_done()
-        return False
-
     train_peer(
         model,
         lambda numbers: padded_inputs(collate([dataset.read(*samples[i]) for i in numbers], pad_token_id)),
         len(samples),
-        after_step,
+        meter,
         output_dir=str(arguments.workdir / "peer"),
         max_steps=arguments.steps,
         per_device_train_batch_size=size,
@@ -137,7 +126,7 @@ def peer(arguments: argparse.Namespace, by_length: bool = False, **options) -> d
         dataloader_num_workers=arguments.workers,
         **options,
     )
-    return answer(meter, samples, losses)
+    return meter.answer(samples)
 
 
 WAYS: dict[str, Callable[[argparse.Namespace], dict]] = {
@@ -148,15 +137,6 @@ WAYS: dict[str, Callable[[argparse.Namespace], dict]] = {
     "trl": functools.partial(peer, use_trl=True),
     "trl-no-checkpointing": functools.partial(peer, use_trl=True, gradient_checkpointing=False),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The comparison
-
-
-def speed(answer: dict, clock: str) -> float:
-    """Return tokens per second of `clock`, cpu or wall. Padding does not count."""
-    return answer["tokens"] / answer[clock]
 
 
 def largest_differences(answers: dict[str, list[dict]]) -> dict[str, float]:
@@ -174,9 +154,7 @@ def check_losses(answers: dict[str, list[dict]]) -> None:
     """Raise ValueError if two ways do not learn the same in fp32."""
     for name, difference in largest_differences(answers).items():
         if not difference <= TOLERANCE:
-            raise ValueError(
-                f"{name}: its losses differ from ours by up to {difference:.1e}; rounding explains {TOLERANCE}"
-            )
+            raise ValueError(f"{name}: its losses differ from ours by up to {difference:.1e}, more than {TOLERANCE:g}")
 
 
 def markdown(answers: dict[str, list[dict]], settings: str) -> str:
@@ -186,16 +164,16 @@ def markdown(answers: dict[str, list[dict]], settings: str) -> str:
         "", "CPU ms a sample", "ms a sample", "peak MiB", "above imports", "ours: times its speed, CPU", "wall",
         "ours, cached: CPU", "wall", "ours: of its memory",
     ]  # fmt: skip
-    rows = []
+    clocks, rows = ("cpu", "wall"), []
     for name, found in answers.items():
-        cells = [f"{median(1000 * answer[clock] / answer['samples'] for answer in found):,.0f}" for clock in CLOCKS]
-        cells += [f"{median(answer[key] for answer in found):,.0f}" for key in ("memory", "memory_above")]
+        cells = [f"{median(1000 * one[clock] / one['samples'] for one in found):,.0f}" for clock in clocks]
+        cells += [f"{median(one[key] for one in found):,.0f}" for key in ("memory", "memory_above")]
         for way in ("ours", "ours-cached"):
-            cells += [ratio(answers.get(way), found, functools.partial(speed, clock=clock)) for clock in CLOCKS]
-        cells.append(ratio(answers.get("ours"), found, operator.itemgetter("memory")))
+            cells += [ratio(found, answers.get(way), clock, "tokens") for clock in clocks]
+        cells.append(ratio(answers.get("ours"), found, "memory"))
         rows.append([NAMES[name], *cells])
     text = (
-        f"{machine()}; {settings}; {median_of(len(first))}. {one['samples']} samples of "
+        f"{machine()}; {settings}; {measuring.median_of(len(first))}. {one['samples']} samples of "
         f"{one['tokens'] / one['samples']:.0f} tokens, {one['targets'] / one['tokens']:.0%} of them in answers.\n\n"
         f"{table(head, rows)}"
     )
@@ -206,13 +184,16 @@ def markdown(answers: dict[str, list[dict]], settings: str) -> str:
     return text
 
 
-def ratio(ours: list[dict] | None, theirs: list[dict], value: Callable[[dict], float]) -> str:
-    """Return the median of the ratios of each round."""
-    return f"{median(value(a) / value(b) for a, b in zip(ours, theirs, strict=True)):.2f}" if ours else "-"
+def ratio(first: list[dict] | None, second: list[dict] | None, cost: str, per: str | None = None) -> str:
+    """Return the ratio of two costs, or of costs per what `per` counts: the median over rounds."""
+    if not first or not second:
+        return "-"
+    values = [[one[cost] / (one[per] if per else 1) for one in answers] for answers in (first, second)]
+    return f"{median(a / b for a, b in zip(*values, strict=True)):.2f}"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser("What a training step costs, ours and others'.", NAMES)
+    parser = measuring.make_parser("What a training step costs, ours and others'.", NAMES)
     parser.add_argument("--workload", choices=("W1", "W2"), default="W2", help="vocabulary 151,936 or 12,288")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=24, help="with the warm-up (default: %(default)s)")
@@ -241,19 +222,11 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(arguments.threads)
         print(json.dumps(WAYS[arguments.measure](arguments)))
         return
-    with open_workdir(arguments.workdir) as workdir:
+    with measuring.open_workdir(arguments.workdir) as workdir:
         folder = workdir / arguments.workload
         write_workload(folder, arguments.workload, arguments.steps * SIZES[arguments.workload].batch_size)
-        options = [
-            f"--{name}={getattr(arguments, name)}" for name in ("precision", "steps", "warmup", "threads", "workers")
-        ]
-        options += [f"--workdir={folder}"]
-        environment = {
-            "OMP_NUM_THREADS": str(arguments.threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        answers = measure_by_turns("training", arguments.only, arguments.rounds, options, **environment)
+        options = {key: getattr(arguments, key) for key in ("precision", "steps", "warmup", "threads", "workers")}
+        answers = measure_by_turns("training", arguments.only, arguments.rounds, workdir=folder, **options)
     named = ("workload", "precision", "threads", "workers", "steps", "warmup")
     settings = ", ".join(f"{name} {getattr(arguments, name)}" for name in named)
     if arguments.append_json:

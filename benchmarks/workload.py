@@ -1,32 +1,41 @@
-"""The folder on which `benchmarks.training`, `limits` and `answering` work: an encoder and a language model of random weights
-(`tower`, `lm`), photos, questions (qa.jsonl) and a config.yaml. Everything is made from a seed."""
+"""The folder on which `benchmarks.training`, `limits` and `answering` work: an encoder (`tower`) and a language model (`lm`)
+of random weights, photos, questions (qa.jsonl) and a config.yaml. Everything is made from a seed."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image, ImageDraw
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionModel,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from transformers import CLIPImageProcessor, CLIPVisionModel, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from benchmarks.annotations import PLAIN_WORDS, SEED
-from benchmarks.models import FEATURE_LAYER, SIZES, TRAIN, Sizes, answer_length
+from benchmarks.models import SIZES, answer_length
 
 VERSION = 2  # of the files that `write_workload` writes
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>")
 QUESTION_WORDS = 32
 PHOTO = (640, 480)  # pixels
+# Only what the workload is: everything about speed is left to the defaults. The learning rates are those of `models.TRAIN`.
+CONFIG = """
+seed: 1
+output_dir: run
+data: {qa_file: qa.jsonl, max_length: 2048, system_prompt: null}
+model: {vision_tower: tower, language_model: lm, vision_feature_layer: -2}
+train:
+  projector_lr: 1.0e-3
+  lora_lr: 2.0e-4
+  num_train_epochs: 0
+  max_steps: 24
+  warmup_ratio: 0.0
+  logging_steps: 1
+  save_steps: null
+"""
 
 
 def write_workload(folder: Path, name: str, records: int) -> None:
@@ -44,13 +53,19 @@ def write_workload(folder: Path, name: str, records: int) -> None:
     side = sizes.image_size
     image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     image_processor.save_pretrained(folder / "tower")
-    write_models(folder, sizes, tokenizer)
+    pad, eos = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in ("<|endoftext|>", "<|im_end|>"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        models = {"tower": CLIPVisionModel(sizes.vision_config()), "lm": Qwen2ForCausalLM(sizes.text_config(pad, eos))}
+    for name_, model in models.items():
+        model.bfloat16().save_pretrained(folder / name_)  # as released models are
     chance = np.random.default_rng(SEED)
     with open(folder / "qa.jsonl", "w", encoding="utf-8") as file:
         for i in range(records):
             photo(chance).save(folder / "images" / f"{i}.jpg", quality=88)
             file.write(json.dumps(record(chance, i)) + "\n")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config_values(sizes)))
+    lora = f"lora: {{r: {sizes.lora_rank}, alpha: {2 * sizes.lora_rank}, dropout: 0.0}}\n"
+    (folder / "config.yaml").write_text(f"{CONFIG}  per_device_train_batch_size: {sizes.batch_size}\n{lora}")
     stamp.write_text(json.dumps(wanted | {"records": records}))
 
 
@@ -69,17 +84,6 @@ def new_tokenizer() -> Qwen2Tokenizer:
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
-
-
-def write_models(folder: Path, sizes: Sizes, tokenizer: Qwen2Tokenizer) -> None:
-    """Write an encoder and a language model in bfloat16, as released models are."""
-    pad, eos = map(tokenizer.convert_tokens_to_ids, ("<|endoftext|>", "<|im_end|>"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        tower: Any = CLIPVisionModel(sizes.vision_config())
-        language_model: Any = Qwen2ForCausalLM(sizes.text_config(pad, eos))
-    tower.to(torch.bfloat16).save_pretrained(folder / "tower")
-    language_model.to(torch.bfloat16).save_pretrained(folder / "lm")
 
 
 def photo(chance: np.random.Generator) -> Image.Image:
@@ -104,24 +108,3 @@ def record(chance: np.random.Generator, number: int) -> dict:
     question, answer = (" ".join(chance.choice(PLAIN_WORDS, count)) for count in (QUESTION_WORDS, length))
     turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
     return {"id": f"photo:{number}", "image": f"images/{number}.jpg", "conversations": turns}
-
-
-def config_values(sizes: Sizes) -> dict:
-    """Return the config.yaml of our run: only what the workload is. Everything about speed is left to the defaults."""
-    return {
-        "seed": SEED,
-        "output_dir": "run",
-        "data": {"qa_file": "qa.jsonl", "max_length": 2048, "system_prompt": None},
-        "model": {"vision_tower": "tower", "language_model": "lm", "vision_feature_layer": FEATURE_LAYER},
-        "lora": {"r": sizes.lora_rank, "alpha": 2 * sizes.lora_rank, "dropout": 0.0},
-        "train": {
-            "projector_lr": TRAIN.projector_lr,
-            "lora_lr": TRAIN.lora_lr,
-            "num_train_epochs": 0,
-            "max_steps": 24,
-            "per_device_train_batch_size": sizes.batch_size,
-            "warmup_ratio": 0.0,
-            "logging_steps": 1,
-            "save_steps": None,
-        },
-    }

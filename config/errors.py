@@ -33,7 +33,7 @@ def choose(table: Mapping[str, Value], key: str, what: str) -> Value:
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether `text` has the form of a repository's name on the hub, `owner/name`."""
+    """Return whether `text` has the form of a repository's name on the hub, `owner/name`."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a config holds: one frozen dataclass for each section. config.yaml explains every key beside its value.
+"""The contents of a config: one frozen dataclass for each section. config.yaml explains every key beside its value.
 
 Upper bounds are far beyond any use. They exist because a checkpoint's config may come from a stranger, and a number in it
 must not fill the memory.

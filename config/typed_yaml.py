@@ -25,7 +25,7 @@ class FolderOrHub(str):
 
 
 class Trainable(str):
-    """What of a part trains: `frozen`, `lora`, `full` or `top:N` (the last N layers)."""
+    """The word that says what of a part trains: `frozen`, `lora`, `full` or `top:N` (the last N layers)."""
 
     WORDS = re.compile(r"frozen|lora|full|top:[1-9][0-9]*")
 

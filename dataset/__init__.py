@@ -1,1 +1,1 @@
-"""From a QA file to batches."""
+"""Reading: from a QA file to batches."""

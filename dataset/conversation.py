@@ -118,7 +118,7 @@ class ChatFormat:
         return Encoded(ids, labels, num_images)
 
     def certainly_fits(self, turns: Sequence[Turn], max_length: int | None) -> bool:
-        """Whether `encode` cannot need more than max_length tokens, determined without tokenising.
+        """Return whether `encode` cannot need more than max_length tokens, determined without tokenising.
 
         A token covers at least one byte of text, and the tokenizer's normalisation (NFC) turns one byte into at most
         three. False does not mean that the conversation is too long.

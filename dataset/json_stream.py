@@ -82,7 +82,8 @@ def decode(data: bytes) -> object:
 
 
 def _may_round(data: bytes) -> bool:
-    """Whether the JSON may contain an integer of 19 or more digits; orjson turns integers over 64 bits into floats."""
+    """Return whether the JSON may contain an integer of 19 or more digits; orjson turns integers over 64 bits into
+    floats."""
     zeros = data.translate(_ZEROS)
     at = zeros.find(_LONG)
     while at >= 0:

@@ -169,7 +169,7 @@ def encode_refused_row(
 
 
 def _surely_valid(obj: Any) -> bool:
-    """Whether a decoded JSON object is a valid record of a common kind.
+    """Return whether a decoded JSON object is a valid record of a common kind.
 
     False, or one of the exceptions that check_record catches, means that the fast check cannot decide.
     """
@@ -197,7 +197,7 @@ def _surely_valid(obj: Any) -> bool:
 
 
 def _surely_valid_turns(turns: list, image_count: int) -> bool:
-    """Whether the turns alternate between user and assistant, and every content is a string that is not blank."""
+    """Return whether the turns alternate between user and assistant, and every content is a string that is not blank."""
     if turns.__class__ is not list:
         return False
     marks, role = 0, "user"

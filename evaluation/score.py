@@ -68,7 +68,7 @@ def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
 
 
 def is_correct(answer: str, reference: str) -> bool:
-    """Whether the two are equal, except for whitespace at the ends."""
+    """Return whether the two are equal, except for whitespace at the ends."""
     return answer.strip() == reference.strip()
 
 

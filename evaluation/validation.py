@@ -16,7 +16,7 @@ from model.model import VisionLanguageModel
 
 
 class Sums(NamedTuple):
-    """What can be added over batches and processes."""
+    """The numbers that are summed over batches and processes."""
 
     loss: float = 0.0  # cross entropy
     targets: float = 0.0

@@ -32,7 +32,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class Processors:
-    """What reads images and text for a model. Holds no weights."""
+    """Tokenizer and image processor of a model. Holds no weights."""
 
     tokenizer: PreTrainedTokenizerFast
     image_processor: ImageProcessor

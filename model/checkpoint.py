@@ -112,7 +112,7 @@ def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
 
 
 def has_adapter(folder: Path) -> bool:
-    """Whether a checkpoint holds LoRA weights."""
+    """Return whether a checkpoint holds LoRA weights."""
     return (folder / "adapter_model.safetensors").exists()
 
 

@@ -126,7 +126,7 @@ def _plain(layer: nn.Module, dtype: torch.dtype) -> Weights | None:
 
 
 def _drops(layer: Any) -> bool:
-    """Whether LoRA's dropout is active in this LoRA layer."""
+    """Return whether LoRA's dropout is active in this LoRA layer."""
     return layer.training and getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0.0) > 0
 
 

@@ -10,6 +10,7 @@ Shapes: M images, N patches an image (a square grid, row by row), K image tokens
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -121,9 +122,10 @@ class Resampler(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         side, width = math.isqrt(features.shape[1]), features.shape[2]
         patches = self.norm_patches(features)
-        keys = patches + grid_positions(side, side, side, width, features.device).to(patches.dtype)
+        positions = functools.partial(grid_positions, side=side, width=width, device=features.device)
+        keys = patches + positions(side, side).to(patches.dtype)
         rows = _squarest_rows(len(self.queries))
-        queries = self.queries + grid_positions(rows, len(self.queries) // rows, side, width, features.device)
+        queries = self.queries + positions(rows, len(self.queries) // rows)
         seen = F.scaled_dot_product_attention(
             self._heads(self.query(queries.to(patches.dtype)).expand(len(features), -1, -1)),
             self._heads(self.key(keys)),
@@ -142,7 +144,7 @@ def _squarest_rows(count: int) -> int:
     return next(rows for rows in range(math.isqrt(count), 0, -1) if count % rows == 0)
 
 
-def grid_positions(rows: int, columns: int, side: int, width: int, device: torch.device | None = None) -> Tensor:
+def grid_positions(rows: int, columns: int, *, side: int, width: int, device: torch.device | None = None) -> Tensor:
     """Return sinusoidal positions [rows * columns, width], float32, of a grid of points in an image of side x side patches.
 
     The points are evenly spaced and in row-major order. The first half of a vector encodes the distance from the top, the

@@ -1,5 +1,5 @@
-"""What trains and at which rate, and where every weight comes from: the words of `train.trainable` -> requires_grad,
-optimizer groups, a printed table.
+"""Choose what trains and at which rate, and record where every weight comes from: the words of `train.trainable` ->
+requires_grad, optimizer groups, a printed table.
 
 Everything is frozen first and then enabled by name, so nothing trains by accident. Every trainable parameter is in exactly
 one optimizer group, which is asserted.
@@ -37,8 +37,8 @@ class WeightOrigins:
 
     @classmethod
     def new(cls, model: VisionLanguageModel, from_scratch: bool) -> WeightOrigins:
-        """Of a model that was just put together: released parts and a random projector; from scratch, a random language
-        model too."""
+        """Return the origins of a model that was just put together: released parts and a random projector; from scratch,
+        a random language model too."""
         random = {"projector", "language_model", "embeddings"} if from_scratch else {"projector"}
         trained = frozenset(parameters_without_lora(model.causal_lm)) if from_scratch else frozenset[str]()
         return cls(frozenset(random), {"language_model": trained, "vision_tower": frozenset()}, from_scratch)

@@ -1,6 +1,6 @@
 """Start train.py many times cheaply, and send it signals, also at a chosen moment of the run.
 
-Every start is forked from one process that has imported everything but has run nothing, so it has no threads and no state.
+Every start is forked from one process that has imported everything but has run nothing: it has no threads and no state.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 
 import train
+import training.log
 from config import run_script
-from training.log import RunLog
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.starts"])
@@ -27,14 +27,14 @@ SECONDS = 60  # a start that takes longer counts as hanging
 
 
 class At(NamedTuple):
-    """A moment at which a run sends itself a signal: just before `place` happens for the `count`-th time.
+    """A moment at which a run sends itself a signal: just before `place` happens for the `nth` time.
 
-    place: a call of a function, by the module that looks its name up and this name ("train.evaluate"); or an audit event
-    with a pattern of its path, for a rename the new one ("open */state.json", "os.rename */best").
+    place: a call of a function, by the module that looks its name up and this name ("train.evaluate"); or an audit
+    event with a pattern of its path, for a rename the new one ("open */state.json", "os.rename */best").
     """
 
     place: str
-    count: int = 1
+    nth: int = 1
     signal: int = signal.SIGKILL
     to_group: bool = False
 
@@ -47,9 +47,11 @@ class Start:
         self.log = log or config.parent / "log.txt"
         self.process = SERVER.Process(target=_run, args=(["--config", str(config), *arguments], list(at), self.log))
         self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
 
     def send(self, number: int, to_group: bool = False) -> None:
-        (os.killpg if to_group else os.kill)(self.process.pid, number)
+        (os.killpg if to_group else os.kill)(self.pid, number)
 
     def wait(self, seconds: float = SECONDS) -> int | None:
         """Return the exit code, negative for a signal; None if the run has not ended after `seconds`."""
@@ -76,8 +78,8 @@ def _run(arguments: list[str], moments: list[At], log: Path) -> None:
     os.dup2(handle, 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a plain start
-    os.fsync = lambda _: None  # a kill loses nothing that the kernel already has
-    RunLog.draw = lambda _: None  # curves.png would take longer than the rest of the run
+    os.fsync = lambda fd: None  # a kill loses nothing that the kernel already has
+    training.log.draw_curves = lambda runs, image: None  # it would take longer than the rest of the run
     for moment in reversed(moments):  # the last one armed at a place is checked first
         _arm(moment)
     sys.argv = ["train.py", *arguments]
@@ -101,7 +103,7 @@ def _arm(moment: At) -> None:
     def reach() -> None:
         nonlocal seen
         seen += 1
-        if seen == moment.count and os.getpid() == pid:  # ignore the loader's workers
+        if seen == moment.nth and os.getpid() == pid:  # ignore the loader's workers
             _send_to_group(pid, moment.signal) if moment.to_group else os.kill(pid, moment.signal)
 
     event, _, pattern = moment.place.partition(" ")

@@ -53,7 +53,7 @@ def text_sample(name: str, length: int) -> Sample:
 
 
 def is_same(one: Batch | Sample, other: Batch | Sample) -> bool:
-    """Whether two batches or samples are equal in every field; tensors also in dtype."""
+    """Return whether two batches or samples are equal in every field; tensors also in dtype."""
 
     def equal(a: object, b: object) -> bool:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):

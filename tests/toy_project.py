@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,12 @@ from model.build import Processors
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen3
 from tests.toy_towers import write_clip, write_dinov2, write_siglip, write_siglip2
 
-TOWERS = {"clip": write_clip, "siglip": write_siglip, "siglip2": write_siglip2, "dinov2": write_dinov2}
+TOWERS: dict[str, Callable[[Path], Path]] = {
+    "clip": write_clip,
+    "siglip": write_siglip,
+    "siglip2": write_siglip2,
+    "dinov2": write_dinov2,
+}
 LANGUAGE_MODELS = {"qwen1": write_qwen1, "qwen2": write_qwen2, "qwen3": write_qwen3}
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
 

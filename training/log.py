@@ -1,5 +1,5 @@
-"""What a run writes while it trains: metrics.jsonl, samples.jsonl, skipped.jsonl, curves.png, and the numbers for the
-progress bar and trackers."""
+"""The files that a run writes while it trains: metrics.jsonl, samples.jsonl, skipped.jsonl, curves.png, and the numbers
+for the progress bar and trackers."""
 
 from __future__ import annotations
 

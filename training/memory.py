@@ -13,8 +13,8 @@ from model.model import VisionLanguageModel
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether `error` reports a full memory. The CPU's allocator, and CUDA libraries outside of torch's allocator, report it
-    as a plain RuntimeError."""
+    """Return whether `error` reports a full memory. The CPU's allocator, and CUDA libraries outside of torch's
+    allocator, report it as a plain RuntimeError."""
     phrases = ("out of memory", "can't allocate memory", "_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
 

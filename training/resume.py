@@ -220,7 +220,7 @@ def _keys(values: object) -> set[str] | None:
 
 
 def is_finished(run: Run, resume_from: Path | None) -> bool:
-    """Whether the run has finished already; if so, print its result."""
+    """Return whether the run has finished already; if so, print its result."""
     final = run.config.output_dir / "final"
     if resume_from != run.config.output_dir / f"checkpoint-{run.total_steps}" or not final.exists():
         return False

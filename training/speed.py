@@ -1,4 +1,4 @@
-"""What makes a run fast: each part is chosen by `auto` or by its config key, applied to the model, and printed before
+"""Speed-ups of a run: each is chosen by `auto` or by its config key, applied to the model, and printed before
 the first step.
 
 None of them changes what is learned, except for rounding: each is tested against the plain way.

@@ -109,7 +109,7 @@ def _name_stage(stage: StageConfig) -> Iterator[None]:
 
 
 def _is_finished(config: Config) -> bool:
-    """Whether a stage with this very config has ended. Its data and its checkpoints may have been deleted since."""
+    """Return whether a stage with this very config has ended. Its data and its checkpoints may have been deleted since."""
     final = config.output_dir / "final"
     if not final.exists() or (config.data.validation_file is not None and not (final / "scores.json").exists()):
         return False

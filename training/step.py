@@ -27,7 +27,7 @@ from training.processes import total
 
 @dataclass(frozen=True)
 class StepLosses:
-    """What `forward_and_backward` computed. answers and balance are this process's share, the counts those of all
+    """The result of `forward_and_backward`. answers and balance are this process's share, the counts those of all
     processes."""
 
     answers: float  # this process's part of the loss per target

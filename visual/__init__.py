@@ -1,1 +1,1 @@
-"""From image files to pixel values to patch features. The config file, text and language models are not known here."""
+"""Seeing: from image files to pixel values to patch features. Knows no text and no language model."""

@@ -143,7 +143,7 @@ class VisionTower(nn.Module):
 
     @property
     def trains(self) -> bool:
-        """Whether any parameter is trainable. This is read from `requires_grad`; there is no other flag."""
+        """Return whether any parameter is trainable. This is read from `requires_grad`; there is no other flag."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def unfreeze(self, top: int | None = None) -> None:

@@ -218,7 +218,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _costs_too_much(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether decoding takes far more work or memory than the image's size suggests."""
+    """Return whether decoding takes far more work or memory than the image's size suggests."""
     pixels = image.width * image.height
     if image.format in ("JPEG", "MPO"):
         return data.count(b"\xff\xda") * pixels > MAX_JPEG_SCANNED_PIXELS

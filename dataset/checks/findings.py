@@ -69,7 +69,7 @@ class Rows:
             self._first[key] = (self._first.get(key, []) + first)[:SHOWN]
 
     def is_cut(self) -> bool:
-        """Whether `text` omits rows."""
+        """Return whether `text` omits rows."""
         return any(count > SHOWN for count in self.counts.values())
 
     def text(self, listing: Path) -> str:

@@ -189,7 +189,7 @@ def _count(checked: Checked, record: Record) -> None:
 def _check_paths(
     checked: Checked, item: Item, record: Record, folder: str, is_held_out: bool, held_out: Checked | None
 ) -> bool:
-    """Whether each image of the record is a file that is not empty.
+    """Return whether each image of the record is a file that is not empty.
 
     Also remembers the images of a held-out file, and the images of a training file that may be held out.
     """
@@ -219,7 +219,7 @@ def _check_paths(
 
 
 def _fits(checked: Checked, item: Item, record: Record, chat: ChatFormat, max_length: int) -> bool:
-    """Whether every conversation of the record can be encoded; otherwise the record becomes unfit."""
+    """Return whether every conversation of the record can be encoded; otherwise the record becomes unfit."""
     if not _surely_usable(chat, record, max_length):
         try:
             for turns in (record.conversations, *record.alternatives):
@@ -232,7 +232,7 @@ def _fits(checked: Checked, item: Item, record: Record, chat: ChatFormat, max_le
 
 
 def _surely_usable(chat: ChatFormat, record: Record, max_length: int) -> bool:
-    """Whether an answer certainly begins within max_length and after the last image.
+    """Return whether an answer certainly begins within max_length and after the last image.
 
     Determined without tokenising, which would take minutes for a million records. The first answer after the last image
     is the one to the last question with an image.

@@ -156,7 +156,7 @@ def test_a_new_run_starts_from_the_weights_of_another(trained, tmp_path):
 
 @pytest.mark.parametrize("words", ["full", "top:1"])
 def test_trained_parts_of_the_language_model_and_encoder_are_restored(trained, tmp_path, words):
-    """What full and top:N trained is in the checkpoint, and a run that starts from it has the same weights."""
+    """Weights trained by full and top:N are in the checkpoint, and a run that starts from it has the same weights."""
     common = [
         f"train.trainable.language_model={words}", "train.lora_lr=null", "train.eval_steps=null", "train.score_samples=1",
         f"train.trainable.vision_tower={words}", "train.trainable.embeddings=full", "train.max_steps=1",

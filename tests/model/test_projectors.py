@@ -125,8 +125,8 @@ def test_the_resampler_equals_torchs_attention_with_the_same_weights():
         attention.in_proj_bias.zero_()
         attention.out_proj.load_state_dict(ours.output.state_dict())
     values = ours.norm_patches(features)
-    queries = (ours.queries + grid_positions(4, 8, SIDE, IN)).repeat(len(features), 1, 1)
-    seen, _ = attention(queries, values + grid_positions(SIDE, SIDE, SIDE, IN), values)
+    queries = (ours.queries + grid_positions(4, 8, side=SIDE, width=IN)).repeat(len(features), 1, 1)
+    seen, _ = attention(queries, values + grid_positions(SIDE, SIDE, side=SIDE, width=IN), values)
     torch.testing.assert_close(ours(features), ours.mlp(ours.norm(ours.queries + seen)), rtol=1e-4, atol=1e-5)
 
 
@@ -136,9 +136,11 @@ def first_attention(num_queries: int, side: int) -> torch.Tensor:
     projector = build_projector("resampler", IN, None, OUT, num_queries=num_queries)
     rows = next(rows for rows in range(math.isqrt(num_queries), 0, -1) if num_queries % rows == 0)
     queries = (
-        projector.query(grid_positions(rows, num_queries // rows, side, IN)).unflatten(1, (-1, 64)).transpose(0, 1)
+        projector.query(grid_positions(rows, num_queries // rows, side=side, width=IN))
+        .unflatten(1, (-1, 64))
+        .transpose(0, 1)
     )
-    keys = projector.key(grid_positions(side, side, side, IN)).unflatten(1, (-1, 64)).transpose(0, 1)
+    keys = projector.key(grid_positions(side, side, side=side, width=IN)).unflatten(1, (-1, 64)).transpose(0, 1)
     return (queries @ keys.mT / 8).softmax(-1).mean(0).detach()
 
 
@@ -176,15 +178,15 @@ def test_only_the_positions_make_the_order_of_patches_matter(monkeypatch):
     order = torch.randperm(SIDE * SIDE, generator=torch.Generator().manual_seed(2))
     places = grid_positions
 
-    def moved(rows, columns, side, width, device=None):
-        found = places(rows, columns, side, width, device)
+    def moved(rows, columns, **grid):
+        found = places(rows, columns, **grid)
         return found[order] if rows == columns == SIDE else found
 
     before = projector(features)
     assert (projector(features[:, order]) - before).abs().max() > 0.01
     monkeypatch.setattr("model.projector.grid_positions", moved)
     torch.testing.assert_close(projector(features[:, order]), before, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("model.projector.grid_positions", lambda *args: torch.zeros_like(places(*args)))
+    monkeypatch.setattr("model.projector.grid_positions", lambda *args, **grid: torch.zeros_like(places(*args, **grid)))
     torch.testing.assert_close(projector(features[:, order]), projector(features), rtol=1e-4, atol=1e-5)
 
 
@@ -196,7 +198,7 @@ def test_queries_reordered_with_their_positions_give_the_same_tokens_reordered(m
     assert (projector(features) - before[:, order]).abs().max() > 0.01  # a query also depends on its position
     monkeypatch.setattr(
         "model.projector.grid_positions",
-        lambda *args: places(*args)[order] if args[0] * args[1] == 32 else places(*args),
+        lambda rows, columns, **grid: places(rows, columns, **grid)[order if rows * columns == 32 else slice(None)],
     )
     torch.testing.assert_close(projector(features), before[:, order], rtol=1e-4, atol=1e-5)
 
@@ -209,15 +211,15 @@ def test_positions_are_sines_and_cosines_of_row_and_column():
     def waves(at: float) -> list[float]:
         return [2 * math.sin(f * at) for f in frequencies] + [2 * math.cos(f * at) for f in frequencies]
 
-    found = grid_positions(3, 3, side, width)
+    found = grid_positions(3, 3, side=side, width=width)
     for place in range(9):
         row, column = divmod(place, 3)
         torch.testing.assert_close(found[place], torch.tensor(waves(row) + waves(column)))
-    (middle, *_), (upper, lower) = grid_positions(1, 1, side, width), grid_positions(2, 1, side, width)
+    (middle, *_), (upper, lower) = (grid_positions(rows, 1, side=side, width=width) for rows in (1, 2))
     torch.testing.assert_close(middle, torch.tensor(waves(1) + waves(1)))
     torch.testing.assert_close(upper, torch.tensor(waves(0.25) + waves(1)))
     torch.testing.assert_close(lower, torch.tensor(waves(1.75) + waves(1)))
-    many = grid_positions(27, 27, 27, 64)
+    many = grid_positions(27, 27, side=27, width=64)
     distances = torch.cdist(many, many) + torch.eye(27 * 27)
     assert distances.min() > 0.3  # no two positions are equal
 

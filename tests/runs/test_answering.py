@@ -17,6 +17,7 @@ import model.answer
 import test
 import train
 from config import run_script
+from tests.spy import spy
 from tests.toy_project import run_training, write_project
 from visual.images import read_image
 
@@ -31,10 +32,8 @@ QUESTIONS = [
 def run(tmp_path_factory):
     """A run that has just ended: its model is in memory, its folder on disk."""
     path = write_project(tmp_path_factory.mktemp("project"))
-    ended = []
     with pytest.MonkeyPatch.context() as patch:
-        score_held_out = train.score_held_out
-        patch.setattr(train, "score_held_out", lambda run: (ended.append(run), score_held_out(run))[1])
+        ended = spy(patch, train, "score_held_out", lambda run: run)
         run_training(path, "train.max_steps=2", "train.eval_steps=null", "train.save_steps=null")
     return ended[0]
 
@@ -126,13 +125,7 @@ def test_an_unreadable_image_is_listed_once_for_all_questions(final, images, tmp
 
 
 def test_answers_are_written_after_each_batch(final, images, tmp_path, monkeypatch):
-    written = []
-    generate = model.answer.generate
-    monkeypatch.setattr(
-        model.answer,
-        "generate",
-        lambda *a, **options: (written.append(len(rows(tmp_path))), generate(*a, **options))[1],
-    )
+    written = spy(monkeypatch, model.answer, "generate", lambda *_, **__: len(rows(tmp_path)))
     ask(tmp_path, "--checkpoint", final, "--images", images, "--question", QUESTIONS[0], "test.batch_size=4")
     assert written == [0, 4, 8]
 

@@ -1,5 +1,5 @@
-"""The README's two commands, as a newcomer gives them: from another folder, in a path with blanks; and under guard, without
-a network. Takes a few minutes."""
+"""The README's two commands as a new user gives them: from another folder, in a path with spaces, under guard and without
+a network. Takes a few minutes. `sh tests/run.sh tests/runs/test_demo_run.py`"""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NEEDED = {"colour": 0.95, "shape": 0.95, "digit": 0.95, "count": 0.90, "place": 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The repository's own files, nothing that a run left."""
-    folder = tmp_path_factory.mktemp("a newcomer's folder") / "vlm"
+    """A copy of the repository's own files, without those that runs have left."""
+    folder = tmp_path_factory.mktemp("a new user's folder") / "vlm"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -31,8 +31,8 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sh(clone, tmp_path_factory):
-    """Runs a script under guard: no address is looked up or connected to, no class is unpickled, nothing is written but the
-    run's folder and the data's."""
+    """A function that runs a script under guard: it may use no network, unpickle no class, and write only into the
+    folders of runs and data."""
     folder = tmp_path_factory.mktemp("guarded")
     environment = guarded(folder, [clone / "runs", clone / "data"]) | {"PYTHON": sys.executable}
 
@@ -64,10 +64,10 @@ def test_the_demo_learns_to_see(trained):
             assert both["accuracy"] >= least - 0.05, (name, language, both)
     unseen = scores["by_type"]["unseen_pair"]
     assert unseen["n"] >= 200 and unseen["accuracy"] > unseen["blind"]
-    assert "colour" in printed and "blind %" in printed  # the table stands at the end
+    assert "colour" in printed and "blind %" in printed  # the table at the end
 
 
-def test_it_answers_about_a_folder(clone, trained, sh):
+def test_the_demo_answers_about_a_folder(clone, trained, sh):
     sh(str(clone / "test.sh"))
     answers = trained[0] / "answers"
     rows = [json.loads(line) for line in (answers / "answers.jsonl").read_text().splitlines()]
@@ -76,7 +76,7 @@ def test_it_answers_about_a_folder(clone, trained, sh):
     assert page.count("<img") == 12 and all(row["answer"] for row in rows)
 
 
-def test_the_second_start_says_that_the_run_is_finished(clone, trained, sh):
+def test_a_second_start_reports_a_finished_run(clone, trained, sh):
     assert "This run is finished" in sh(str(clone / "train.sh"))
 
 
@@ -86,18 +86,18 @@ SHORT = (  # 240 steps of the recipe's 1,550, scored on 240 of the 1,680 held-ou
 )  # fmt: skip
 
 
-def test_the_demo_from_nothing_learns_in_stages(clone, sh):
-    """Cut short: less than a sixth of its steps. What the whole of it comes to is in docs/from-scratch.md."""
-    config = str(clone / "configs" / "from-scratch-demo.yaml")
+def test_the_demo_from_scratch_learns_in_stages(clone, sh):
+    """With less than a sixth of its steps. The results of the whole recipe are in docs/from-scratch.md."""
+    config = str(clone / "recipes" / "from-scratch-demo.yaml")
     printed = sh(str(clone / "train.sh"), "--config", config, *SHORT)
     run = clone / "runs" / "from-scratch-demo"
     assert sorted(path.name for path in (run / "stages").iterdir()) == ["chat", "text", "vision"]
     scores = json.loads((run / "final" / "scores.json").read_text())
     assert scores["accuracy"] >= scores["blind"] + 0.2, scores
     assert (run / "curves.png").exists() and "the model that all stages together made" in printed
-    picture = next((clone / "data" / "demo" / "images" / "scenes").glob("validation_colour_*.png"))
+    image = next((clone / "data" / "demo" / "images" / "scenes").glob("validation_colour_*.png"))
     checkpoint = str(run / "stages" / "chat" / "final")
     question = ("--question", "有几个物体？", "--output", str(clone / "runs" / "asked"))
-    sh(str(clone / "test.sh"), "--checkpoint", checkpoint, str(picture), *question)
+    sh(str(clone / "test.sh"), "--checkpoint", checkpoint, str(image), *question)
     (row,) = [json.loads(line) for line in (clone / "runs" / "asked" / "answers.jsonl").read_text().splitlines()]
     assert row["answer"]

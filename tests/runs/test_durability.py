@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, models
 from config import Config, InputError, load_config
 from model import checkpoint_folder as folders
 from model.checkpoint_folder import latest_checkpoint, prune_checkpoints, recover, verify_folder, write_folder
+from tests.spy import spy
 from tests.toy_project import run_training, write_project
 from training import resume
 from training.provenance import git_commit
@@ -72,7 +74,7 @@ def killed_at(call: int, work) -> bool:
                 if calls == call:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        os.fsync = lambda _: count("os.fsync")
+        os.fsync = lambda fd: count("os.fsync")
         sys.addaudithook(count)
         try:
             work()
@@ -145,11 +147,8 @@ def test_a_kill_during_recovery_or_pruning_loses_nothing(tmp_path, work, no_flus
 
 def test_everything_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     """A power cut loses what was not flushed: files, their folders, and after the renames the parent folder."""
-    events, fsync, rename = [], os.fsync, os.rename
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
-    )
-    monkeypatch.setattr(os, "rename", lambda a, b, **_: (events.append((Path(a).name, Path(b).name)), rename(a, b)))
+    events = spy(monkeypatch, os, "fsync", lambda handle: os.readlink(f"/proc/self/fd/{handle}"))
+    spy(monkeypatch, os, "rename", lambda a, b, **_: events.append((Path(a).name, Path(b).name)))
     for content in ("old", "new"):
         events.clear()
         write_folder(tmp_path / "final", files_with(content))
@@ -274,7 +273,7 @@ def test_the_last_intact_checkpoint_is_never_removed(tmp_path, damage):
     for step in (3, 4):
         victim = tmp_path / f"checkpoint-{step}" / "inner" / "b.safetensors"
         flip(victim) if damage == "flip" else victim.unlink()
-    reports = []
+    reports: list[str] = []
     prune_checkpoints(tmp_path, 1, reports.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (2, 3, 4)]
     assert len(reports) == 2 and all("does not count" in text and "b.safetensors" in text for text in reports)
@@ -370,8 +369,7 @@ def run(project, tmp_path):
 
 
 def test_finding_the_checkpoint_reads_each_file_once(run, monkeypatch, capsys):
-    read, sha256 = [], folders._sha256
-    monkeypatch.setattr(folders, "_sha256", lambda path: (read.append(path), sha256(path))[1])
+    read = spy(monkeypatch, folders, "_sha256", lambda path: path)
     newest = run.output_dir / "checkpoint-2"
     assert resume.find_checkpoint(run, "auto") == newest and capsys.readouterr().out == ""
     assert sorted(read) == sorted(p for p in newest.rglob("*") if p.is_file() and p.name != "manifest.json")
@@ -387,10 +385,10 @@ def test_two_processes_resume_from_the_same_checkpoint_or_both_stop(run, tmp_pat
 
     def work() -> None:
         PartialState._reset_state()  # inherited from the process that was forked
-        rank, read, sha256 = PartialState(cpu=True).process_index, [], folders._sha256
-        folders._sha256 = lambda path: (read.append(str(path)), sha256(path))[1]
+        rank = PartialState(cpu=True).process_index
+        read = spy(pytest.MonkeyPatch(), folders, "_sha256", lambda path: path)
         found = resume.find_checkpoint(run, "auto")
-        outcome = {"found": found.name, "read": len(read)}
+        outcome = {"found": found and found.name, "read": len(read)}
         try:
             resume.find_checkpoint(run, str(run.output_dir / "final"))
         except InputError as error:
@@ -443,7 +441,7 @@ def wrapped(optimizer: torch.optim.Optimizer) -> SimpleNamespace:
     return SimpleNamespace(optimizer=optimizer)
 
 
-def save_at(run: FakeRun, step: int) -> Path:
+def save_at(run: Any, step: int) -> Path:
     """Save the checkpoint of `step` and return its folder."""
     run.position.step = step
     resume.save_checkpoint(run)
@@ -494,7 +492,7 @@ def test_git_commit_is_the_folders_own_and_marks_changes(tmp_path):
     git("add", "a.py")
     git("commit", "-m", "a")
     commit = git_commit(tmp_path)
-    assert len(commit) == 40
+    assert commit is not None and len(commit) == 40
     (tmp_path / "new.txt").write_text("not tracked")
     assert git_commit(tmp_path) == commit
     (tmp_path / "a.py").write_text("2")
@@ -527,8 +525,8 @@ def test_the_best_model_is_kept_beside_the_others(opened_run, capsys):
 
 def test_a_checkpoint_knows_its_size_before_it_is_written(opened_run, monkeypatch):
     """All tensors, to the byte; file headers are not counted."""
-    folder, announced, write = opened_run.config.output_dir, [], resume.write_folder
-    monkeypatch.setattr(resume, "write_folder", lambda f, w, room: (announced.append(room), write(f, w, room)))
+    folder = opened_run.config.output_dir
+    announced = spy(monkeypatch, resume, "write_folder", lambda folder, write, room: room)
     save_at(opened_run, 1)
     resume.write_final(opened_run)
     for name, room in zip(("checkpoint-1", "final"), announced, strict=True):

@@ -38,6 +38,7 @@ from config import InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
 from dataset.batch import Batch, collate
 from model.model import VisionLanguageModel
+from tests.spy import spy
 from tests.toy_project import fresh_accelerate, run_training, write_project
 from training.log import RunLog
 from training.memory import is_out_of_memory, memory_advice
@@ -101,9 +102,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,8 +240,8 @@ def test_a_held_out_loss_that_is_not_finite_is_logged_and_never_best(project, tm
 
 
 def test_the_fp16_scaler_continues_after_a_bad_step(project, monkeypatch):
-    """The scaler refuses to unscale again before its update. A gradient that is not finite counts as an overflow caused by
-    the scale, until the scale is too small to cause one."""
+    """The scaler refuses to unscale again before its update. A gradient that is not finite counts as an overflow caused
+    by the scale, until the scale is too small to cause one."""
     damage_the_gradient(monkeypatch, range(4, 9))
     with fresh_accelerate():
         accelerator = Accelerator(cpu=True)
@@ -253,6 +252,7 @@ def test_the_fp16_scaler_continues_after_a_bad_step(project, monkeypatch):
         accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(wrapped.optimizer)
         stepper = Stepper(built, optimizer, accelerator, contextlib.nullcontext, seed=1, max_grad_norm=1.0)
         batch = make_batch(project)
+        assert batch.pixel_values is not None
         broken = dataclasses.replace(batch, pixel_values=batch.pixel_values * math.nan)
         outcomes = []
         for step, micro_batch in enumerate([batch, broken, broken, *[batch] * 6]):
@@ -357,7 +357,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
 
 
 def test_out_of_memory_splits_a_packed_row_into_shorter_ones(project, roomy, tmp_path, monkeypatch, capsys):
-    """The result equals a run with padded rows that fit. Every record has one image, so images count a row's samples."""
+    """The result equals a run with padded rows that fit. Every record has one image: images count a row's samples."""
     sizes, forward = [], VisionLanguageModel.forward
 
     def patched(self, **inputs):
@@ -424,8 +424,7 @@ def test_the_estimates_of_the_advice_are_close(project, monkeypatch, words):
     overrides = ["train.trainable.language_model=full", "train.language_model_lr=1e-4", "train.lora_lr=null"]
     built = build(project, *(overrides if words == "full" else []))
     batch = make_batch(project, 1)
-    sizes: list[float] = []
-    monkeypatch.setattr(training.memory, "size_text", lambda count: sizes.append(count) or str(count))
+    sizes = spy(monkeypatch, training.memory, "size_text", lambda count: count)
     memory_advice(built, [batch])
     kept, trained, weights = sizes
     parameters = [parameter for parameter in built.parameters() if parameter.requires_grad]
@@ -482,7 +481,8 @@ def test_a_killed_worker_is_reported_and_the_run_can_resume(project, tmp_path, m
     """reading: killed while it reads an image. sharing: its batch was announced but not yet fetched from its memory.
     in a step: torch notices while this process computes."""
     common = [f"output_dir={tmp_path}", "train.num_workers=2", "train.save_steps=1", *QUICK]
-    dead, others = [], multiprocessing.active_children()  # others: left by earlier tests
+    dead: list[int] = []
+    others = multiprocessing.active_children()  # left by earlier tests
     with monkeypatch.context() as patched:
         if when == "reading":
             read = training.run.read_pixels
@@ -499,8 +499,10 @@ def test_a_killed_worker_is_reported_and_the_run_can_resume(project, tmp_path, m
 
             def kill(step: int) -> None:
                 if step == 2:
-                    dead.append(next(child for child in multiprocessing.active_children() if child not in others).pid)
-                    os.kill(dead[0], signal.SIGKILL)
+                    worker = next(child for child in multiprocessing.active_children() if child not in others).pid
+                    assert worker is not None
+                    dead.append(worker)
+                    os.kill(worker, signal.SIGKILL)
                     for _ in range(600):  # torch's signal handler ends it
                         time.sleep(0.05)
 

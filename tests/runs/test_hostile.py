@@ -25,6 +25,7 @@ from config import InputError, run_script
 from model.checkpoint import load_adapter, load_trained
 from model.checkpoint_folder import MANIFEST, verify_folder
 from model.trainable import WeightOrigins
+from tests.spy import spy
 from tests.toy_project import run_training, write_project
 
 ROOT = Path(__file__).parents[2]
@@ -90,8 +91,7 @@ def test_a_manifest_cannot_point_outside_of_its_folder(tmp_path, name, monkeypat
     (folder / "config.yaml").write_text("a")
     listed = name.format(outside=outside)
     sign(folder, **{listed: {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}})
-    opened, sha256 = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (opened.append(file.name), sha256(file, kind))[1])
+    opened = spy(monkeypatch, hashlib, "file_digest", lambda file, kind: file.name)
     with pytest.raises(InputError, match="manifest.json: lists .*not a plain file inside the folder"):
         verify_folder(folder)
     assert opened == []

@@ -16,10 +16,11 @@ import train
 from dataset.loader import QADataset
 from dataset.order import SampleOrder, micro_batches
 from model.checkpoint_folder import verify_folder
+from tests.spy import spy
 from tests.starts import At, Start
 from tests.toy_project import run_training, write_project
 
-# A step's 4 samples do not divide an epoch's 9. Rows, checkpoints and evaluations sometimes coincide and sometimes do not.
+# A step's 4 samples do not divide an epoch's 9. Rows, checkpoints and evaluations coincide in some steps only.
 RUN = ("train.max_steps=12", "train.save_steps=2", "train.eval_steps=3", "train.logging_steps=2", "lora.dropout=0.2")
 KILLED = -9
 PLAIN = ("train.packing=off", "train.cache_features=off")  # the other kinds pack rows and cache features
@@ -76,7 +77,7 @@ def saved_files(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same_end(folder: Path, reference: Path, saved=("checkpoint-10", "checkpoint-12", "best", "final")) -> None:
-    """Assert that two runs have equal weights, optimizer, metrics, samples, scores and data, and left the same files."""
+    """Assert that two runs have equal weights, optimizer, metrics, samples, scores and data, and the same files."""
     run, expected = folder / "run", reference / "run"
     assert metrics(run) == metrics(expected)
     assert (run / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
@@ -175,12 +176,8 @@ def test_a_resumed_run_reads_no_earlier_sample(project, tmp_path, monkeypatch):
     run_training(config, *options)
     shutil.rmtree(config.parent / "run" / "checkpoint-6")
     monkeypatch.setattr(train, "score_held_out", lambda run: None)  # it reads the held-out records
-    positions, read = [], []
-    at, read_sample = SampleOrder.at, QADataset.read
-    monkeypatch.setattr(SampleOrder, "at", lambda order, position: (positions.append(position), at(order, position))[1])
-    monkeypatch.setattr(
-        QADataset, "read", lambda data, key, *rest: (read.append(key), read_sample(data, key, *rest))[1]
-    )
+    positions = spy(monkeypatch, SampleOrder, "at", lambda order, position: position)
+    read = spy(monkeypatch, QADataset, "read", lambda dataset, key, *_: key)
     run_training(config, *options)
     assert positions == list(range(4 * 4, 6 * 4))  # two steps of four samples
     assert len(read) == len(positions)
@@ -188,8 +185,7 @@ def test_a_resumed_run_reads_no_earlier_sample(project, tmp_path, monkeypatch):
 
 def test_a_distant_step_makes_one_permutation(monkeypatch):
     """The order seeks to it directly, without counting samples or epochs."""
-    made, permute = [], SampleOrder._permute
-    monkeypatch.setattr(SampleOrder, "_permute", lambda order, epoch: (made.append(epoch), permute(order, epoch))[1])
+    made = spy(monkeypatch, SampleOrder, "_permute", lambda order, epoch: epoch)
     order = SampleOrder(np.arange(1000), 3, np.ones(1000))
     step = 10**9
     next(micro_batches(order, range(step, step + 1), batch_size=4, accumulation=2))

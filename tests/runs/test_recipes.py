@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.toy_towers import write_clip, write_dinov2, write_siglip, write_sigli
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-TINY = {
+TINY: dict[str, Callable[[Path], Path]] = {
     "openai/clip-vit-large-patch14": write_clip,
     "google/siglip-so400m-patch14-384": write_siglip,
     "google/siglip2-base-patch16-256": write_siglip2,
@@ -139,9 +140,10 @@ def test_the_recipe_from_scratch_trains_all_its_stages(tmp_path):
 
 def test_the_recipe_from_scratch_has_svlms_settings():
     """DINOv2-base, 32 tokens per image, width 1024, 14 layers, 4 heads; four experts, of which a token passes two and a
-    shared one; first the top two layers with projector and embeddings, at most 1,500 steps an epoch, then all layers."""
+    shared one; first projector, embeddings and the top two layers, at most 1,500 steps an epoch, then all layers."""
     config = load_config(ROOT / "recipes" / "from-scratch.yaml")
     model, new = config.model, config.model.from_scratch
+    assert new is not None
     assert (model.vision_tower, model.projector, model.num_queries) == ("facebook/dinov2-base", "resampler", 32)
     assert (new.hidden_size, new.num_hidden_layers, new.num_attention_heads) == (1024, 14, 4)
     assert (new.num_experts, new.num_experts_per_tok) == (4, 2) and new.shared_expert_intermediate_size

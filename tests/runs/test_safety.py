@@ -41,8 +41,8 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# Everything that a user does with a config, in one process because starting Python takes longest. All of it writes into the
-# folders of the run and the data.
+# Everything that a user does with a config, in one process because starting Python takes longest. It writes into the
+# folders of the run and the data only.
 DRIVE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -64,8 +64,8 @@ assert test.main(["--config", config, "--qa", config.replace("config.yaml", "dat
 def runs(tmp_path_factory):
     """(folder, the project's files with their times before the runs).
 
-    `python train.py` ran twice, with different hash seeds: `folder/first` is the first run's folder, `folder/project/run`
-    the second one's. DRIVE ran after that.
+    `python train.py` ran twice, with different hash seeds: `folder/first` is the first run's folder and
+    `folder/project/run` the second one's. DRIVE ran after that.
     """
     folder = tmp_path_factory.mktemp("guarded")
     project = folder / "project"
@@ -136,8 +136,8 @@ def test_the_guard_permits_the_allowed(tmp_path):
 
 
 def test_nothing_is_written_outside_the_run_the_data_and_the_cache(runs):
-    """The guard has refused nothing (`python` asserts that). It does not see writes of C and Rust libraries, so all files
-    around are compared too."""
+    """The guard has refused nothing (`python` asserts that). It does not see writes of C and Rust libraries, so all
+    files around are compared too."""
     folder, before = runs
     project = folder / "project"
     after = {path: path.lstat().st_mtime_ns for path in project.rglob("*")}

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM to train.py: it finishes and saves the step, and the next start resumes as if uninterrupted; before and
-after training it prints a short message. `sh tests/run.sh tests/runs/test_signals.py`"""
+"""Ctrl-C and SIGTERM to train.py: it finishes and saves the step, and the next start resumes as if uninterrupted. Before
+and after training it ends with a short message. `sh tests/run.sh tests/runs/test_signals.py`"""
 
 from __future__ import annotations
 
@@ -150,14 +150,12 @@ def test_a_signal_outside_of_training_prints_one_line(config, reference, number,
 
 def test_a_second_run_in_the_folder_is_refused_without_harm_to_the_first(config, reference):
     first = Start(config, *RUN, at=[At("train.evaluate", 1, signal.SIGSTOP)])
-    while Path(f"/proc/{first.process.pid}/stat").read_text().split()[2] != "T":  # stopped
+    while Path(f"/proc/{first.pid}/stat").read_text().split()[2] != "T":  # stopped
         assert first.wait(0.05) is None, first.output()
     for _ in range(2):
         second = Start(config, *RUN, log=config.parent / "second.txt")
         assert second.end() == 2
-    assert (
-        f"error: {config.parent / 'run'}: another run writes there (process {first.process.pid} on" in second.output()
-    )
+    assert f"error: {config.parent / 'run'}: another run writes there (process {first.pid} on" in second.output()
     assert "Traceback" not in second.output()
     first.send(signal.SIGCONT)
     assert first.end() == 0, first.output()

@@ -100,7 +100,7 @@ def test_two_equal_runs_give_equal_files(project, whole, tmp_path):
 
 
 def test_a_step_does_not_depend_on_its_micro_batches(project, tmp_path):
-    """8 x 1, 1 x 8, 2 x 4: every answer token has the same weight, although micro-batches hold different numbers of them."""
+    """8 x 1, 1 x 8, 2 x 4: every answer token has the same weight, whatever its micro-batch holds."""
     losses, weights = [], []
     for size, accumulation in ((8, 1), (1, 8), (2, 4)):
         folder = tmp_path / f"{size}x{accumulation}"

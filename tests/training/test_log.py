@@ -1,4 +1,4 @@
-"""What a run writes while it trains: rows of metrics and samples, and the curves.
+"""The files that a run writes while it trains: rows of metrics and samples, and the curves.
 
 Run: python -m pytest tests/training/test_log.py
 """

@@ -1,4 +1,4 @@
-"""What makes a run fast: what `auto` chooses and why, what on and off do, what is refused and what is printed.
+"""Speed-ups: what `auto` chooses and why, what on and off do, what is refused and what is printed.
 
 Run: python -m pytest tests/training/test_speed.py
 """

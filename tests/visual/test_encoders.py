@@ -79,7 +79,7 @@ def test_the_default_is_the_layer_before_the_last(folders, name):
 
 @every_tower
 def test_token_i_is_patch_i(folders, name):
-    """Without attention, a change inside one patch changes only its token: no patch is lost, no class token is kept."""
+    """If attention is off, a change inside one patch changes only its token: no patch is lost, no class token is kept."""
     tower = load_vision_tower(folders[name], feature_layer=1)
     with torch.no_grad():
         for key, parameter in tower.named_parameters():

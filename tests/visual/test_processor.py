@@ -44,7 +44,7 @@ def change(folder, target, **values):
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "dinov3_vit"])
 def test_pixels_equal_transformers(folders, name):
-    """Without DINOv3, whose class cannot be imported without torchvision."""
+    """All but DINOv3, whose class cannot be imported without torchvision."""
     theirs = AutoImageProcessor.from_pretrained(folders[name])(IMAGES, return_tensors="pt")["pixel_values"]
     ours = load_image_processor(folders[name])(IMAGES)
     assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
