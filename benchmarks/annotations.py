@@ -1,15 +1,12 @@
 """The workload of `benchmarks.data`: raw annotations as LLaVA and AI Challenger publish them, their images, a QA file.
 
-Everything is made from a seed. The images are empty files, because the measurements open none. Imports only the standard
-library.
+Everything is made from a seed. The images are empty: no measurement opens them. Imports only the standard library.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +63,11 @@ def write_annotations(folder: Path, records: int, qa_records: int) -> None:
     (folder / "raw").mkdir(parents=True, exist_ok=True)
     for source in SOURCES:
         count = max(1, source.share * records // ALL_RECORDS)
-        images = [*_image_names(source.name, count)]
-        _touch(source.images(folder), images)
+        images = [_image_name(source.name, i) for i in range(count)]
+        for image in images:
+            path = source.images(folder) / image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         if source.name == "captions":
             rows = [_caption_row(chance, i, name) for i, name in enumerate(images)]
         else:
@@ -82,21 +82,12 @@ def write_annotations(folder: Path, records: int, qa_records: int) -> None:
     stamp.write_text(wanted)
 
 
-def _image_names(source: str, count: int) -> Iterator[str]:
-    for i in range(count):
-        if source == "captions":
-            yield f"{i * 2_654_435_761 % 2**64:040x}.jpg"
-        elif source == "mix":
-            yield f"{MIX_FOLDERS[i % len(MIX_FOLDERS)]}/{i:012d}.jpg"
-        else:
-            yield f"{i * 7:012d}.jpg"
-
-
-def _touch(folder: Path, names: list[str]) -> None:
-    for parent in {os.path.dirname(name) for name in names}:
-        os.makedirs(folder / parent, exist_ok=True)
-    for name in names:
-        open(folder / name, "ab").close()
+def _image_name(source: str, number: int) -> str:
+    if source == "captions":
+        return f"{number * 2_654_435_761 % 2**64:040x}.jpg"
+    if source == "mix":
+        return f"{MIX_FOLDERS[number % len(MIX_FOLDERS)]}/{number:012d}.jpg"
+    return f"{number * 7:012d}.jpg"
 
 
 def _llava_row(chance: random.Random, source: Source, number: int, image: str, sentences: list[str]) -> dict:

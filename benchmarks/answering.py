@@ -1,10 +1,10 @@
-"""What an answer costs, asked in batches and one at a time: `python -m benchmarks.answering`.
+"""The cost of an answer, asked in batches and one at a time: `python -m benchmarks.answering`.
 
 Two tasks: one question about every image of a folder, and eight questions about every image. The plain way, which is what
 one writes first, also has a KV cache: for each question it reads the image, encodes it and generates. Ours asks in batches,
 reads the next images in threads meanwhile, and reads an image's part of the prompt once for all questions about it. Every
-measure runs in a process of its own, by turns. All answers have the same length, and in float32 the same tokens in both ways,
-or this stops. Prints Markdown. Linux only.
+measure runs in a process of its own, by turns. All answers have the same length, and in float32 the same tokens in both
+ways, or this stops.
 """
 
 from __future__ import annotations
@@ -43,18 +43,16 @@ class TokenIds:
     """Replaces the tokenizer: the text of an answer is its token ids."""
 
     @staticmethod
-    def batch_decode(rows, skip_special_tokens: bool) -> list[str]:
+    def batch_decode(rows: Any, skip_special_tokens: bool) -> list[str]:
         return [" ".join(map(str, row.tolist())) for row in rows]
 
 
 def requests_about(images: Sequence[Path], questions: int) -> list[Request]:
     """Make `questions` different questions about each image."""
     chance = random.Random(SEED)
-
-    def question() -> str:
-        return " ".join(chance.choices(PLAIN_WORDS, k=chance.randint(*QUESTION_WORDS)))
-
-    return [Request([("user", question_parts(question(), 1))], [path]) for path in images for _ in range(questions)]
+    lengths = (chance.randint(*QUESTION_WORDS) for _ in range(len(images) * questions))
+    texts = (" ".join(chance.choices(PLAIN_WORDS, k=length)) for length in lengths)
+    return [Request([("user", question_parts(next(texts), 1))], [path]) for path in images for _ in range(questions)]
 
 
 def answer_plainly(answerer: Answerer, requests: Sequence[Request]) -> list[str]:
@@ -115,21 +113,24 @@ def shares_equal(answers: dict[str, list[dict]]) -> dict[str, float]:
 
 def markdown(answers: dict[str, list[dict]], about: str) -> str:
     shares = shares_equal(answers)
-    costs = {
-        name: {key: median(one[key] for one in answers[name]) for key in ("cpu", "wall", "peak")} for name in NAMES
-    }
+
+    def cost(name: str, key: str) -> float:
+        return median(one[key] for one in answers[name])
+
     head = ["", "answers a second", "times", "answers a CPU second", "times", "MiB above the model", "tokens alike"]
     rows = []
     for name, title in NAMES.items():
-        found, plain, count = costs[name], costs[f"{name.split('_')[0]}_plain"], len(answers[name][0]["answers"])
-        speeds = [(count / found[clock], plain[clock] / found[clock]) for clock in ("wall", "cpu")]
+        plain, count, cells = f"{name.split('_')[0]}_plain", len(answers[name][0]["answers"]), [title]
+        for clock in ("wall", "cpu"):
+            seconds = cost(name, clock)
+            cells += [f"{count / seconds:.2f}", f"{cost(plain, clock) / seconds:.2f}"]
         equal = f"{100 * shares[name]:.0f} %" if name in shares else ""
-        rows.append([title, *(f"{value:.2f}" for pair in speeds for value in pair), f"{found['peak']:,.0f}", equal])
+        rows.append([*cells, f"{cost(name, 'peak'):,.0f}", equal])
     return f"{about}\n\n{table(head, rows)}"
 
 
 def main() -> None:
-    parser = make_parser("What an answer costs, in batches and one at a time.", NAMES)
+    parser = make_parser("The cost of an answer, in batches and one at a time.", NAMES)
     parser.add_argument("--images", type=int, default=64, help="in the folder (default: %(default)s)")
     parser.add_argument("--pictures", dest="images", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--new-tokens", type=int, default=32, help="of every answer (default: %(default)s)")

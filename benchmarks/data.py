@@ -1,10 +1,8 @@
-"""What the data costs, beside the plain way of doing the same: `python -m benchmarks.data`.
+"""The cost of the data, beside the plain way of doing the same: `python -m benchmarks.data`.
 
 Three tasks, each in processes of its own, ours and the plain way by turns: make a QA file of raw annotations (the mix that
 LLaVA-like training starts from); open a QA file; read it at random from forked workers. The plain way is what one writes
 first: json.load, lists of dicts. It does the same work and keeps the same records, or this stops.
-
-Prints Markdown. Linux only.
 """
 
 from __future__ import annotations
@@ -18,46 +16,36 @@ import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from benchmarks import measuring
 from benchmarks.annotations import ALL_RECORDS, SEED, SOURCES, write_annotations
-from benchmarks.measuring import Clock, machine, measure_by_turns, median_of, memory, table
+from benchmarks.measuring import Clock, machine, make_parser, measure_by_turns, median_of, memory, open_workdir, table
 
 VALIDATION_FRACTION = 0.01
 WORKERS = (1, 2, 4)
 MAX_READS = 400_000  # random reads, shared among the workers
 
 
-def prepare_ours(folder: Path) -> dict:
-    shutil.rmtree(folder / "ours", ignore_errors=True)
-    return prepare_again(folder)
-
-
-def prepare_again(folder: Path) -> dict:
-    """Prepare beside what the last run wrote: if nothing changed, nothing is done."""
+def prepare_ours(folder: Path, again: bool = False) -> dict:
+    """Prepare the QA file. again: beside what the last run wrote; if nothing changed, nothing is done."""
     from config import DataConfig, SourceConfig
     from dataprocess.process_image import prepare
 
+    llava: dict = {"format": "llava"}
+    options: dict = {"captions": {"format": "ai_challenger", "captions": "one_per_epoch"}}
     sources = tuple(
-        SourceConfig(
-            name=source.name,
-            annotations=source.annotations(folder),
-            images=source.images(folder),
-            format="ai_challenger" if source.name == "captions" else "llava",
-            captions="one_per_epoch" if source.name == "captions" else "all",
-        )
-        for source in SOURCES
+        SourceConfig(one.name, one.annotations(folder), images=one.images(folder), **options.get(one.name, llava))
+        for one in SOURCES
     )
     data = DataConfig(
-        qa_file=folder / "ours" / "qa.jsonl",
-        sources=sources,
-        validation_file=folder / "ours" / "validation.jsonl",
-        validation_fraction=VALIDATION_FRACTION,
-        max_refused=0.01,
-        verify_images=False,
-    )
+        qa_file=folder / "ours" / "qa.jsonl", validation_file=folder / "ours" / "validation.jsonl", sources=sources,
+        validation_fraction=VALIDATION_FRACTION, max_refused=0.01, verify_images=False,
+    )  # fmt: skip
+    if not again:
+        shutil.rmtree(folder / "ours", ignore_errors=True)
     clock = Clock()
     report = prepare(data, seed=SEED)
     return clock.read() | {"kept": report["kept"]}
@@ -111,14 +99,11 @@ def _plain_conversations(row: dict, number: int) -> list[list[dict]]:
     return [[{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]]
 
 
-def open_first(folder: Path) -> dict:
-    (folder / "qa.jsonl.index.safetensors").unlink(missing_ok=True)
-    return open_indexed(folder)
-
-
-def open_indexed(folder: Path) -> dict:
+def open_indexed(folder: Path, first: bool = False) -> dict:
     from dataset.qa_file import QAFile
 
+    if first:
+        (folder / "qa.jsonl.index.safetensors").unlink(missing_ok=True)
     clock = Clock()
     return {"kept": len(QAFile(folder / "qa.jsonl")), **clock.read()}
 
@@ -147,9 +132,8 @@ def read_plain(folder: Path) -> dict:
 
 
 def _read_at_random(count: int, read: Callable[[int], int]) -> dict:
-    """For each number of workers n: "reads_n", reads a second of all together, and "grown_n", the MiB that a worker held for
-    itself alone in the end beyond those after its first reads. The workers are forked from a parent that has the file open,
-    as the loader's are."""
+    """Return for n workers "reads_n", reads a second of all together, and "grown_n", the MiB that a worker came to hold for
+    itself alone after its first reads. The workers are forked from a parent that has the file open, as the loader's are."""
     result = {"kept": count}
     fork = multiprocessing.get_context("fork")
     for workers in WORKERS:
@@ -168,7 +152,7 @@ def _read_at_random(count: int, read: Callable[[int], int]) -> dict:
     return result
 
 
-def _worker(read: Callable[[int], int], order: array, together, answers) -> None:
+def _worker(read: Callable[[int], int], order: array, together: Any, answers: Any) -> None:
     letters = sum(map(read, order[:100]))
     together.wait()
     before, begun = memory("Private_Dirty", "smaps_rollup"), time.perf_counter()
@@ -178,8 +162,8 @@ def _worker(read: Callable[[int], int], order: array, together, answers) -> None
 
 
 MEASURES: dict[str, Callable[[Path], dict]] = {
-    "prepare_ours": prepare_ours, "prepare_again": prepare_again, "prepare_plain": prepare_plain,
-    "open_first": open_first, "open_indexed": open_indexed, "open_plain": open_plain,
+    "prepare_ours": prepare_ours, "prepare_again": partial(prepare_ours, again=True), "prepare_plain": prepare_plain,
+    "open_first": partial(open_indexed, first=True), "open_indexed": open_indexed, "open_plain": open_plain,
     "read_ours": read_ours, "read_plain": read_plain,
 }  # fmt: skip
 
@@ -230,7 +214,7 @@ def markdown(answers: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    parser = measuring.make_parser("What the data costs, beside the plain way.", MEASURES)
+    parser = make_parser("The cost of the data, beside the plain way.", MEASURES)
     parser.add_argument("--records", type=int, default=ALL_RECORDS, help="raw records (default: %(default)s)")
     parser.add_argument("--qa-records", type=int, default=1_000_000, help="of the QA file (default: %(default)s)")
     arguments = parser.parse_args()
@@ -239,7 +223,7 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.records, arguments.qa_records, arguments.rounds = 2000, 3000, 1
-    with measuring.open_workdir(arguments.workdir) as folder:
+    with open_workdir(arguments.workdir) as folder:
         write_annotations(folder, arguments.records, arguments.qa_records)
         answers = measure_by_turns("data", MEASURES, arguments.rounds, workdir=folder)
     check_agreement(answers)

@@ -1,8 +1,8 @@
 """Floating-point operations of one training step, counted from shapes: what must be computed, whoever computes it.
 
 For the usual recipe: a frozen CLIP encoder, a projector that trains, and a language model of which only LoRA trains. A
-product of [m, k] and [k, n] is 2 m k n operations. Recomputation (activation checkpointing, a flash attention's scores in its
-backward) and padding do not count, because they depend on the implementation. Element-wise operations do not count either.
+product of [m, k] and [k, n] is 2 m k n operations. Recomputation (activation checkpointing, a flash attention's scores in
+its backward) and padding do not count, because they depend on the implementation; element-wise operations do not either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model.model import VisionLanguageModel
 
 
 class Work(NamedTuple):
-    """What a step computes on."""
+    """The size of a step."""
 
     lengths: Sequence[int]  # tokens of each document, its images' included; no document sees another
     images: int  # at least one
@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> Work:
-        """Of a batch's samples, without padding."""
+        """Return the size of a batch without padding."""
         lengths = [len(sample.input_ids) for sample in batch.samples()]
         return cls(lengths, len(batch.is_cached), batch.num_targets, batch.pixel_values is None)
 
@@ -37,8 +37,7 @@ class Work(NamedTuple):
 class Product(NamedTuple):
     """A matrix product of a linear layer [in_features] -> [out_features] for `rows` tokens, whose weight is [out, in].
 
-    kind: "forward": x [rows, in] @ weight^T; "input", the input's gradient: g [rows, out] @ weight; "weight", the
-    weight's gradient: g^T @ x.
+    kind: "forward", x [rows, in] @ weight^T; "input", its gradient, g [rows, out] @ weight; "weight", g^T @ x.
     """
 
     part: str
@@ -73,12 +72,9 @@ def linear_products(model: VisionLanguageModel, work: Work) -> Counter[Product]:
 
 
 def attention_flops(model: VisionLanguageModel, work: Work, causal: bool = True) -> dict[str, int]:
-    """Return part -> operations of the attention's two products, queries with keys and scores with values; four in the
-    backward.
-
-    causal: a token sees itself and those before it, so a document of L tokens has L (L + 1) / 2 pairs; else L^2, which
-    kernels without a causal form compute.
-    """
+    """Return part -> operations of the attention's two products, queries with keys and scores with values; the backward has
+    four. causal: a token sees itself and those before it, so a document of L tokens has L (L + 1) / 2 pairs; else L^2, which
+    kernels without a causal form compute."""
     tower, config = model.vision_tower, model.causal_lm.config
     run = len(list(tower.model.encoder.layers))
     encoder = 0 if work.cached else work.images * run * 2 * 2 * (tower.num_image_tokens + 1) ** 2 * tower.hidden_size
@@ -98,11 +94,11 @@ def step_flops(model: VisionLanguageModel, work: Work) -> dict[str, int]:
 
 def torch_counter() -> FlopCounterMode:
     """Return torch's counter of operations. It knows neither addmm in place by itself nor the CPU's attention kernel."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
 
+    def addmm(added: tuple, left: tuple, right: tuple, **options: object) -> int:
+        return 2 * left[0] * left[1] * right[1]
 
-def _addmm_flops(added: tuple, left: tuple, right: tuple, out_shape=None, **options) -> int:
-    return 2 * left[0] * left[1] * right[1]
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm})
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:

@@ -1,4 +1,4 @@
-"""What each choice of the from-scratch recipe is worth: `python -m benchmarks.from_scratch --output DIR [--jobs 2]`.
+"""The worth of each choice of the from-scratch recipe: `python -m benchmarks.from_scratch --output DIR [--jobs 2]`.
 
 Trains recipes/from-scratch-demo.yaml as it is and with one choice switched off, with several seeds each, and writes means
 and spreads of the held-out scores into DIR as from_scratch.md and from_scratch.json. Finished runs are kept, so the same
@@ -52,17 +52,14 @@ def write_config(folder: Path, without_text: bool) -> Path:
 
 
 def train(config: Path, folder: Path, words: Sequence[str]) -> dict:
-    """Run train.py in a process of its own and return the scores. It passes over a finished run, and refuses one of another
-    config."""
+    """Run train.py, which passes over a finished run and refuses one of another config; return the scores."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), f"output_dir={folder}", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         status = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment).returncode
     if status:
-        raise InputError(
-            f"{folder}: this run ended with exit code {status}; see log.txt there. The same command resumes."
-        )
+        raise InputError(f"{folder}: ended with exit code {status}; see log.txt there. The same command resumes.")
     return json.loads((folder / "final" / "scores.json").read_text(encoding="utf-8"))
 
 
@@ -101,7 +98,7 @@ def as_markdown(found: dict[str, list[dict]], seeds: Sequence[int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What each choice of the from-scratch recipe is worth.")
+    parser = argparse.ArgumentParser(description="The worth of each choice of the from-scratch recipe.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the runs and the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")

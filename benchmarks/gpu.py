@@ -1,4 +1,4 @@
-"""What a GPU makes of the training step, beside what people take instead: `python -m benchmarks.gpu --output DIR`.
+"""The training step on a GPU, beside other libraries: `python -m benchmarks.gpu --output DIR`.
 
 Trains a Qwen2.5-0.5B and a Qwen-7B, each behind a CLIP-L/14 at 336 pixels, with random weights made on the device. Nothing
 is downloaded, and nothing is read from disk meanwhile, so loading is not included (`benchmarks.training` includes it). One
@@ -10,39 +10,38 @@ Writes gpu.md and gpu.json into DIR after every row. `--tiny` runs the same code
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.models.llava import modeling_llava
 from transformers.models.qwen2 import modeling_qwen2
 
 from benchmarks.flops import Work, step_flops
 from benchmarks.measuring import fastest, machine, table
-from benchmarks.models import PAD_TOKEN_ID, SIZES, Sizes, Task, answer_length, random_model, random_sample
-from benchmarks.ours import NotInstalled, Train, ours
+from benchmarks.models import PAD_TOKEN_ID, SIZES, NotInstalled, Sizes, Task, answer_length, random_model, random_sample
+from benchmarks.ours import Train, ours
 from benchmarks.peers import llava
 from dataset.batch import collate
 from model.build import PRECISIONS
 
 LORA_RANK = 64
-CLIP_L_336 = Sizes(
-    vocabulary=151_936, image_size=336, patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16,
-    lora_rank=LORA_RANK,
-)  # fmt: skip
+CLIP_L_336: dict = {"image_size": 336, "patch_size": 14, "vision_width": 1024, "vision_layers": 24, "vision_heads": 16}
 MODELS = {
-    "Qwen2.5-0.5B": replace(CLIP_L_336, width=896, layers=24, heads=14, kv_heads=2, mlp=4864, tied=True, batch_size=16),
-    "Qwen-7B": replace(CLIP_L_336, width=4096, layers=32, heads=32, kv_heads=32, mlp=11_008, batch_size=8),
+    "Qwen2.5-0.5B": Sizes(
+        151_936, width=896, layers=24, heads=14, kv_heads=2, mlp=4864, tied=True, batch_size=16, **CLIP_L_336
+    ),
+    "Qwen-7B": Sizes(151_936, width=4096, layers=32, heads=32, kv_heads=32, mlp=11_008, **CLIP_L_336),
 }
-TINY = replace(SIZES["tiny"], lora_rank=LORA_RANK)
 SHARE_OF_TIME = {"Qwen2.5-0.5B": 0.4, "Qwen-7B": 0.6, "tiny": 1.0}
 BATCHES = 6  # a pass: every way sees all samples equally often
 WARM_UP = 2  # steps
@@ -61,20 +60,20 @@ WAYS: dict[str, tuple[Callable[..., Train], dict]] = {
     "TRL's SFTTrainer, no checkpointing": (llava, {"use_trl": True, "gradient_checkpointing": False}),
     "ours without packing": (ours, {"packing": False}),
     "ours without fused LoRA": (ours, {"fused_lora": False}),
-    "ours without compile": (ours, {"compiled": False}),
+    "ours without compile": (ours, {"kernels": "plain"}),
     "ours with all logits": (ours, {"chosen_logits": False}),
     "ours, activation checkpointing": (ours, {"checkpointing": True}),
     "LLaVA + PEFT, activation checkpointing": (llava, CHECKPOINTING),
-    "ours, FlashAttention": (ours, {"attention": "flash_attention_2"}),
-    "LLaVA + PEFT, FlashAttention": (llava, {"attention": "flash_attention_2"}),
-    "ours, Liger's kernels": (ours, {"liger": True, "compiled": False}),
+    "ours, FlashAttention": (ours, {"flash": True}),
+    "LLaVA + PEFT, FlashAttention": (llava, {"flash": True}),
+    "ours, Liger's kernels": (ours, {"kernels": "liger"}),
     "LLaVA + PEFT, Liger's kernels": (llava, {"liger": True}),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one way reached on one model; only `note` if it could not run."""
+    """The result of one way on one model; only `note` if it could not run."""
 
     model: str
     way: str
@@ -105,18 +104,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
     return max(map(rate, sizes))
 
 
-def make_task(sizes: Sizes, precision: str, device: torch.device, folder: Path) -> Task:
-    chance = np.random.default_rng(0)
-    samples = [
-        random_sample(sizes, chance, int(chance.integers(*QUESTION)), answer_length(chance, MEAN_ANSWER))
-        for _ in range(sizes.batch_size * BATCHES)
-    ]
-    return Task(sizes, precision, device, samples, folder)
-
-
 def pass_flops(task: Task) -> dict[bool, int]:
     """Return whether features are cached -> the operations of every sample once."""
-    shapes = random_model(task.sizes, task.dtype, torch.device("meta"))
+    shapes = random_model(task.sizes, torch.float32, torch.device("meta"))
     work = Work.of(collate(task.samples, PAD_TOKEN_ID, packed=True))
     return {cached: sum(step_flops(shapes, work._replace(cached=cached)).values()) for cached in (False, True)}
 
@@ -126,12 +116,10 @@ def measure(row: Row, task: Task, flops: dict[bool, int], rate: float, end: floa
     cannot run says why."""
     if time.perf_counter() >= end:
         return replace(row, note="left out: no time")
-    make, switches = WAYS[row.way]
-    losses: list = []
-    times: list[float] = []
-    notes: list[str] = []
+    make, switches = WAYS[row.way][0], dict(WAYS[row.way][1])
+    losses, times, notes = list[Tensor | float](), list[float](), list[str]()
 
-    def after_step(loss) -> bool:
+    def after_step(loss: Tensor | float) -> bool:
         losses.append(loss)
         times.append(now(task.device))
         if len(times) == WARM_UP and task.device.type == "cuda":
@@ -142,8 +130,10 @@ def measure(row: Row, task: Task, flops: dict[bool, int], rate: float, end: floa
         return within == 0 and (times[-1] - times[WARM_UP - 1] >= least or times[-1] >= end)
 
     try:
-        with patches_undone():
-            make(replace(task, say=notes.append), **switches)(after_step)
+        # Liger replaces classes in transformers' modules, which the next model would use: restore these
+        with mock.patch.dict(vars(modeling_qwen2)), mock.patch.dict(vars(modeling_llava)):
+            task = replace(task, say=notes.append, flash=switches.pop("flash", False))
+            make(task, **switches)(after_step)
     except NotInstalled as missing:
         return replace(row, note=f"left out: {missing} is not installed")
     except torch.OutOfMemoryError:
@@ -163,17 +153,6 @@ def measure(row: Row, task: Task, flops: dict[bool, int], rate: float, end: floa
         first_loss=float(losses[0]),
         note="; ".join(notes),
     )
-
-
-@contextlib.contextmanager
-def patches_undone() -> Iterator[None]:
-    """Restore transformers' modules, in which Liger replaces classes: the next model would use them."""
-    before = {module: dict(vars(module)) for module in (modeling_qwen2, modeling_llava)}
-    try:
-        yield
-    finally:
-        for module, names in before.items():
-            vars(module).update(names)
 
 
 def markdown(rows: list[Row], about: str) -> str:
@@ -204,17 +183,20 @@ def compare(output: Path, tiny: bool, seconds: float, folder: Path) -> None:
         f"{name}{machine()}. {str(dtype).removeprefix('torch.')}; {rate / 1e12:.3g} TFLOP/s in large matrix products; "
         f"LoRA r={LORA_RANK} on all linear layers; loading not included."
     )
-    rows: list[Row] = []
+    rows, chance = list[Row](), np.random.default_rng(0)
     output.mkdir(parents=True, exist_ok=True)
-    for name, sizes in ({"tiny": TINY} if tiny else MODELS).items():
-        task = make_task(sizes, precision, device, folder)
+    for name, sizes in ({"tiny": SIZES["tiny"]} if tiny else MODELS).items():
+        sizes = replace(sizes, lora_rank=LORA_RANK)
+        count = sizes.batch_size * BATCHES
+        lengths = [(int(chance.integers(*QUESTION)), answer_length(chance, MEAN_ANSWER)) for _ in range(count)]
+        samples = [random_sample(sizes, chance, question, answer) for question, answer in lengths]
+        task = Task(sizes, precision, device, samples, folder)
         flops = pass_flops(task)
         end_of_model = min(end, time.perf_counter() + seconds * SHARE_OF_TIME[name])
         for way in WAYS:
             rows.append(measure(Row(name, way), task, flops, rate, end_of_model, least=0.0 if tiny else SECONDS))
             gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             print(rows[-1], flush=True)
             (output / "gpu.md").write_text(markdown(rows, about))
             found = {"about": about, "matrix_rate": rate, "rows": [asdict(row) for row in rows]}
@@ -223,7 +205,7 @@ def compare(output: Path, tiny: bool, seconds: float, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What a GPU makes of the training step. Writes gpu.md and gpu.json.")
+    parser = argparse.ArgumentParser(description="The training step on a GPU. Writes gpu.md and gpu.json.")
     parser.add_argument("--output", type=Path, required=True, help="the folder for both files")
     parser.add_argument("--minutes", type=float, default=7.5, help="stop by then (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small shapes, float32; shows that it works, not how fast")

@@ -1,10 +1,9 @@
-"""How the cost grows with the work: `python -m benchmarks.growth [--figure docs/growth.png]`.
+"""The growth of the cost with the work: `python -m benchmarks.growth [--figure docs/growth.png]`.
 
 Measures a training step against the length of a text, the samples of a batch and the images of a sample, on a model that
 fits on one core; and opening and reading a QA file against its records. CPU seconds, the least of several. Nothing should
-grow faster than the work itself, except attention, which is quadratic in the length of one text.
-
-Draws a figure and prints a Markdown table with the exponents: 1 is linear.
+grow faster than the work itself, except attention, which is quadratic in the length of one text. Draws a figure and prints
+a Markdown table with the exponents: 1 is linear.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def step_seconds(shapes: list[tuple[int, int, int]], rounds: int) -> float:
         return len(times) > rounds
 
     task = Task(replace(SIZES, batch_size=len(samples)), "fp32", torch.device("cpu"), samples, folder=Path())
-    ours(task, compiled=False)(after_step)
+    ours(task, kernels="plain")(after_step)
     return float(np.diff(times).min())
 
 
@@ -97,14 +96,12 @@ def measure_steps(extent: Extent) -> list[Series]:
 
 def measure_records(extent: Extent, folder: Path) -> list[Series]:
     costs = [record_seconds(folder / f"{count}.jsonl", count, extent.rounds) for count in extent.records]
-    labels = ("opened for the first time", "opened", f"{READS:,} read at random")
-    of_labels = zip(labels, zip(*costs, strict=True), strict=True)
-    return [Series("Records in the QA file", "records", label, extent.records, seconds) for label, seconds in of_labels]
+    series = {label: [cost[label] for cost in costs] for label in costs[0]}
+    return [Series("Records in the QA file", "records", label, extent.records, series[label]) for label in series]
 
 
-def record_seconds(path: Path, count: int, rounds: int) -> tuple[float, float, float]:
-    """Return the CPU seconds to open a new file of `count` records for the first time, to open it again, and to read READS
-    records of it at random."""
+def record_seconds(path: Path, count: int, rounds: int) -> dict[str, float]:
+    """Return the CPU seconds of opening and reading a new file of `count` records."""
     turns = [
         {"role": "user", "content": "<image>\nWhat stands beside the table, and which colour is it?"},
         {"role": "assistant", "content": "A wooden chair stands beside it. Its seat is blue, its legs are brown."},
@@ -115,7 +112,8 @@ def record_seconds(path: Path, count: int, rounds: int) -> tuple[float, float, f
     first = fastest(lambda: QAFile(path), 1)  # writes the index that later openings read
     again = fastest(lambda: QAFile(path), rounds)
     qa, places = QAFile(path), np.random.default_rng(0).integers(count, size=READS).tolist()
-    return first, again, fastest(lambda: [qa[place] for place in places], rounds)
+    read = fastest(lambda: [qa[place] for place in places], rounds)
+    return {"opened for the first time": first, "opened": again, f"{READS:,} read at random": read}
 
 
 def draw(series: Sequence[Series], path: Path) -> None:
@@ -156,7 +154,9 @@ def markdown(series: Sequence[Series]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="How the cost grows with the work. Draws a figure, prints Markdown.")
+    parser = argparse.ArgumentParser(
+        description="The growth of the cost with the work. Draws a figure, prints Markdown."
+    )
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "growth.png", help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how it grows")
     arguments = parser.parse_args(argv)

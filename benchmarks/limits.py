@@ -1,11 +1,10 @@
-"""How near a training step comes to what the machine can do: `python -m benchmarks.limits [--precision fp32|bf16]`.
+"""A training step's rate beside that of the machine: `python -m benchmarks.limits [--precision fp32|bf16]`.
 
 train.py trains on the workload W2 of `benchmarks.training`, in this process. By turns with its steps, large square matrix
 products measure the machine's own rate, and the step's own products are computed alone. The step's operations are counted
 from its shapes (`benchmarks.flops`), torch's counter checks them, and the profiler shows where the rest of the time goes.
-
-All in CPU time, including reading the images. Prints Markdown. `auto` does not compile so short a run; `train.compile=on` at
-the end of the command measures what a long one does.
+All in CPU time, including reading the images. `auto` does not compile so short a run; `train.compile=on` at the end of the
+command measures what a long one does.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from model.model import VisionLanguageModel
 from training.step import Stepper
 
 WARM_UP, PROFILED, COUNTED = 4, 3, 1  # steps before and after those that are measured
-SQUARES = [Product("square", "forward", size, size, size) for size in (1024, 2048)]
+SQUARES = [Product("square", "input", size, size, size) for size in (1024, 2048)]
 MATRIX = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "mkldnn_convolution", "_slow_conv2d_forward")
 PARTS = ("matrix products", "attention", "optimizer", "element by element", "Python")
 
@@ -55,7 +54,6 @@ def step_observer(findings: Findings, steps: int) -> Watch:
     """Return what times `steps` steps after WARM_UP, profiles PROFILED more, and lets torch count the last one."""
     ended = 0.0
 
-    @contextlib.contextmanager
     def observe(stepper: Stepper, step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
         nonlocal ended
         model, begun, phase = stepper.model, time.process_time(), step - WARM_UP
@@ -121,8 +119,7 @@ def split_step(events: Iterable[FunctionEvent], seconds: float) -> dict[str, flo
     """Divide `seconds` among PARTS: the time that operations took themselves; the rest is Python's."""
     parts = dict.fromkeys(PARTS, 0.0)
     for event in events:
-        part = part_of(event)
-        if part:
+        if part := part_of(event):
             parts[part] += event.self_cpu_time_total / 1e6
     parts["Python"] = max(0.0, seconds - sum(parts.values()))
     return parts
@@ -130,7 +127,7 @@ def split_step(events: Iterable[FunctionEvent], seconds: float) -> dict[str, flo
 
 def part_of(event: FunctionEvent) -> str | None:
     """Return the part of an operation; None for a name that groups several, whose own time is Python's."""
-    parent = event
+    parent: FunctionEvent | None = event
     while parent is not None:
         if parent.name.startswith("Optimizer.step"):
             return "optimizer"
@@ -159,25 +156,22 @@ def markdown(findings: Findings, precision: str, threads: int) -> str:
     profiled = sum(sum(parts.values()) for parts in findings.parts)
     seconds = {part: step * sum(parts[part] for parts in findings.parts) / profiled for part in PARTS}
     seconds["loading and logging"] = loading
-    checked = findings.counted / max(1, findings.expected)
-    about = f"{machine()}. Threads: {threads}; {precision}, {len(findings.step)} steps, CPU time."
     rate_rows = [[title, f"{rate / 1e9:,.1f}", f"{rate / best:.0%}"] for title, rate in rates.items()]
-    counted = f"The step's products by torch's counter: {checked:.4f} of what the shapes say."
     flop_rows = [[part, f"{count / 1e9:,.2f}", f"{count / useful:.1%}"] for part, count in flops.items()]
     time_rows = [[part, f"{1e3 * s:,.1f}", f"{s / (step + loading):.1%}"] for part, s in seconds.items()]
-    return "\n\n".join(
-        [
-            about,
-            table(["", "GFLOP/s", "of the machine's"], rate_rows),
-            counted,
-            table(["what has to be computed", "GFLOP a step", "share"], flop_rows),
-            table(["where the time goes", "ms a step", "share"], time_rows),
-        ]
-    )
+    checked = findings.counted / max(1, findings.expected)
+    texts = [
+        f"{machine()}. Threads: {threads}; {precision}, {len(findings.step)} steps, CPU time.",
+        table(["", "GFLOP/s", "of the machine's"], rate_rows),
+        f"The step's products by torch's counter: {checked:.4f} of what the shapes say.",
+        table(["what has to be computed", "GFLOP a step", "share"], flop_rows),
+        table(["where the time goes", "ms a step", "share"], time_rows),
+    ]
+    return "\n\n".join(texts)
 
 
 def measure(folder: Path, workload: str, arguments: argparse.Namespace) -> Findings:
-    """Train on the workload, which is written into `folder` if it is missing. arguments: see `main`."""
+    """Train on the workload, written into `folder` if it is missing. arguments: see `main`."""
     findings, steps = Findings(), WARM_UP + arguments.steps + PROFILED + COUNTED
     write_workload(folder, workload, records=192)
     watch_training(folder, step_observer(findings, arguments.steps), steps, arguments, *arguments.overrides)
@@ -185,7 +179,7 @@ def measure(folder: Path, workload: str, arguments: argparse.Namespace) -> Findi
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="How near a training step comes to the machine. Prints Markdown.")
+    parser = argparse.ArgumentParser(description="A training step's rate beside that of the machine. Prints Markdown.")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="that are timed (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: measures by turns in processes of their own, clocks, memory, the machine's name, tables.
+"""Shared by the benchmarks: measures by turns in processes of their own, clocks, memory, the machine's name, tables.
 
 Imports only the standard library, so that a measured process holds nothing that it does not need. Linux only: memory and
 child processes are read from /proc.
@@ -41,11 +41,11 @@ def open_workdir(folder: Path | None) -> Iterator[Path]:
         yield (folder or Path(temporary)).resolve()
 
 
-def measure_by_turns(module: str, names: Iterable[str], rounds: int, **options) -> dict[str, list[dict]]:
+def measure_by_turns(module: str, names: Iterable[str], rounds: int, **options: object) -> dict[str, list[dict]]:
     """Measure each of `names` once a round, in a process of its own, and return name -> its answer of each round.
 
-    The process is `python -m benchmarks.MODULE --OPTION=VALUE ... --measure NAME`, offline; its answer is the last line that
-    it prints, in JSON. Raises RuntimeError if it fails.
+    The process is `python -m benchmarks.MODULE --OPTION=VALUE ... --measure NAME`, offline. Its answer is the last line
+    that it prints, in JSON. Raises RuntimeError if it fails.
     """
     threads = {"OMP_NUM_THREADS": str(options.get("threads", 1)), "TOKENIZERS_PARALLELISM": "false"}
     environment = os.environ | threads | {"HF_HUB_OFFLINE": "1"}
@@ -64,16 +64,17 @@ def measure_by_turns(module: str, names: Iterable[str], rounds: int, **options) 
 
 
 class Clock:
-    """What a piece of work costs from here on. reset_peak: count the peak memory from here on, too."""
+    """The cost of a piece of work. cpu: the clock of CPU time. reset_peak: take the peak memory from here on."""
 
-    def __init__(self, reset_peak: bool = True) -> None:
+    def __init__(self, cpu: Callable[[], float] = time.process_time, reset_peak: bool = True) -> None:
         if reset_peak:
             Path("/proc/self/clear_refs").write_text("5")
-        self._held, self._cpu, self._wall = memory("VmRSS"), cpu_seconds(), time.perf_counter()
+        self._clock, self._held = cpu, memory("VmRSS")
+        self._cpu, self._wall = cpu(), time.perf_counter()
 
     def read(self) -> dict[str, float]:
         """Return CPU and wall seconds; MiB at the peak and now, above the start; MiB at the peak and now, of the process."""
-        cpu, wall = cpu_seconds() - self._cpu, time.perf_counter() - self._wall
+        cpu, wall = self._clock() - self._cpu, time.perf_counter() - self._wall
         now, highest = memory("VmRSS"), memory("VmHWM")
         above = {"peak": highest - self._held, "held": now - self._held}
         return {"cpu": cpu, "wall": wall, **above, "highest": highest, "process": now}

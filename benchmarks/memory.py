@@ -1,4 +1,4 @@
-"""What training a model from scratch takes of a GPU's memory: `python -m benchmarks.memory [--config FILE]`.
+"""The GPU memory that training a model from scratch takes: `python -m benchmarks.memory [--config FILE]`.
 
 Counts bytes, item by item, without allocating any: weights on the meta device, and what the layers keep for their backward
 from a forward of the real code over tensors that have a shape and no memory. On a machine with a GPU, `--measure` then takes
@@ -49,15 +49,10 @@ TRAIN = schema.TrainConfig(
 )  # fmt: skip
 STEPS = 5
 MICRO_BATCHES = 2  # the second one adds to the gradients of the first
-DINOV2_BASE = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518, "patch_size": 14,
-}  # fmt: skip
-TINY_ENCODER = DINOV2_BASE | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
-TINY_LANGUAGE_MODEL = {
-    "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 40,
-    "shared_expert_intermediate_size": 56,
-}  # fmt: skip
-TINY = ["model.num_queries=4", *(f"model.from_scratch.{key}={size}" for key, size in TINY_LANGUAGE_MODEL.items())]
+DINOV2_BASE = {"image_size": 518}  # the other sizes are transformers' defaults
+TINY_ENCODER = {"image_size": 28, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_SIZES = ("vocab_size=320", "hidden_size=64", "num_hidden_layers=2")
+TINY = ["model.num_queries=4", *(f"model.from_scratch.{size}" for size in TINY_SIZES)]
 
 
 class Shapes(NamedTuple):
@@ -74,10 +69,8 @@ class Shapes(NamedTuple):
 
 
 def shapes_of(config: schema.Config, batch: int, length: int) -> Shapes:
-    """Return the shapes of a config's model behind DINOv2-base.
-
-    InputError: the language model is a released one, its vocabulary is not known, or the projector is not a resampler.
-    """
+    """Return the shapes of a config's model behind DINOv2-base. InputError: its language model is a released one, the
+    size of the vocabulary is not known, or the projector is not a resampler."""
     model, new = config.model, config.model.from_scratch
     if new is None or model.projector != "resampler":
         raise InputError("the config has no model.from_scratch with a resampler, which is what is counted here.")
@@ -102,7 +95,7 @@ def new_model(shapes: Shapes, device: torch.device | str) -> VisionLanguageModel
     """Make the whole model with random weights on `device` ("meta": without any), as training has it: the encoder in half
     precision, what trains in float32."""
     with torch.device(device):
-        encoder = Dinov2Model(Dinov2Config(**shapes.encoder)).to(HALF)
+        encoder = Dinov2Model(Dinov2Config(**shapes.encoder)).bfloat16()
         widths = (encoder.config.hidden_size, shapes.model.projector_hidden_size, shapes.new.hidden_size)
         projector = build_projector("resampler", *widths, num_queries=shapes.image_tokens)
         language_model = new_language_model(shapes)
@@ -128,11 +121,9 @@ def weight_items(model: VisionLanguageModel) -> dict[str, int]:
     return found
 
 
-def _evenly(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Compute a mixture of experts as transformers does ("eager"), as if the router sent each expert equally many tokens.
-
-    The memory kept for the backward does not depend on the router: each token passes the same number of experts.
-    """
+def _evenly(self: Any, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Compute a mixture of experts as transformers does ("eager"), as if each expert got equally many tokens. The memory
+    kept for the backward does not depend on the router: each token passes the same number of experts."""
     out = torch.zeros_like(states)
     tokens, passed = index.shape
     share = tokens * passed // self.num_experts
@@ -182,8 +173,8 @@ def saved_bytes(lm: Any, ids: Tensor, lengths: Sequence[int], features: Tensor) 
     return (total, 0) if is_checkpointed else (total - casts, casts)
 
 
-def count_bytes(shapes: Shapes) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """Return ((item, bytes) of everything, the moments that take most -> bytes)."""
+def count_bytes(shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
+    """Return (item -> bytes of everything, the moments that take most -> bytes)."""
     weights = weight_items(new_model(shapes, "meta"))
     trained = sum(size for title, size in weights.items() if "frozen" not in title)
     tokens, width = shapes.batch * shapes.length, shapes.new.hidden_size
@@ -192,16 +183,15 @@ def count_bytes(shapes: Shapes) -> tuple[list[tuple[str, int]], dict[str, int]]:
     # a chunk of logits and its softmax, the head's matrix in half precision, the gradients of that matrix and of the hidden
     # states, both once more where they are multiplied by the loss's factor
     head = 2 * CHUNK_BYTES + (HALF.itemsize + 8) * shapes.vocabulary * width + 8 * tokens * width
-    rows = [
-        *((f"weights: {title}", size) for title, size in weights.items()),
-        ("gradients", trained),
-        ("AdamW: mean and mean square", 2 * trained),
-        ("AdamW's own step: one more of each weight", trained),
-        ("half-precision copies of the weights", casts),
-        (f"kept by the layers, {shapes.batch} x {shapes.length} tokens", kept),
-        ("  the same with activation checkpointing", kept_less),
-        ("head and cross entropy, a chunk at a time", head),
-    ]
+    items = {f"weights: {title}": size for title, size in weights.items()} | {
+        "gradients": trained,
+        "AdamW: mean and mean square": 2 * trained,
+        "AdamW's own step: one more of each weight": trained,
+        "half-precision copies of the weights": casts,
+        f"kept by the layers, {shapes.batch} x {shapes.length} tokens": kept,
+        "  the same with activation checkpointing": kept_less,
+        "head and cross entropy, a chunk at a time": head,
+    }
     # weights, AdamW's state, and, from a step's second micro-batch on, the gradients to which it adds
     base, layers = sum(weights.values()) + 3 * trained, shapes.new.num_hidden_layers
     moments = {
@@ -209,13 +199,7 @@ def count_bytes(shapes: Shapes) -> tuple[list[tuple[str, int]], dict[str, int]]:
         "the same with activation checkpointing": base + kept_less + head + (casts + kept - kept_less) // layers,
         "in the optimizer's step": base + trained,
     }
-    return rows, moments
-
-
-def as_markdown(rows: list[tuple[str, int]], moments: dict[str, int]) -> str:
-    cells = [(title, f"{size / 2**20:,.1f}") for title, size in rows]
-    cells += [(f"**{title}**", f"**{size / 2**20:,.1f}**") for title, size in moments.items()]
-    return table(["what", "MiB"], cells)
+    return items, moments
 
 
 def measure(shapes: Shapes, device: torch.device, cap: float, checkpointing: bool) -> str:
@@ -238,9 +222,7 @@ def measure(shapes: Shapes, device: torch.device, cap: float, checkpointing: boo
     if device.type != "cuda":
         return f"{steps}; on {device.type}, where nothing caps the memory"
     peak, held = (read(device) / GIB for read in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
-    return (
-        f"{steps}, under a cap of {cap:g} GiB: {peak:.2f} GiB allocated at most, {held:.2f} GiB held by the allocator"
-    )
+    return f"{steps}, under a cap of {cap:g} GiB: {peak:.2f} GiB allocated at most, {held:.2f} GiB held"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,9 +240,12 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--checkpointing is an option of --measure; the count shows both.")
     if arguments.measure and not has_gpu and not arguments.tiny:
         raise InputError("--measure needs a GPU, or --tiny for the same code on a CPU.")
-    sizes = (arguments.batch, arguments.length)
-    shapes = tiny_shapes() if arguments.tiny else shapes_of(load_config(arguments.config), *sizes)
-    print(f"{machine()}\n\n{as_markdown(*count_bytes(shapes))}")
+    texts = (arguments.batch, arguments.length)
+    shapes = tiny_shapes() if arguments.tiny else shapes_of(load_config(arguments.config), *texts)
+    items, moments = count_bytes(shapes)
+    rows = [[title, f"{size / 2**20:,.1f}"] for title, size in items.items()]
+    rows += [[f"**{title}**", f"**{size / 2**20:,.1f}**"] for title, size in moments.items()]
+    print(f"{machine()}\n\n{table(['what', 'MiB'], rows)}")
     if arguments.measure:
         device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
         print("\n" + measure(shapes, device, arguments.cap, arguments.checkpointing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,7 @@ def random_model(
     sizes: Sizes, dtype: torch.dtype, device: torch.device, attention: str = PACKED_SDPA
 ) -> VisionLanguageModel:
     """Make a frozen encoder, a projector, and a language model with LoRA on its seven linear layers, in training mode.
-
-    What is frozen has `dtype`, what trains is float32. attention: the name of an implementation in transformers.
-    """
+    Frozen weights have `dtype`, the others are float32. attention: an implementation's name in transformers."""
     torch.manual_seed(0)
     with torch.device(device):
         encoder = CLIPVisionModel._from_config(sizes.vision_config(), dtype=dtype)
@@ -106,10 +105,8 @@ def random_model(
 
 
 def random_sample(sizes: Any, chance: np.random.Generator, question: int, answer: int, images: int = 1) -> Sample:
-    """Make a sample as the dataset returns it: the images, `question` tokens, and `answer` supervised tokens.
-
-    sizes: has image_tokens, image_size and vocabulary.
-    """
+    """Make a sample as the dataset returns it: the images, `question` tokens, and `answer` supervised tokens. sizes: has
+    image_tokens, image_size and vocabulary."""
     image_tokens = images * sizes.image_tokens
     text = torch.from_numpy(chance.integers(FIRST_TEXT_ID, sizes.vocabulary, question + answer))
     input_ids = torch.cat([torch.full((image_tokens,), IMAGE_TOKEN_ID), text])
@@ -132,23 +129,35 @@ def answer_length(chance: np.random.Generator, mean: float = MEAN_ANSWER) -> int
     return int(np.clip(chance.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD), 1, LONGEST_ANSWER))
 
 
+class NotInstalled(Exception):
+    """A way to train needs a package that is not installed."""
+
+
+def require(name: str) -> Any:
+    """Import and return a module. Raises NotInstalled if a package is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        raise NotInstalled(missing.name) from None
+
+
 @dataclass(frozen=True)
 class Task:
-    """What a way of training trains, and on what, in memory."""
+    """A model and samples in memory, for a way to train."""
 
     sizes: Sizes
     precision: str  # fp32 or bf16
     device: torch.device
     samples: list[Sample]  # a multiple of sizes.batch_size
     folder: Path  # for compiled code
+    flash: bool = False  # FlashAttention
     say: Callable[[str], None] = print  # for notes of a way about itself
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return PRECISIONS[self.precision]
-
-    def model(self, attention: str = PACKED_SDPA) -> VisionLanguageModel:
-        return random_model(self.sizes, self.dtype, self.device, attention)
+    def model(self) -> VisionLanguageModel:
+        if self.flash:
+            require("flash_attn")
+        attention = "flash_attention_2" if self.flash else PACKED_SDPA
+        return random_model(self.sizes, PRECISIONS[self.precision], self.device, attention)
 
     def batches(self, samples: Sequence[Sample], packed: bool = False) -> list[Batch]:
         """Return what a loader would yield; pinned if the device is a GPU."""

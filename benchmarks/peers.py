@@ -1,4 +1,4 @@
-"""What a user would take instead: transformers' LLaVA with PEFT's LoRA, trained by transformers' Trainer or by TRL.
+"""The alternatives to this project: transformers' LLaVA with PEFT's LoRA, trained by transformers' Trainer or by TRL.
 
 The peers get every advantage that costs nothing: token ids made beforehand, no logging, no saving. They start with the
 weights of our model and see the same samples.
@@ -18,12 +18,14 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 from benchmarks.annotations import SEED
-from benchmarks.models import FEATURE_LAYER, PAD_TOKEN_ID, TRAIN, Task
-from benchmarks.ours import MAX_GRAD_NORM, AfterStep, Train, require
+from benchmarks.models import FEATURE_LAYER, PAD_TOKEN_ID, TRAIN, Task, require
+from benchmarks.ours import MAX_GRAD_NORM, AfterStep, Train
 from dataset.batch import Batch
 from model.model import VisionLanguageModel
 from qwen.lora import LINEARS
 
+EQUAL = {"max_grad_norm": MAX_GRAD_NORM, "seed": SEED, "train_sampling_strategy": "sequential"}  # to ours
+QUIET = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 Read = Callable[[Sequence[int]], dict[str, Tensor]]
 
 
@@ -32,29 +34,21 @@ def llava_twin(ours: VisionLanguageModel, attention: str = "sdpa") -> nn.Module:
     tower, lora = ours.vision_tower.model, ours.language_model.peft_config["default"]
     vision, text = copy.deepcopy(tower.config), copy.deepcopy(ours.causal_lm.config)
     config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=text.image_token_id,
-        image_seq_length=ours.vision_tower.num_image_tokens,
-        vision_feature_layer=FEATURE_LAYER,
+        vision_config=vision, text_config=text, image_token_index=text.image_token_id,
+        image_seq_length=ours.vision_tower.num_image_tokens, vision_feature_layer=FEATURE_LAYER,
         tie_word_embeddings=text.tie_word_embeddings,
-    )
+    )  # fmt: skip
     with torch.device(tower.device):
-        made = transformers.LlavaForConditionalGeneration._from_config(
+        plain: Any = transformers.LlavaForConditionalGeneration._from_config(
             config, dtype=tower.dtype, attn_implementation=attention
         )
-    plain: Any = made
     linears = rf".*language_model.*\.({'|'.join(LINEARS)})"
     settings = peft.LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=linears)
     model = peft.get_peft_model(plain, settings)
     plain.model.multi_modal_projector.requires_grad_(True).float()
-    parts = (
-        (plain.model.vision_tower, tower),
-        (plain.model.multi_modal_projector, ours.projector),
-        (plain.model.language_model, ours.causal_lm.model),
-        (plain.lm_head, ours.causal_lm.lm_head),
-    )
-    for theirs, part in parts:
+    copies = (plain.model.vision_tower, plain.model.multi_modal_projector, plain.model.language_model, plain.lm_head)
+    parts = (tower, ours.projector, ours.causal_lm.model, ours.causal_lm.lm_head)
+    for theirs, part in zip(copies, parts, strict=True):
         theirs.load_state_dict(part.state_dict())
         assert [p.requires_grad for p in theirs.parameters()] == [p.requires_grad for p in part.parameters()]
     return model.train()
@@ -66,8 +60,7 @@ def padded_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 def sort_by_length(lengths: Sequence[int], batch_size: int) -> list[int]:
-    """Return the numbers of samples such that batches have similar lengths, the least padding possible; the batches are in
-    a random order."""
+    """Return an order of samples whose batches hold similar lengths; the batches are in a random order."""
     by_length = sorted(range(len(lengths)), key=lambda number: lengths[number])
     batches = [by_length[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
     random.Random(SEED).shuffle(batches)
@@ -75,13 +68,14 @@ def sort_by_length(lengths: Sequence[int], batch_size: int) -> list[int]:
 
 
 def train_peer(
-    model: nn.Module, read: Read, samples: int, after_step: AfterStep, use_trl: bool = False, **arguments
+    model: nn.Module, read: Read, samples: int, after_step: AfterStep, use_trl: bool = False, **arguments: Any
 ) -> None:
     """Train with transformers' Trainer, or with TRL's SFTTrainer at its defaults, until `after_step` returns true.
 
     read: numbers of samples, which are taken in order -> LLaVA's inputs. arguments: of TrainingArguments or SFTConfig.
     """
     rows: Any = [{"number": number} for number in range(samples)]
+    arguments["remove_unused_columns"] = False
     classes: tuple[Any, Any] = transformers.Trainer, transformers.TrainingArguments
     if use_trl:
         rows, trl = require("datasets").Dataset.from_list(rows), require("trl")
@@ -89,12 +83,12 @@ def train_peer(
         arguments |= {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}  # samples are token ids
     losses: list[Tensor] = []
 
-    def training_step(*given, **named) -> Tensor:
+    def training_step(*given: Any, **named: Any) -> Tensor:
         losses.append(step(*given, **named))
         return losses[-1]
 
     class Stops(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **named) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             if after_step(losses.pop()):
                 control.should_training_stop = True
 
@@ -106,18 +100,7 @@ def train_peer(
     tokenizer = Tokenizer(models.WordLevel({"<pad>": PAD_TOKEN_ID}, "<pad>"))  # asked for nothing but its padding
     trainer = classes[0](
         model=model,
-        args=classes[1](
-            max_grad_norm=MAX_GRAD_NORM,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-            train_sampling_strategy="sequential",
-            remove_unused_columns=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=SEED,
-            **arguments,
-        ),
+        args=classes[1](use_cpu=next(model.parameters()).device.type == "cpu", **EQUAL, **QUIET, **arguments),
         data_collator=lambda rows: read([row["number"] for row in rows]),
         train_dataset=rows,
         optimizers=(optimizer, None),
@@ -128,13 +111,11 @@ def train_peer(
     trainer.train()
 
 
-def llava(task: Task, by_length: bool = False, attention: str = "sdpa", liger: bool = False, **options) -> Train:
+def llava(task: Task, by_length: bool = False, liger: bool = False, **options: Any) -> Train:
     """Make the peers' way to train on samples in memory. by_length: see `sort_by_length`. options: see `train_peer`."""
-    if attention.startswith("flash_attention"):
-        require("flash_attn")
     if options.get("use_trl"):  # before a model is made
         require("trl")
-    model: Any = llava_twin(task.model(), attention)
+    model: Any = llava_twin(task.model(), "flash_attention_2" if task.flash else "sdpa")
     if liger:
         require("liger_kernel.transformers").apply_liger_kernel_to_llava(model=model.get_base_model())
     samples, size = task.samples, task.sizes.batch_size

@@ -1,29 +1,27 @@
-"""What a training step costs, beside what a user would take instead: `python -m benchmarks.training`.
+"""The cost of a training step, beside transformers' Trainer and TRL: `python -m benchmarks.training`.
 
 Each way runs in a process of its own, by turns, on the same weights, samples, batches and learning rates. Only steps are
 measured, from the end of a warm-up on, including reading the images. In fp32 the losses must be equal, or this stops.
-
-Prints Markdown. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import measuring
-from benchmarks.measuring import Clock, machine, measure_by_turns, memory, table
+from benchmarks.measuring import machine, make_parser, measure_by_turns, median_of, open_workdir, table
 from benchmarks.models import SIZES
 from benchmarks.ours import watch_training
 from benchmarks.peers import llava_twin, padded_inputs, sort_by_length, train_peer
@@ -35,21 +33,11 @@ from dataset.open import sample_order
 from training.log import read_rows
 from training.run import open_model, open_processors, open_qa_file
 
-NAMES = {
-    "ours": "ours, first epoch",
-    "ours-cached": "ours, cached features",
-    "hf": "Trainer + LLaVA + PEFT",
-    "hf-sorted": "the same, sorted by length",
-    "trl": "TRL's SFTTrainer",
-    "trl-no-checkpointing": "the same, no checkpointing",
-}
-OTHER_BATCHES = ("hf-sorted",)  # whose losses differ, therefore
 TOLERANCE = 1e-5  # between two losses of the same step, in fp32
 
 
 def first_samples(config: Config, steps: int) -> tuple[QADataset, list[tuple]]:
-    """Return the dataset of our run, and the first samples in their order: arguments of `QADataset.read`, which reads their
-    images."""
+    """Return our run's dataset and its first samples in their order, as arguments of `QADataset.read`."""
     dataset = open_qa_file(config, open_processors(config), config.data.qa_file)
     order = sample_order(dataset, config.data, seed=config.seed)
     keys = [order.at(position) for position in range(steps * config.train.per_device_train_batch_size)]
@@ -61,12 +49,12 @@ class Meter:
 
     def __init__(self, arguments: argparse.Namespace):
         self.steps, self.warm_up, self.losses = arguments.steps, arguments.warmup, list[Tensor | float]()
-        self._imports = memory("VmHWM")
+        self._imports = measuring.memory("VmHWM")
 
     def __call__(self, loss: Tensor | float) -> bool:
         self.losses.append(loss)
         if len(self.losses) == self.warm_up:
-            self._clock = Clock(reset_peak=False)
+            self._clock = measuring.Clock(measuring.cpu_seconds, reset_peak=False)
         if len(self.losses) == self.steps:
             self._cost = self._clock.read()
         return False
@@ -75,11 +63,9 @@ class Meter:
         """Return CPU and wall seconds of the measured steps; the peak memory of the process up to the last step in MiB, as a
         whole and above what its imports took; what the measured steps learned from; all losses. samples: of all steps."""
         measured = [encoded for _, _, encoded in samples[self.warm_up * len(samples) // self.steps :]]
+        cpu, wall, peak = (self._cost[key] for key in ("cpu", "wall", "highest"))
         return {
-            "cpu": self._cost["cpu"],
-            "wall": self._cost["wall"],
-            "memory": self._cost["highest"],
-            "memory_above": self._cost["highest"] - self._imports,
+            **{"cpu": cpu, "wall": wall, "memory": peak, "memory_above": peak - self._imports},
             "samples": len(measured),
             "tokens": sum(len(encoded.input_ids) for encoded in measured),  # without padding
             "targets": sum(label != IGNORE_INDEX for encoded in measured for label in encoded.labels),
@@ -93,8 +79,7 @@ def ours(arguments: argparse.Namespace, cached: bool = False) -> dict:
     if not cached:
         shutil.rmtree(folder / "qa.features", ignore_errors=True)
 
-    @contextlib.contextmanager
-    def count(*_) -> Iterator[None]:
+    def count(*_: object) -> Iterator[None]:
         yield
         meter(0.0)
 
@@ -103,7 +88,7 @@ def ours(arguments: argparse.Namespace, cached: bool = False) -> dict:
     return meter.answer(first_samples(load_config(folder / "config.yaml"), arguments.steps)[1])
 
 
-def peer(arguments: argparse.Namespace, by_length: bool = False, **options) -> dict:
+def peer(arguments: argparse.Namespace, by_length: bool = False, **options: Any) -> dict:
     """Train LLaVA on the same samples. by_length: see `sort_by_length`; options: see `train_peer`."""
     meter, config = Meter(arguments), load_config(arguments.workdir / "config.yaml")
     size = config.train.per_device_train_batch_size
@@ -129,24 +114,24 @@ def peer(arguments: argparse.Namespace, by_length: bool = False, **options) -> d
     return meter.answer(samples)
 
 
-WAYS: dict[str, Callable[[argparse.Namespace], dict]] = {
-    "ours": ours,
-    "ours-cached": functools.partial(ours, cached=True),
-    "hf": peer,
-    "hf-sorted": functools.partial(peer, by_length=True),
-    "trl": functools.partial(peer, use_trl=True),
-    "trl-no-checkpointing": functools.partial(peer, use_trl=True, gradient_checkpointing=False),
+WAYS: dict[str, tuple[str, Callable[[argparse.Namespace], dict]]] = {
+    "ours": ("ours, first epoch", ours),
+    "ours-cached": ("ours, cached features", partial(ours, cached=True)),
+    "hf": ("Trainer + LLaVA + PEFT", peer),
+    "hf-sorted": ("the same, sorted by length", partial(peer, by_length=True)),
+    "trl": ("TRL's SFTTrainer", partial(peer, use_trl=True)),
+    "trl-no-checkpointing": ("the same, no checkpointing", partial(peer, use_trl=True, gradient_checkpointing=False)),
 }
+NAMES = {way: title for way, (title, _) in WAYS.items()}
 
 
 def largest_differences(answers: dict[str, list[dict]]) -> dict[str, float]:
-    """Return how far the losses of each way are from ours, at the worst step of all rounds. Ways whose batches differ are
-    left out."""
+    """Return the largest difference of each way's losses from ours, in any step of any round."""
     reference = answers["ours"][0]["losses"]
     return {
         name: float(np.abs(np.subtract([answer["losses"] for answer in found], reference)).max())
         for name, found in answers.items()
-        if name not in OTHER_BATCHES
+        if name != "hf-sorted"  # has other batches
     }
 
 
@@ -172,11 +157,9 @@ def markdown(answers: dict[str, list[dict]], settings: str) -> str:
             cells += [ratio(found, answers.get(way), clock, "tokens") for clock in clocks]
         cells.append(ratio(answers.get("ours"), found, "memory"))
         rows.append([NAMES[name], *cells])
-    text = (
-        f"{machine()}; {settings}; {measuring.median_of(len(first))}. {one['samples']} samples of "
-        f"{one['tokens'] / one['samples']:.0f} tokens, {one['targets'] / one['tokens']:.0%} of them in answers.\n\n"
-        f"{table(head, rows)}"
-    )
+    samples = f"{one['samples']} samples of {one['tokens'] / one['samples']:.0f} tokens"
+    about = f"{machine()}; {settings}; {median_of(len(first))}. {samples}"
+    text = f"{about}, {one['targets'] / one['tokens']:.0%} of them in answers.\n\n{table(head, rows)}"
     if "ours" in answers:
         texts = [f"{NAMES[name]} {value:.1e}" for name, value in largest_differences(answers).items() if name != "ours"]
         steps = f"{len(one['losses'])} steps with updates"
@@ -193,22 +176,21 @@ def ratio(first: list[dict] | None, second: list[dict] | None, cost: str, per: s
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = measuring.make_parser("What a training step costs, ours and others'.", NAMES)
+    parser = make_parser("The cost of a training step, ours and others'.", NAMES)
     parser.add_argument("--workload", choices=("W1", "W2"), default="W2", help="vocabulary 151,936 or 12,288")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=24, help="with the warm-up (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=4, help="steps that are not measured (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch's, in every way (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images; 0: the one that trains")
-    parser.add_argument("--only", type=lambda text: text.split(","), help=f"some of {','.join(NAMES)}")
+    installed = [name for name in NAMES if "trl" not in name or importlib.util.find_spec("trl")]
+    parser.add_argument("--only", type=lambda text: text.split(","), default=installed, help=f"of {', '.join(NAMES)}")
     parser.add_argument("--append-json", type=Path, metavar="FILE", help="append a line with all measurements")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.workload, arguments.steps, arguments.warmup, arguments.rounds = "tiny", 3, 1, 1
     if not 0 < arguments.warmup < arguments.steps:
         parser.error("--warmup must be at least 1 and less than --steps")
-    if arguments.only is None:
-        arguments.only = [name for name in NAMES if "trl" not in name or importlib.util.find_spec("trl")]
     if unknown := set(arguments.only) - set(NAMES):
         parser.error(f"--only: {', '.join(sorted(unknown))} unknown; known: {', '.join(NAMES)}")
     if "ours-cached" in arguments.only and "ours" not in arguments.only:
@@ -220,19 +202,18 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.measure:
         torch.set_num_threads(arguments.threads)
-        print(json.dumps(WAYS[arguments.measure](arguments)))
+        print(json.dumps(WAYS[arguments.measure][1](arguments)))
         return
-    with measuring.open_workdir(arguments.workdir) as workdir:
-        folder = workdir / arguments.workload
+    keys = ("workload", "precision", "threads", "workers", "steps", "warmup")
+    chosen = {key: getattr(arguments, key) for key in keys}
+    with open_workdir(arguments.workdir) as workdir:
+        folder = workdir / chosen.pop("workload")
         write_workload(folder, arguments.workload, arguments.steps * SIZES[arguments.workload].batch_size)
-        options = {key: getattr(arguments, key) for key in ("precision", "steps", "warmup", "threads", "workers")}
-        answers = measure_by_turns("training", arguments.only, arguments.rounds, workdir=folder, **options)
-    named = ("workload", "precision", "threads", "workers", "steps", "warmup")
-    settings = ", ".join(f"{name} {getattr(arguments, name)}" for name in named)
+        answers = measure_by_turns("training", arguments.only, arguments.rounds, workdir=folder, **chosen)
+    settings = ", ".join(f"{key} {getattr(arguments, key)}" for key in keys)
     if arguments.append_json:
-        line = {"machine": machine(), "settings": settings, "answers": answers}
         with open(arguments.append_json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"machine": machine(), "settings": settings, "answers": answers}) + "\n")
     if arguments.precision == "fp32" and "ours" in answers:
         check_losses(answers)
     print(markdown(answers, settings))

@@ -25,16 +25,12 @@ PHOTO = (640, 480)  # pixels
 CONFIG = """
 seed: 1
 output_dir: run
-data: {qa_file: qa.jsonl, max_length: 2048, system_prompt: null}
-model: {vision_tower: tower, language_model: lm, vision_feature_layer: -2}
+data: {{qa_file: qa.jsonl, max_length: 2048, system_prompt: null}}
+model: {{vision_tower: tower, language_model: lm, vision_feature_layer: -2}}
+lora: {{r: {rank}, alpha: {alpha}, dropout: 0.0}}
 train:
-  projector_lr: 1.0e-3
-  lora_lr: 2.0e-4
-  num_train_epochs: 0
-  max_steps: 24
-  warmup_ratio: 0.0
-  logging_steps: 1
-  save_steps: null
+  {{projector_lr: 1.0e-3, lora_lr: 2.0e-4, num_train_epochs: 0, max_steps: 24, per_device_train_batch_size: {batch_size},
+   warmup_ratio: 0.0, logging_steps: 1, save_steps: null}}
 """
 
 
@@ -64,8 +60,8 @@ def write_workload(folder: Path, name: str, records: int) -> None:
         for i in range(records):
             photo(chance).save(folder / "images" / f"{i}.jpg", quality=88)
             file.write(json.dumps(record(chance, i)) + "\n")
-    lora = f"lora: {{r: {sizes.lora_rank}, alpha: {2 * sizes.lora_rank}, dropout: 0.0}}\n"
-    (folder / "config.yaml").write_text(f"{CONFIG}  per_device_train_batch_size: {sizes.batch_size}\n{lora}")
+    config = CONFIG.format(rank=sizes.lora_rank, alpha=2 * sizes.lora_rank, batch_size=sizes.batch_size)
+    (folder / "config.yaml").write_text(config)
     stamp.write_text(json.dumps(wanted | {"records": records}))
 
 
@@ -78,12 +74,9 @@ def new_tokenizer() -> Qwen2Tokenizer:
     merges: Any = list(dict.fromkeys(grown))
     tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
     return Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )  # fmt: skip
 
 
 def photo(chance: np.random.Generator) -> Image.Image:

@@ -11,13 +11,19 @@ import os
 import re
 import types
 import typing
+from collections.abc import Hashable, Iterable
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 import yaml
 
 from config.errors import InputError, is_hub_name, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Built = TypeVar("Built", bound="DataclassInstance")
 
 
 class FolderOrHub(str):
@@ -46,7 +52,9 @@ class Switch(str):
     WORDS = ("auto", "on", "off")
 
 
-def bounds(default=dataclasses.MISSING, low=None, high=None, **kwargs):
+def bounds(
+    default: Any = dataclasses.MISSING, low: float | None = None, high: float | None = None, **kwargs: Any
+) -> Any:
     """Declare a dataclass field that must lie in [low, high]; either end may be open (None). Without a default it is
     required."""
     return field(default=default, metadata={"low": low, "high": high}, **kwargs)
@@ -55,7 +63,7 @@ def bounds(default=dataclasses.MISSING, low=None, high=None, **kwargs):
 class _UniqueKeys(yaml.SafeLoader):
     """A SafeLoader that refuses duplicate keys, where YAML would keep the last one."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -68,7 +76,7 @@ class _UniqueKeys(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):  # a few lines of aliases can expand to gigabytes
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "an alias (*name); write the value out", mark)
@@ -91,7 +99,7 @@ class Typed(str):
     """Text from the command line. A path in it is relative to the current folder, not to the YAML file."""
 
 
-def _as_typed(value):
+def _as_typed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_typed(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -117,7 +125,7 @@ def apply_override(values: dict, override: str) -> None:
         here[target] = value
 
 
-def _descend(here, name: str, key: str):
+def _descend(here: dict[str, Any] | list[Any], name: str, key: str) -> dict[str, Any] | list[Any] | None:
     """Return the mapping or list under `name`, created if absent; None if it is a plain value."""
     if isinstance(here, list):
         child = here[_list_index(here, name, key)]
@@ -151,7 +159,9 @@ def merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def build(cls, values, folder: Path, where: str = "", root=None):
+def build(
+    cls: type[Built], values: Any, folder: Path, where: str = "", root: type[DataclassInstance] | None = None
+) -> Built:
     """Build the dataclass `cls` from a mapping, checking that keys are known, types right and required keys present.
 
     folder: base of relative paths. where: the dotted key of `values`. root: the outermost dataclass; a misplaced key is
@@ -181,7 +191,7 @@ def build(cls, values, folder: Path, where: str = "", root=None):
     return cls(**built)
 
 
-def _nearest_key(key: str, where: str, fields, root) -> str:
+def _nearest_key(key: str, where: str, fields: Iterable[str], root: type[DataclassInstance]) -> str:
     """Suggest the intended key: this word in another section, else a similar one here, else a similar one anywhere."""
     prefix = f"{where}." if where else ""
     everywhere: dict[str, list[str]] = {}
@@ -195,16 +205,16 @@ def _nearest_key(key: str, where: str, fields, root) -> str:
     return f". Known here: {', '.join(fields)}."
 
 
-def all_keys(cls, prefix: str = "") -> list[str]:
+def all_keys(cls: type[DataclassInstance], prefix: str = "") -> list[str]:
     """Return every dotted key of a dataclass of dataclasses, in order."""
     keys = []
     for name, hint in typing.get_type_hints(cls).items():
         full = f"{prefix}{name}"
-        keys += all_keys(hint, full + ".") if dataclasses.is_dataclass(hint) else [full]
+        keys += all_keys(hint, full + ".") if isinstance(hint, type) and dataclasses.is_dataclass(hint) else [full]
     return keys
 
 
-def _convert(hint, value, folder: Path, where: str, root):
+def _convert(hint: Any, value: Any, folder: Path, where: str, root: type[DataclassInstance]) -> Any:
     """Convert `value` to the type `hint`. Every type that a config's dataclasses use is handled here."""
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -222,7 +232,7 @@ def _convert(hint, value, folder: Path, where: str, root):
         if not isinstance(value, list):
             raise InputError(f'"{where}": expected a list, found {kind_of(value)}.')
         return tuple(_convert(inner, item, folder, f"{where}.{i}", root) for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, folder, where, root)
     if hint is Trainable:
         if not isinstance(value, str) or not Trainable.WORDS.fullmatch(value):
@@ -250,7 +260,7 @@ def _convert(hint, value, folder: Path, where: str, root):
     return str(value)
 
 
-def _number(kind: type, value, where: str):
+def _number(kind: type[int] | type[float], value: Any, where: str) -> float:
     if isinstance(value, str):  # YAML 1.1 reads 2e-4 (no dot) as text
         try:
             value = float(value)
@@ -265,7 +275,7 @@ def _number(kind: type, value, where: str):
     return kind(value)
 
 
-def _check_bounds(value, f, where: str) -> None:
+def _check_bounds(value: Any, f: dataclasses.Field[Any], where: str) -> None:
     low, high = f.metadata.get("low"), f.metadata.get("high")
     if value is None or (low is None and high is None):
         return
@@ -291,7 +301,7 @@ def _folder_or_hub(value: str, where: str, folder: Path) -> str:
     return value if is_hub_name(value) and not os.path.exists(path) else str(path)
 
 
-def kind_of(value) -> str:
+def kind_of(value: object) -> str:
     names = {
         dict: "keys and values",
         list: "a list",

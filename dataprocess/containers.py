@@ -19,13 +19,16 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import ijson
 
 from config import InputError
 from dataset.json_stream import Item, NotJson, stream_json
 from visual.images import IMAGE_SUFFIXES
+
+if TYPE_CHECKING:
+    import pyarrow
 
 PARQUET_ROWS = 64  # decoded at a time; a row with its images may take megabytes
 DEEPEST = 64  # largest depth of nesting in COCO's file; a valid file has four levels
@@ -133,7 +136,7 @@ def _parquet_items(file: Path) -> Iterator[Item]:
         raise InputError(f"{file}: parquet file damaged after {index} rows ({error}); download it again.") from None
 
 
-def _rows(batch) -> list:
+def _rows(batch: pyarrow.RecordBatch) -> list:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -240,7 +243,7 @@ def _coco_list(file: Path, name: str) -> Iterator[object]:
         raise InputError(f'{file}: malformed JSON in "{name}" ({error}); expected COCO\'s captions.') from None
 
 
-def _skip_bom(file) -> None:
+def _skip_bom(file: BinaryIO) -> None:
     file.seek(len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0)
 
 

@@ -106,7 +106,7 @@ class _Folder(NamedTuple):
 class Listings:
     """Names of the plain files in folders. Each folder is listed once, even if several sources use it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._files: dict[str, frozenset[str]] = {}
         self._room = NAMES_KEPT
 

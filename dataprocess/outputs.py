@@ -50,7 +50,7 @@ class UniqueNames:
     Stores a hash of each name instead of the name. Two names with the same hash only cause an unnecessary "#2".
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._uses: dict[int, int] = {}
 
     def take(self, name: str) -> str:

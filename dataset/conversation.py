@@ -93,7 +93,7 @@ class ChatFormat:
         labels: list[int] = []
         num_images = last_image_end = 0
 
-        def put(tokens: list[int], supervised: bool = False):
+        def put(tokens: list[int], supervised: bool = False) -> None:
             ids.extend(tokens)
             labels.extend(tokens if supervised else [IGNORE_INDEX] * len(tokens))
 

@@ -122,7 +122,7 @@ class QAFile:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_descriptor": None}
 
-    def __del__(self):
+    def __del__(self) -> None:
         descriptor = getattr(self, "_descriptor", None)
         if descriptor is not None:
             os.close(descriptor)

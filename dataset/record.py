@@ -41,7 +41,7 @@ class RecordError(InputError):
         super().__init__(f"{where}: {detail}" if where else detail)
         self.reason, self.detail, self.where = reason, detail, where
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str]]:
         # Loader workers pickle the error, and an exception is by default rebuilt from its message alone.
         return type(self), (self.reason, self.detail, self.where)
 
@@ -50,7 +50,7 @@ class RecordError(InputError):
 class Image:
     """Placeholder for one image among the parts of a turn's content."""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "IMAGE"
 
 

@@ -205,7 +205,7 @@ def embed(model: Qwen2ForCausalLM, ids: Tensor, slots: Tensor, *, image: int, no
     return embeds.masked_scatter((ids == image)[..., None], sums)
 
 
-def pretrain(tokenizer: Qwen2Tokenizer, steps: int, seed: int, log) -> Qwen2ForCausalLM:
+def pretrain(tokenizer: Qwen2Tokenizer, steps: int, seed: int, log: Callable[[str], None]) -> Qwen2ForCausalLM:
     """Train a language model on answers about described scenes, half of them Chinese; every tenth batch is captions."""
     rng, talk, model = np.random.default_rng(seed), Talk(tokenizer), new_model(tokenizer, seed)
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name}

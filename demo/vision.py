@@ -5,6 +5,7 @@ The encoder sees only training scenes and training digits. Held-out images and u
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,13 @@ def batch(images: list[Image.Image], labels: list[dict[str, np.ndarray]]) -> tup
 class Digits:
     """scikit-learn's digits, divided into training and held-out digits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         images, labels, held_out = world.load_digits()
         self.parts = {False: (images[~held_out], labels[~held_out]), True: (images[held_out], labels[held_out])}
 
-    def draw(self, count: int, rng: np.random.Generator, held_out: bool = False, turn: float = 0.0):
+    def draw(
+        self, count: int, rng: np.random.Generator, held_out: bool = False, turn: float = 0.0
+    ) -> tuple[list[Image.Image], list[dict[str, np.ndarray]]]:
         """`count` random digit images, rotated by up to `turn` degrees, with their labels."""
         digits, labels = self.parts[held_out]
         chosen = rng.integers(len(digits), size=count)
@@ -106,7 +109,7 @@ def training_batch(digits: Digits, rng: np.random.Generator) -> tuple[Tensor, di
     return batch(images, labels)
 
 
-def pretrain(steps: int, seed: int, log) -> CLIPVisionModel:
+def pretrain(steps: int, seed: int, log: Callable[[str], None]) -> CLIPVisionModel:
     """Train an encoder and return it.
 
     The loss is the cross entropy of colour, shape, place and digit at every patch of layer LAYER, plus the binary cross
@@ -154,7 +157,7 @@ def probe(encoder: CLIPVisionModel, count: int = 1500, seed: int = 1) -> dict[st
         pixels, target = batch(images, labels)
         return encoder(pixels, output_hidden_states=True).hidden_states[LAYER][:, 1:].double(), target
 
-    def scene_features(scenes: list[world.Scene]):
+    def scene_features(scenes: list[world.Scene]) -> tuple[Tensor, dict[str, Tensor]]:
         return features([world.draw_scene(scene, rng) for scene in scenes], [scene_labels(scene) for scene in scenes])
 
     def fit(name: str, states: Tensor, target: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dataset.batch import Batch
-from model.model import VisionLanguageModel
+from model.model import Losses, VisionLanguageModel
 
 
 class Sums(NamedTuple):
@@ -74,7 +74,8 @@ def sum_losses(
     return sums
 
 
-def _batch_sums(batch: Batch, losses) -> tuple[float, ...]:
+def _batch_sums(batch: Batch, losses: Losses) -> tuple[float, ...]:
+    assert losses.right is not None  # it is None only while gradients are enabled
     tokens = batch.num_tokens
     balance = 0.0 if losses.balance is None else float(losses.balance) * tokens
     return float(losses.answers), batch.num_targets, float(losses.right), balance, tokens

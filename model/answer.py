@@ -11,13 +11,16 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from model.generate import Prompt, generate
+from model.model import VisionLanguageModel
 from visual.images import ImageError
 
 WINDOW = 16  # batches' worth of requests that are sorted together: their prompts are in memory, their images are not
@@ -34,6 +37,12 @@ class Request(NamedTuple):
 
     turns: Sequence[tuple[str, Sequence]]
     images: Sequence[Path]
+
+
+class PromptEncoder(Protocol):
+    """What an Answerer needs of a `ChatFormat`."""
+
+    def encode_prompt(self, turns: Sequence[tuple[str, Sequence[Any]]]) -> list[int]: ...
 
 
 class Answer(NamedTuple):
@@ -63,7 +72,15 @@ class Answerer:
     options: transformers' generation options (max_new_tokens, num_beams, ...).
     """
 
-    def __init__(self, model, tokenizer, chat, read_pixels: Callable[[Path], Tensor], autocast: Callable, **options):
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: PromptEncoder,
+        read_pixels: Callable[[Path], Tensor],
+        autocast: Callable[[], AbstractContextManager],
+        **options: Any,
+    ):
         self.model, self.tokenizer, self.chat, self.read_pixels = model, tokenizer, chat, read_pixels
         self.autocast = autocast
         self.options = {"do_sample": False, **options}

@@ -120,7 +120,7 @@ def _compiled(operations: Elementwise, device: str, report: Callable[[str], None
     def wrapped(plain: Callable) -> Callable:
         compiled = torch.compile(plain, fullgraph=True)
 
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             # torch would compile a kernel of its own for a single row
             if failed or arguments[0].shape[0] == 1:
                 return plain(*arguments)
@@ -145,7 +145,7 @@ def _compiled(operations: Elementwise, device: str, report: Callable[[str], None
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, elementwise):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, elementwise: Elementwise) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y, scale = elementwise.rms_norm(rows, weight, eps)
         ctx.save_for_backward(rows, weight, scale)
@@ -154,7 +154,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         dx = ctx.elementwise.rms_norm_backward(dy.reshape(-1, dy.shape[-1]), *ctx.saved_tensors)
         return dx.view(ctx.shape), None, None, None
 

@@ -42,7 +42,7 @@ def fuse_lora(language_model: nn.Module) -> int:
 class FusedLoraLinear(lora.Linear):
     """PEFT's linear layer, with base and LoRA in one autograd function."""
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in] -> [..., out]."""
         dtype = _compute_dtype(x)
         weights = None if args or kwargs else _plain(self, dtype)
@@ -160,7 +160,16 @@ class _LoraLinear(torch.autograd.Function):
     """dropped: x after LoRA's dropout, which LoRA reads instead of x and which gets its own gradient; None: LoRA reads x."""
 
     @staticmethod
-    def forward(ctx, x, dropped, scaling, base, bias, a, b):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        scaling: float,
+        base: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         read = rows if dropped is None else dropped.reshape(rows.shape)
         low_a, low_b = _cast(a, b, scaling, x.dtype)
@@ -172,7 +181,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         read, low, base, a, b = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         dlow = dy @ b
@@ -187,7 +196,7 @@ class _LoraLinear(torch.autograd.Function):
 
 class _LoraMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, elementwise, scalings, *weights):
+    def forward(ctx: Any, x: Tensor, elementwise: Elementwise, scalings: tuple[float, ...], *weights: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         bases: tuple[Tensor, ...] = weights[::3]
         cast: list[Tensor] = []
@@ -202,7 +211,7 @@ class _LoraMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, low_gate, low_up, low_down, *saved = ctx.saved_tensors
         (base_gate, base_up, base_down), (a_gate, b_gate, a_up, b_up, a_down, b_down) = saved[:3], saved[3:]
         s_gate, s_up, s_down = ctx.scalings

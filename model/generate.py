@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+
+from model.model import VisionLanguageModel
 
 
 class Prompt(NamedTuple):
@@ -24,10 +27,12 @@ class Prompt(NamedTuple):
 
 
 @torch.inference_mode()
-def generate(model, prompts: Sequence[Prompt], pixel_values: Tensor | None, **options) -> Tensor:
+def generate(
+    model: VisionLanguageModel, prompts: Sequence[Prompt], pixel_values: Tensor | None, **options: Any
+) -> Tensor:
     """Return the generated ids [B, new], padded on the right.
 
-    model: a VisionLanguageModel. pixel_values: [M,3,H,W], or None if M is 0. options: transformers' generation options
+    pixel_values: [M,3,H,W], or None if M is 0. options: transformers' generation options
     (max_new_tokens, num_beams, ...).
     """
     lm = model.causal_lm
@@ -60,7 +65,7 @@ def generate(model, prompts: Sequence[Prompt], pixel_values: Tensor | None, **op
 
 
 def _shared_prefixes(
-    prompts: Sequence[Prompt], config, new_tokens: int
+    prompts: Sequence[Prompt], config: PreTrainedConfig, new_tokens: int
 ) -> tuple[list[Prompt], list[int], list[int]] | None:
     """Return (distinct prefixes, index of each prompt's prefix, length of each prompt's prefix), or None if reading the
     prefixes first saves nothing.
@@ -97,7 +102,7 @@ def _features_of(prompts: Sequence[Prompt], features: Tensor | None) -> Tensor |
     return features[torch.tensor(images, device=features.device)]
 
 
-def _pad(lm, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _pad(lm: Any, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return (ids, mask), both [B, L] on the model's device, padded on the left: all rows end at the same column."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), lm.generation_config.pad_token_id)

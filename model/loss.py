@@ -65,7 +65,7 @@ def chunk_rows(vocabulary: int) -> int:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         matrix = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         # Gradients are float32: the incoming factor may be a loss scale, which would overflow half precision or lose bits.
@@ -94,7 +94,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, factor: Tensor) -> tuple:
+    def backward(ctx: Any, factor: Tensor) -> tuple:
         grads = [
             None if grad is None else (grad * factor).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

@@ -10,10 +10,11 @@ Importing this module registers the function under the name PACKED_SDPA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -24,7 +25,7 @@ PACKED_SDPA = "packed_sdpa"
 
 
 def packed_sdpa(
-    module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -34,7 +35,7 @@ def packed_sdpa(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend: query [B,H,L,d], key and value [B,K,L,d] -> ([B,L,H,d], None). The signature is transformers'.
 

@@ -7,6 +7,8 @@ Source of the names: configuration_qwen.py and modeling_qwen.py, which Qwen publ
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from transformers import Qwen2Config
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
@@ -50,7 +52,7 @@ class QWenConfig(Qwen2Config):
     model_type = "qwen"
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """Accept v1's names (from a released or saved folder) or Qwen2's (from `to_dict()`). InputError: see `translate`."""
         if "rms_norm_eps" not in config_dict:
             config_dict = translate(config_dict)

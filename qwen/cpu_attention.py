@@ -9,6 +9,7 @@ share one of them, d width of a head.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class _CausalDocuments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
         """query [H,T,d], key and value [K,T,d] -> [T,H,d]."""
         heads, tokens, width = query.shape
         ctx.save_for_backward(query, key, value)
@@ -47,7 +48,7 @@ class _CausalDocuments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple:
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
         query, key, value = ctx.saved_tensors
         dtype = query.dtype
         gradient = gradient.transpose(0, 1)  # [H, T, d]

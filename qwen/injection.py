@@ -14,12 +14,14 @@ per row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
+from transformers import Cache, GenerationConfig, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
 
 from qwen.attention import PACKED_SDPA, document_masks
 
@@ -35,10 +37,10 @@ if TYPE_CHECKING:  # what the mixins use of the classes that they are combined w
     from transformers import PreTrainedModel as _BaseModel
 
     class _CausalLM(_BaseModel):
-        def prepare_inputs_for_generation(self, *args, **kwargs) -> dict: ...
-        def _prefill(self, *args, **kwargs): ...
-        def _expand_inputs_for_generation(self, *args, **kwargs) -> tuple[Tensor, dict]: ...
-        def _validate_generated_length(self, *args, **kwargs) -> None: ...
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]: ...
+        def _prefill(self, *args: Any, **kwargs: Any) -> ModelOutput: ...
+        def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[LongTensor, dict[str, Any]]: ...
+        def _validate_generated_length(self, *args: Any, **kwargs: Any) -> None: ...
 else:
     _BaseModel = _CausalLM = object
 
@@ -50,16 +52,16 @@ class ImageInjection(_BaseModel):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        image_features=None,
-        lengths=None,
-        **kwargs,
-    ):
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        image_features: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
         """Run the library's forward on embeddings that contain the images.
 
         image_features: None or M = 0 for text. lengths: tokens of each document in the one row; documents do not attend to
@@ -71,8 +73,10 @@ class ImageInjection(_BaseModel):
         if image_features is not None and (input_ids is None or inputs_embeds is not None):
             raise ValueError("image_features need input_ids, which say where the images are; inputs_embeds do not.")
         if image_features is not None and getattr(self.config, "image_attention", "causal") == "mixed":
+            assert input_ids is not None  # as checked above
             images = number_images(input_ids, self.config.image_token_id, image_features.shape[1])
         if lengths is not None:
+            assert input_ids is not None  # documents are packed as ids
             positions = torch.cat([torch.arange(length) for length in lengths])
             position_ids = positions.to(input_ids.device, non_blocking=True)[None]
             documents = self.documents(lengths, images, input_ids.device)
@@ -100,8 +104,18 @@ class ImageInjection(_BaseModel):
             **kwargs,
         )
 
-    def mixed_mask(self, images: Tensor, inputs_embeds, attention_mask, past_key_values, position_ids):
-        """Return the library's mask for rows of `images` [B, L] (see `number_images`) after the cached tokens."""
+    def mixed_mask(
+        self,
+        images: Tensor,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None,
+    ) -> Any:
+        """Return the library's mask for rows of `images` [B, L] (see `number_images`) after the cached tokens.
+
+        Its type depends on the attention.
+        """
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
             raise ValueError("attention_mask: mixed attention makes its own mask; give the 2-D one that marks padding.")
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -168,7 +182,7 @@ class ImageGeneration(_CausalLM):
 
     base_class: type
 
-    def __init__(self, config):
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.model = self.base_class(config)
         self.loss_type = "ForCausalLM"  # the library guesses it from the class's name, which fails for Qwen v1
@@ -178,17 +192,17 @@ class ImageGeneration(_CausalLM):
     # transformers' own.
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        image_features=None,
-        **kwargs,
-    ):
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
         """Run the library's forward, which passes `image_features` [M, N, D] to the base model."""
         return super().forward(
             input_ids=input_ids,
@@ -205,15 +219,15 @@ class ImageGeneration(_CausalLM):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        image_features=None,
-        **kwargs,
-    ):
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -228,7 +242,14 @@ class ImageGeneration(_CausalLM):
             inputs["image_features"] = image_features
         return inputs
 
-    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> ModelOutput:
         # The library would pass all features to every chunk: it does not know which images a chunk contains.
         image_features = model_kwargs.get("image_features")
         has_images = image_features is not None and len(image_features) > 0
@@ -236,11 +257,18 @@ class ImageGeneration(_CausalLM):
             raise ValueError("prefill_chunk_size: a prompt with images cannot be read in chunks; leave it out.")
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[LongTensor, dict[str, Any]]:
         # The library repeats every tensor along its first dimension. Features need more: a row may have no image or
         # several, and each copy of a row (a beam or a sample) needs all images of the row, in order.
         image_features = model_kwargs.pop("image_features", None)
         if image_features is not None and expand_size > 1:
+            assert input_ids is not None  # features come with ids
             is_image = input_ids == self.config.image_token_id
             check_image_tokens(is_image, image_features)
             images_per_row = (is_image.sum(dim=1) // max(image_features.shape[1], 1)).tolist()

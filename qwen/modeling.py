@@ -8,16 +8,19 @@ library's. Image encoders, projectors and prompts are not known here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers.utils import ModelOutput
 
 from config import InputError, choose, how_to_convert, is_hub_name
 from qwen.attention import PACKED_SDPA
@@ -77,18 +80,20 @@ class QWenModel(Qwen2Model):
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        image_features=None,
-        lengths=None,
-        **kwargs,
-    ):
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        image_features: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
         """Run Qwen2Model's forward. InputError: a position is beyond `seq_length`."""
-        length = max(lengths) if lengths else (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        length = max(lengths) if lengths else given.shape[1]
         if past_key_values is not None:
             length += past_key_values.get_seq_length()
         if length > self.config.max_position_embeddings:  # else no position can be too large, and none need be read
@@ -116,7 +121,9 @@ class QWenLMHeadModel(Qwen2ForCausalLM):
     # Constants in early checkpoints; the original code ignores the first and recomputes the second.
     _keys_to_ignore_on_load_unexpected = [r"attn\.masked_bias$", r"rotary_emb\.inv_freq$"]
 
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, has_default_max_length: bool
+    ) -> None:
         # Checked before the first token: an error in the middle of an answer would lose the answer.
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         refuse_past_seq_length(generation_config.max_length, self.config, prompt=input_ids_length)
@@ -213,7 +220,7 @@ def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _some(names, shown: int = 6) -> str:
+def _some(names: Iterable[str], shown: int = 6) -> str:
     names = sorted(names)
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 

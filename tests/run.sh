@@ -1,11 +1,13 @@
 #!/bin/sh
-# All checks:   sh tests/run.sh          One file:   sh tests/run.sh tests/config/test_load.py
+# All checks:   sh tests/run.sh          One file, without the linter and type checker:   sh tests/run.sh tests/config/test_load.py
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 REQUIREMENTS="requirements.txt tests/requirements.txt"
 . "$ROOT/setup.sh"
 cd "$ROOT"
-"$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
+if [ $# -eq 0 ]; then
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    "$PYTHON" -m mypy
+fi
 exec "$PYTHON" -m pytest -q "$@"

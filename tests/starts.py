@@ -80,7 +80,7 @@ def _run(arguments: list[str], moments: list[At], log: Path) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a plain start
     os.fsync = lambda fd: None  # a kill loses nothing that the kernel already has
     training.log.draw_curves = lambda runs, image: None  # it would take longer than the rest of the run
-    for moment in reversed(moments):  # the last one armed at a place is checked first
+    for moment in reversed(moments):  # of two at one function, the one armed last is reached first
         _arm(moment)
     sys.argv = ["train.py", *arguments]
     run_script(train.main_with_messages)

@@ -29,7 +29,7 @@ LANGUAGE_MODELS = {"qwen1": write_qwen1, "qwen2": write_qwen2, "qwen3": write_qw
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
 
 
-def write_project(folder: Path, tower: str = "clip", language_model: str = "qwen2", pictures: int = 12) -> Path:
+def write_project(folder: Path, tower: str = "clip", language_model: str = "qwen2", images: int = 12) -> Path:
     """Write a project that trains in seconds, and return the path of its config.yaml.
 
     Its images are plain colours with one grey line each; the last quarter of its records is held out.
@@ -37,9 +37,9 @@ def write_project(folder: Path, tower: str = "clip", language_model: str = "qwen
     folder.mkdir(parents=True, exist_ok=True)
     TOWERS[tower](folder / "tower")
     LANGUAGE_MODELS[language_model](folder / "lm")
-    write_pictures(folder / "images", pictures)
+    write_images(folder / "images", images)
     records = []
-    for i in range(pictures):
+    for i in range(images):
         name = list(COLOURS)[i % len(COLOURS)]
         records.append(
             {
@@ -54,7 +54,7 @@ def write_project(folder: Path, tower: str = "clip", language_model: str = "qwen
                 ],
             }
         )
-    held = pictures - pictures // 4
+    held = images - images // 4
     (folder / "train.json").write_text(json.dumps(records[:held]))
     (folder / "validation.json").write_text(json.dumps(records[held:]))
     path = folder / "config.yaml"
@@ -156,7 +156,7 @@ def write_yaml(path: Path, values: dict) -> None:
     path.write_text(yaml.safe_dump(json.loads(json.dumps(values)), allow_unicode=True))
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         pixels = np.full((40, 50, 3), list(COLOURS.values())[i % len(COLOURS)], dtype=np.uint8)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw_curves(runs: Sequence[tuple[str, list[dict]]], image: Path) -> None:
@@ -33,8 +37,8 @@ def draw_curves(runs: Sequence[tuple[str, list[dict]]], image: Path) -> None:
     figure, axes = plt.subplots(2, 3 if balanced else 2, figsize=(15 if balanced else 11, 7), layout="constrained")
     loss, rate, norm, speed = axes[:, :2].flat
 
-    def draw(axis, found: list[dict], key: str, *style, **options) -> None:
-        values = [row.get(key) if row.get(key) is not None else math.nan for row in found]
+    def draw(axis: Axes, found: list[dict], key: str, *style: str, **options: Any) -> None:
+        values: list[float] = [math.nan if (value := row.get(key)) is None else value for row in found]
         axis.plot([row["step"] for row in found], values, *style, **options)
 
     draw(loss, trained, "loss", label="training", color="#4c72b0")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,7 +177,9 @@ def open_answerer(config: Config, built: Built, precision: str, device: torch.de
     )
 
 
-def open_qa_file(config: Config, processors: Processors, path: Path, left_out=()) -> QADataset:
+def open_qa_file(
+    config: Config, processors: Processors, path: Path, left_out: Sequence[int] | np.ndarray = ()
+) -> QADataset:
     """Open a QA file's samples as the model gets them. left_out: the records that cannot be used."""
     return open_dataset(
         path,

@@ -140,7 +140,8 @@ def laid_out_as(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that are FSDPModules too. Any: no annotation says that a module is of both classes."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 

@@ -37,7 +37,7 @@ class Place:
 class Rows:
     """Rows with a reason each: counts, the first rows of each reason as text, and all rows as JSON Lines."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts: Counter[tuple[Path, str]] = Counter()
         self._first: dict[tuple[Path, str], list[str]] = {}
         self._lines = bytearray()  # compact, because a wrong image folder makes every record a row

@@ -1,4 +1,4 @@
-"""The benchmark of answering runs and compares equal answers. Run: python -m pytest tests/test_benchmark_answering.py"""
+"""benchmarks.answering runs and compares equal answers. Run: sh tests/run.sh tests/benchmarks/test_answering.py"""
 
 import re
 import subprocess
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import answering
 from benchmarks.answering import NAMES, check_agreement, requests_about, shares_equal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
-def test_the_output_is_a_markdown_table_of_numbers_and_the_machine():
+def test_prints_the_machine_and_a_table_of_numbers():
     command = [sys.executable, "-m", "benchmarks.answering", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -27,14 +28,14 @@ def test_the_output_is_a_markdown_table_of_numbers_and_the_machine():
 
 
 @pytest.mark.parametrize("name", ["folder_batched", "questions_shared"])
-def test_answers_that_are_not_the_same_are_not_compared(name):
-    results = {other: {"answers": ["1 2", "3 4"]} for other in NAMES}
-    check_agreement(results, "fp32")
-    results[name] = {"answers": ["1 2", "3 5"]}
-    assert shares_equal(results)[name] == 0.5
+def test_refuses_to_compare_different_answers(name):
+    answers = {other: [{"answers": ["1 2", "3 4"]}] for other in NAMES}
+    check_agreement(answers, "fp32")
+    answers[name] = [{"answers": ["1 2", "3 5"]}]
+    assert shares_equal(answers)[name] == 0.5
     with pytest.raises(ValueError, match=name):
-        check_agreement(results, "fp32")
-    check_agreement(results, "bf16")  # rounding makes some differ: the share is shown
+        check_agreement(answers, "fp32")
+    check_agreement(answers, "bf16")  # rounding makes some differ: the share is shown
 
 
 def test_the_questions_depend_on_the_sizes_alone():
@@ -42,3 +43,12 @@ def test_the_questions_depend_on_the_sizes_alone():
     assert [request.images for request in requests] == [[Path("a")]] * 3 + [[Path("b")]] * 3
     assert len({str(request.turns) for request in requests}) == 6
     assert requests == requests_about([Path("a"), Path("b")], 3)
+
+
+def test_the_old_name_of_images_is_accepted(monkeypatch):
+    seen = []
+    monkeypatch.setattr(answering, "measure", lambda name, arguments: seen.append(arguments.images) or {})
+    for flag in ("--images", "--pictures"):
+        monkeypatch.setattr(sys, "argv", ["answering", "--measure", "folder_plain", flag, "5"])
+        answering.main()
+    assert seen == [5, 5]

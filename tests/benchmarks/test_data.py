@@ -1,4 +1,4 @@
-"""The benchmark of the data runs and compares equal work. Run: python -m pytest tests/test_benchmark_data.py"""
+"""benchmarks.data runs and compares equal work. Run: sh tests/run.sh tests/benchmarks/test_data.py"""
 
 import re
 import subprocess
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.annotations import SOURCES, write_annotations
 from benchmarks.data import MEASURES, WORKERS, check_agreement
-from benchmarks.workload import SOURCES, make_workload
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def number(cell: str) -> float:
     return float(cell.replace(",", ""))
 
 
-def test_the_output_is_three_markdown_tables_of_numbers_and_the_machine(output):
+def test_prints_the_machine_and_three_tables_of_numbers(output):
     machine = output.split("\n")[0]
     assert re.search(r"\d+ cores, Python 3\.\d+\.\d+, \d{4}-\d\d-\d\d; median of 1 round\.", machine)
     prepared, opened, read = tables(output)
@@ -47,7 +47,7 @@ def test_the_output_is_three_markdown_tables_of_numbers_and_the_machine(output):
     assert seconds[0] == "CPU seconds" and number(seconds[1]) > 0 and number(seconds[2]) > 0
 
 
-def test_every_source_is_prepared_and_what_is_missing_is_refused(output):
+def test_prepares_every_source_and_refuses_missing_images(output):
     prepared = tables(output)[0]
     wanted = sum(source.share * 900 // sum(other.share for other in SOURCES) for source in SOURCES)
     kept = int(prepared[0][0].split()[0])
@@ -56,24 +56,24 @@ def test_every_source_is_prepared_and_what_is_missing_is_refused(output):
 
 def test_the_workload_depends_on_its_sizes_alone(tmp_path):
     for name in "ab":
-        make_workload(tmp_path / name, 300, 50)
+        write_annotations(tmp_path / name, 300, 50)
     files = [sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")) for name in "ab"]
     assert files[0] == files[1] and len(files[0]) > 200
     for path in [Path("qa.jsonl"), *(source.annotations(Path()) for source in SOURCES)]:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
 
 
-def test_a_workload_that_is_there_is_used_again(tmp_path):
-    make_workload(tmp_path, 50, 5)
+def test_an_existing_workload_is_used_again(tmp_path):
+    write_annotations(tmp_path, 50, 5)
     (tmp_path / "qa.jsonl").write_text("mine")
-    make_workload(tmp_path, 50, 5)
+    write_annotations(tmp_path, 50, 5)
     assert (tmp_path / "qa.jsonl").read_text() == "mine"
-    make_workload(tmp_path, 50, 6)
+    write_annotations(tmp_path, 50, 6)
     assert len((tmp_path / "qa.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("wrong", [name for name in MEASURES if name != "open_indexed"])
-def test_work_that_is_not_the_same_is_not_compared(wrong):
+def test_refuses_to_compare_different_work(wrong):
     answers = {name: [{"kept": 5} | {f"letters_{workers}": 9 for workers in WORKERS}] for name in MEASURES}
     check_agreement(answers)
     answers[wrong][0]["kept"] = 4

@@ -1,5 +1,5 @@
-"""The ablation of the from-scratch recipe, on a toy project: every choice can be switched off, and the table says what came
-of it. `sh tests/run.sh tests/test_benchmark_from_scratch.py`"""
+"""benchmarks.from_scratch on a toy project: every choice can be switched off, and the table holds the scores.
+Run: sh tests/run.sh tests/benchmarks/test_from_scratch.py"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def toy(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_runs_are_made_once_and_the_table_holds_every_variant(toy, monkeypatch, capsys):
+def test_finished_runs_are_kept_and_the_table_holds_every_variant(toy, monkeypatch, capsys):
     variants = ["the recipe", "without stage 0"]
     words = ["--output", str(toy / "out"), *QUICK, "--variants", *variants]
     assert from_scratch.main(words) == 0
@@ -39,15 +39,15 @@ def test_runs_are_made_once_and_the_table_holds_every_variant(toy, monkeypatch, 
     final = toy / "out" / "0-0" / "final" / "manifest.json"
     before = final.stat().st_mtime_ns
     assert from_scratch.main(words) == 0
-    assert final.stat().st_mtime_ns == before, "a run was made again"
-    with pytest.raises(InputError, match="0-0: this run ended with 2; log.txt there says why"):
+    assert final.stat().st_mtime_ns == before, "a finished run was repeated"
+    with pytest.raises(InputError, match="0-0: ended with exit code 2; see log.txt there"):
         from_scratch.main([*words, "--override", "seed=5"])
     assert "belongs to a run of another config (seed: 0 -> 5)" in (toy / "out" / "0-0" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("name", from_scratch.VARIANTS)
-def test_each_variant_is_the_recipe_but_for_its_choice(name, tmp_path):
-    """Of the real recipe; the dense model has as many parameters that pass a token."""
+def test_each_variant_differs_from_the_recipe_in_its_choice_alone(name, tmp_path):
+    """Checked on the real recipe; the dense model has as many active parameters."""
     before = load_config(from_scratch.RECIPE)
     path = from_scratch.write_config(tmp_path, name == from_scratch.WITHOUT_TEXT)
     after = load_config(path, [*from_scratch.VARIANTS[name], "seed=3"])
@@ -65,7 +65,7 @@ def test_each_variant_is_the_recipe_but_for_its_choice(name, tmp_path):
         assert made == new
     stages = [stage.name for stage in after.train.stages]
     assert stages == [stage.name for stage in before.train.stages][name == from_scratch.WITHOUT_TEXT :]
-    for stage in after.train.stages:  # what is trained on and for how long is the same
+    for stage in after.train.stages:  # data and steps are the same
         (same,) = [one for one in before.train.stages if one.name == stage.name]
         assert (stage.config.data, stage.config.train.max_steps) == (same.config.data, same.config.train.max_steps)
 

@@ -1,18 +1,22 @@
-"""The benchmark of the GPU compares equal work and counts it rightly. Run: python -m pytest tests/test_benchmark_gpu.py"""
+"""benchmarks.gpu compares equal work and counts it correctly. Run: sh tests/run.sh tests/benchmarks/test_gpu.py"""
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from benchmarks import gpu, gpu_ways
-from benchmarks.gpu import BATCHES, HF, OURS, TINY, WARM_UP, WAYS, Clock, Row, markdown, measure, pass_flops
-from benchmarks.gpu_ways import AllLogits, NotInstalled, Task, ours, trainer_like
-from benchmarks.random_model import random_sample
+import benchmarks.ours
+from benchmarks import gpu
+from benchmarks.gpu import BATCHES, CHECKPOINTING, HF, OURS, WARM_UP, WAYS, Row, markdown, measure, pass_flops
+from benchmarks.models import SIZES, NotInstalled, Task, random_sample
+from benchmarks.ours import AllLogits, ours
+from benchmarks.peers import llava
 from model.fused_lora import FusedLoraLinear
+from training.step import Stepper
 
 CPU = torch.device("cpu")
 LENGTHS = ((5, 3), (2, 11), (9, 1), (4, 7), (30, 20), (3, 3))  # of questions and answers
@@ -20,9 +24,9 @@ LENGTHS = ((5, 3), (2, 11), (9, 1), (4, 7), (30, 20), (3, 3))  # of questions an
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch) -> list:
-    """What a way lets be compiled; not compiled here, which takes long and is tested elsewhere."""
+    """Records what would be compiled; compiling takes long and is tested elsewhere."""
     seen = []
-    monkeypatch.setattr(gpu_ways, "compile_elementwise", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(benchmarks.ours, "compile_elementwise", lambda *arguments: seen.append(arguments))
     return seen
 
 
@@ -36,10 +40,9 @@ def no_accelerator_is_left():
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Task:
     chance = np.random.default_rng(0)
-    samples = [random_sample(TINY, chance, question, answer, 1 + i % 2) for i, (question, answer) in enumerate(LENGTHS)]
-    return Task(
-        TINY, torch.float32, CPU, lora_rank=4, batch_size=2, samples=samples, folder=tmp_path_factory.mktemp("compiled")
-    )
+    sizes = SIZES["tiny"]
+    samples = [random_sample(sizes, chance, *length, images=1 + i % 2) for i, length in enumerate(LENGTHS)]
+    return Task(sizes, "fp32", CPU, samples, folder=tmp_path_factory.mktemp("compiled"))
 
 
 def losses(train, steps: int = 5) -> list[float]:
@@ -50,14 +53,14 @@ def losses(train, steps: int = 5) -> list[float]:
 
 @pytest.fixture(scope="module")
 def reference(task) -> list[float]:
-    return losses(trainer_like(task))
+    return losses(llava(task))
 
 
 SWITCHES = {
     "as it is": {},
     "padded": {"packing": False},
     "PEFT's own LoRA": {"fused_lora": False},
-    "not compiled": {"compiled": False},
+    "not compiled": {"kernels": "plain"},
     "cached": {"cached": True},
     "checkpointing": {"checkpointing": True},
     "all logits": {"chosen_logits": False},
@@ -65,36 +68,35 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_ours_learns_what_transformers_and_peft_learn_whatever_is_switched(task, reference, name):
+def test_ours_learns_what_transformers_and_peft_learn_with_any_switch(task, reference, name):
     found = losses(ours(task, **SWITCHES[name]))
     assert found == pytest.approx(reference, rel=2e-6)
     assert abs(found[3] - found[0]) > 1e-3  # the first batch again: something was learned
 
 
-def test_a_peer_that_makes_checkpoints_learns_the_same(task, reference):
-    assert losses(trainer_like(task, checkpointing=True)) == pytest.approx(reference, rel=2e-6)
+def test_a_peer_with_activation_checkpointing_learns_the_same(task, reference):
+    assert losses(llava(task, **CHECKPOINTING)) == pytest.approx(reference, rel=2e-6)
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_is_what_it_says(task, name, monkeypatch, compiled):
+def test_a_switch_changes_what_its_name_says(task, name, monkeypatch, compiled):
     class Seen(Exception):
         pass
 
-    class Looks(gpu_ways.Stepper):
-        def __call__(self, step, micros, rates, stop):
-            model, batch = self.model, micros[0]
-            raise Seen(
-                {
-                    "padded": batch.lengths is None,
-                    "PEFT's own LoRA": not any(isinstance(one, FusedLoraLinear) for one in model.modules()),
-                    "not compiled": compiled == [],
-                    "cached": batch.pixel_values is None and self.encoder(batch).shape[0] == len(batch.is_cached),
-                    "checkpointing": model.causal_lm.is_gradient_checkpointing,
-                    "all logits": isinstance(model, AllLogits),
-                }
-            )
+    def look(stepper, step, micro_batches):
+        model, batch = stepper.model, micro_batches[0]
+        raise Seen(
+            {
+                "padded": batch.lengths is None,
+                "PEFT's own LoRA": not any(isinstance(one, FusedLoraLinear) for one in model.modules()),
+                "not compiled": compiled == [],
+                "cached": batch.pixel_values is None and len(stepper.encoder(batch)) == len(batch.is_cached),
+                "checkpointing": model.causal_lm.is_gradient_checkpointing,
+                "all logits": isinstance(model, AllLogits),
+            }
+        )
 
-    monkeypatch.setattr(gpu_ways, "Stepper", Looks)
+    monkeypatch.setattr(Stepper, "forward_and_backward", look)
     with pytest.raises(Seen) as seen:
         ours(task, **SWITCHES[name])(bool)
     assert {one for one, is_on in seen.value.args[0].items() if is_on} == {name} - {"as it is"}
@@ -103,9 +105,11 @@ def test_a_switch_is_what_it_says(task, name, monkeypatch, compiled):
 def test_sorting_by_length_leaves_the_least_padding(task, monkeypatch):
     seen = []
     monkeypatch.setattr(Task, "batches", lambda self, samples, packed=False: seen.append(samples) or [])
-    trainer_like(task, by_length=True)
+    llava(task, by_length=True)
     lengths = [len(sample.input_ids) for sample in seen[0]]
-    assert lengths == sorted(lengths) and len(lengths) == len(LENGTHS)
+    size, in_order = task.sizes.batch_size, sorted(len(sample.input_ids) for sample in task.samples)
+    batches = [sorted(lengths[first : first + size]) for first in range(0, len(lengths), size)]
+    assert sorted(batches) == [in_order[first : first + size] for first in range(0, len(in_order), size)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def test_sorting_by_length_leaves_the_least_padding(task, monkeypatch):
 
 
 def way(steps_seconds: list[float], monkeypatch):
-    """A way whose steps take so long by a clock of their own."""
+    """Register a way whose steps take these seconds by a clock of their own."""
     now = [0.0]
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
 
@@ -129,25 +133,26 @@ def way(steps_seconds: list[float], monkeypatch):
 
 
 def measured(name: str, task: Task, seconds: float = 1e6, least: float = 0.0) -> Row:
-    return measure("m", name, task, pass_flops(task), rate=1e9, clock=Clock(CPU, seconds), least=least)
+    end = gpu.time.perf_counter() + seconds
+    return measure(Row("m", name), task, pass_flops(task), rate=1e9, end=end, least=least)
 
 
 def test_a_row_is_whole_passes_after_the_warm_up(task, monkeypatch):
     one_pass = [0.5] * BATCHES
     row = measured(way([100.0] * WARM_UP + one_pass + [9.0], monkeypatch), task)
     assert row.samples_per_s == pytest.approx(len(task.samples) / (0.5 * BATCHES))
-    assert row.tokens_per_s == pytest.approx(sum(len(s["input_ids"]) for s in task.samples) / (0.5 * BATCHES))
+    assert row.tokens_per_s == pytest.approx(sum(len(sample.input_ids) for sample in task.samples) / (0.5 * BATCHES))
     assert row.peak_fraction == pytest.approx(pass_flops(task)[False] / (0.5 * BATCHES) / 1e9)
     assert row.first_loss == 1.5
 
 
-def test_passes_are_repeated_until_they_took_long_enough(task, monkeypatch):
+def test_passes_are_repeated_until_the_time_suffices(task, monkeypatch):
     steps = [100.0] * WARM_UP + [1.0] * BATCHES + [3.0] * BATCHES + [50.0]
     row = measured(way(steps, monkeypatch), task, least=1.5 * BATCHES)
     assert row.samples_per_s == pytest.approx(len(task.samples) / (2.0 * BATCHES))
 
 
-def test_the_clock_leaves_out_what_does_not_fit(task, monkeypatch):
+def test_ways_without_time_are_left_out(task, monkeypatch):
     assert measured(OURS, task, seconds=0.0).note == "left out: no time"
     steps = [100.0] * WARM_UP + [1.0] * (BATCHES - 1)
     assert measured(way(steps, monkeypatch), task, seconds=100.0 * WARM_UP + 1.5).note == "left out: no time for a pass"
@@ -162,7 +167,7 @@ def test_the_clock_leaves_out_what_does_not_fit(task, monkeypatch):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_way_that_cannot_run_says_why_and_the_others_go_on(task, monkeypatch, error, note):
+def test_a_way_that_cannot_run_says_why(task, monkeypatch, error, note):
     def fails(task):
         raise error
 
@@ -170,7 +175,7 @@ def test_a_way_that_cannot_run_says_why_and_the_others_go_on(task, monkeypatch, 
     assert measured("fails", task) == Row("m", "fails", note=note)
 
 
-def test_what_a_way_says_stands_in_its_row(task, monkeypatch):
+def test_a_row_holds_the_notes_of_its_way(task, monkeypatch):
     def speaks(task):
         task.say("nothing was compiled")
         return lambda after_step: [after_step(1.0) for _ in range(WARM_UP + BATCHES)]
@@ -180,7 +185,7 @@ def test_what_a_way_says_stands_in_its_row(task, monkeypatch):
     assert row.samples_per_s and row.note == "nothing was compiled" and row.note in markdown([row], "about")
 
 
-def test_what_a_way_patches_in_the_library_does_not_reach_the_next(task, monkeypatch):
+def test_patches_of_a_library_do_not_reach_the_next_way(task, monkeypatch):
     def patches(task):
         monkeypatch.setattr(gpu.modeling_qwen2, "Qwen2MLP", object)
         return lambda after_step: None
@@ -191,11 +196,11 @@ def test_what_a_way_patches_in_the_library_does_not_reach_the_next(task, monkeyp
     assert gpu.modeling_qwen2.Qwen2MLP is before
 
 
-def test_a_package_that_is_missing_is_named(task, monkeypatch):
+@pytest.mark.parametrize("way", [ours, llava])
+def test_a_missing_package_is_named(task, monkeypatch, way):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    monkeypatch.setattr(gpu_ways.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotInstalled, match="flash_attn"):
-        ours(task, attention="flash_attention_2")
+        way(replace(task, flash=True))
 
 
 def test_cached_features_are_less_work(task):
@@ -203,7 +208,7 @@ def test_cached_features_are_less_work(task):
     assert 0 < flops[True] < flops[False]
 
 
-def test_the_table_has_the_ratio_to_the_peer_and_what_was_left_out():
+def test_the_table_holds_the_ratio_to_the_peer_and_what_was_left_out():
     values = {"tokens_per_s": 1000.0, "peak_fraction": 0.4, "peak_gib": None, "first_loss": 1.0}
     rows = [
         Row("m", OURS, samples_per_s=30.0, **values),
@@ -215,9 +220,8 @@ def test_the_table_has_the_ratio_to_the_peer_and_what_was_left_out():
     assert "- other: out of memory" in text
 
 
-def test_it_runs_on_a_machine_without_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--output", str(tmp_path / "new")])
-    gpu.main()
+def test_runs_without_a_gpu(tmp_path):
+    gpu.main(["--tiny", "--output", str(tmp_path / "new")])
     written = json.loads((tmp_path / "new" / "gpu.json").read_text())
     rows = {row["way"]: row for row in written["rows"]}
     assert list(rows) == list(WAYS)
@@ -231,9 +235,8 @@ def test_it_runs_on_a_machine_without_a_gpu(tmp_path, monkeypatch):
     assert "| " + OURS + " |" in (tmp_path / "new" / "gpu.md").read_text()
 
 
-def test_without_a_gpu_the_real_sizes_are_refused(tmp_path, monkeypatch, capsys):
+def test_refuses_the_real_sizes_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        gpu.main()
+        gpu.main(["--output", str(tmp_path)])
     assert stopped.value.code == 2 and "--tiny" in capsys.readouterr().err

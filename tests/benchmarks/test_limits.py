@@ -1,7 +1,7 @@
-"""What the benchmarks of limits and growth count, time and draw. Run: python -m pytest tests/test_benchmark_limits.py"""
+"""What benchmarks.limits and benchmarks.growth count, time and draw. Run: sh tests/run.sh tests/benchmarks/test_limits.py"""
 
 import re
-import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -9,20 +9,19 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import growth, limits
-from benchmarks.flops import Product, attention_flops, linear_products, step_flops, torchs_counter
+from benchmarks import growth, limits, measuring
+from benchmarks.flops import Product, Work, attention_flops, linear_products, step_flops, torch_counter
 from benchmarks.growth import Series
-from benchmarks.limits import fastest, matrix_product, split_step
-from benchmarks.random_model import PAD_TOKEN_ID, Sizes, random_model, random_sample
-from dataset.batch import collate
+from benchmarks.limits import matrix_product, split_step
+from benchmarks.models import PAD_TOKEN_ID, Sizes, random_model, random_sample
+from dataset.batch import Batch, collate
 from model.fused_lora import fuse_lora
 from qwen.attention import packed_sdpa
-from training.step import count_targets, on_device
 
 CPU = torch.device("cpu")
 SIZES = Sizes(
-    image_size=28, patch_size=7, vision_width=32, vision_layers=4, vision_heads=2,
-    width=64, layers=3, heads=4, kv_heads=2, mlp=96, vocabulary=130,
+    vocabulary=130, width=64, layers=3, heads=4, kv_heads=2, mlp=96, vision_width=32, vision_layers=4, vision_heads=2,
+    image_size=28, patch_size=7, lora_rank=4,
 )  # fmt: skip
 SHAPES = [(5, 7, 1), (3, 30, 2), (9, 1, 1)]  # question, answer, images
 
@@ -34,14 +33,14 @@ def no_accelerator_is_left():
     GradientState._reset_state()
 
 
-def make_batch(packed: bool) -> dict:
+def make_batch(packed: bool) -> Batch:
     chance = np.random.default_rng(0)
     return collate([random_sample(SIZES, chance, *shape) for shape in SHAPES], PAD_TOKEN_ID, packed)
 
 
 def counted_by_torch(model, inputs: dict) -> tuple[int, int]:
-    """(operations of linear layers and the convolution, of the attention's products) of a forward and a backward."""
-    with torchs_counter() as counter:
+    """Return (operations of linear layers and the convolution, of the attention's products) of a forward and a backward."""
+    with torch_counter() as counter:
         model(**inputs).answers.backward()
     counts = counter.get_flop_counts()["Global"]
     attention = sum(count for operation, count in counts.items() if "bmm" in str(operation))
@@ -53,74 +52,81 @@ def sum_of(products) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a step has to compute
+# The operations of a step
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["PEFT", "fused"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("cached", [False, True], ids=["pixels", "cached"])
-def test_the_linear_layers_products_are_those_that_torch_counts(fused, packed, cached):
-    model, batch = random_model(SIZES, torch.float32, CPU, lora_rank=4), make_batch(packed)
+def test_the_products_of_linear_layers_are_those_that_torch_counts(fused, packed, cached):
+    model, batch = random_model(SIZES, torch.float32, CPU), make_batch(packed)
     if fused:
         assert fuse_lora(model.language_model) == 7 * SIZES.layers
     inputs = batch.model_inputs(CPU)
     if cached:
         inputs |= {"patch_features": model.patch_features(inputs["pixel_values"]), "pixel_values": None}
-    images = len(batch.is_cached)
-    products = linear_products(model, batch.input_ids.numel(), images, batch.num_targets, cached)
+    work = Work([batch.input_ids.numel()], len(batch.is_cached), batch.num_targets, cached)
+    products = linear_products(model, work)
     assert counted_by_torch(model, inputs)[0] == sum_of(products)
 
 
-def test_the_attention_is_what_torch_counts_where_every_pair_is_computed():
-    model, batch = random_model(SIZES, torch.float32, CPU, lora_rank=4, attention="eager"), make_batch(packed=False)
+def test_attention_is_what_torch_counts_if_every_pair_is_computed():
+    model, batch = random_model(SIZES, torch.float32, CPU, attention="eager"), make_batch(packed=False)
     model.vision_tower.model.set_attn_implementation("eager")
     rows, length = batch.input_ids.shape
-    expected = attention_flops(model, [length] * rows, len(batch.is_cached), causal=False)
+    expected = attention_flops(model, Work([length] * rows, len(batch.is_cached), targets=0), causal=False)
     assert counted_by_torch(model, batch.model_inputs(CPU))[1] == sum(expected.values())
 
 
-def test_a_token_sees_itself_and_those_before_it_in_its_own_document():
-    model = random_model(SIZES, torch.float32, CPU, lora_rank=4)
+def test_a_token_sees_itself_and_earlier_ones_of_its_document():
+    model = random_model(SIZES, torch.float32, CPU)
     pairs = sum(1 for length in (3, 5) for query in range(length) for key in range(length) if key <= query)
-    every_pair = attention_flops(model, [1] * pairs, images=0)["decoder"]
-    assert attention_flops(model, [3, 5], images=0)["decoder"] == every_pair
+    every_pair = attention_flops(model, Work([1] * pairs, images=0, targets=0))["decoder"]
+    assert attention_flops(model, Work([3, 5], images=0, targets=0))["decoder"] == every_pair
 
 
-def test_a_steps_parts_are_those_of_its_documents_without_padding():
-    model, batch = random_model(SIZES, torch.float32, CPU, lora_rank=4), make_batch(packed=True)
-    lengths, images = batch.lengths[: len(SHAPES)], len(batch.is_cached)
-    parts = step_flops(model, lengths, images, batch.num_targets)
-    products = linear_products(model, sum(lengths), images, batch.num_targets)
+def test_padding_does_not_count():
+    model, batch = random_model(SIZES, torch.float32, CPU), make_batch(packed=True)
+    work = Work(batch.lengths[: len(SHAPES)], len(batch.is_cached), batch.num_targets)
+    parts = step_flops(model, work)
+    products = linear_products(model, work)
     assert all(parts[part] > 0 for part in ("encoder", "projector", "decoder", "LoRA", "head", "attention"))
-    assert sum(parts.values()) == sum_of(products) + sum(attention_flops(model, lengths, images).values())
+    assert sum(parts.values()) == sum_of(products) + sum(attention_flops(model, work).values())
     assert limits.sum_flops(model, [batch, batch]) == {part: 2 * count for part, count in parts.items()}
     assert limits.sum_flops(model, [make_batch(packed=False)]) == parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the time goes
+# Time
 
 
 @pytest.mark.parametrize("kind, shape", [("forward", (5, 2)), ("input", (5, 3)), ("weight", (2, 3))])
 def test_a_product_is_computed_in_its_own_shape(kind, shape):
     product = Product("", kind, rows=5, in_features=3, out_features=2)
     compute = matrix_product(product, torch.float32)
-    with torchs_counter() as counter:
+    with torch_counter() as counter:
         result = compute()
     assert result.shape == shape and counter.get_total_flops() == product.flops == 2 * 5 * 3 * 2
 
 
-def test_the_fastest_call_is_reported_and_the_first_is_not(monkeypatch):
-    now, costs = [0.0], iter([0.01, 0.06, 0.02])
-    monkeypatch.setattr(limits.time, "process_time", lambda: now[0])
+def test_the_fastest_call_is_reported():
+    now, costs = [0.0], iter([0.06, 0.02, 0.03])
 
     def work():
         now[0] += next(costs)
 
-    assert fastest(work) == pytest.approx(0.02)
+    assert measuring.fastest(work, 3, clock=lambda: now[0]) == pytest.approx(0.02)
 
 
-def test_a_profile_is_shared_out_whole_and_each_part_where_it_belongs():
+def test_the_first_computation_of_a_product_is_not_timed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(limits, "fastest", lambda call, times: calls.append("timed") or 0.5)
+    monkeypatch.setattr(limits.torch, "mm", lambda *pair, **options: calls.append("computed"))
+    assert limits.own_rate({Product("", "input", 4, 4, 4): 3}, torch.float32) == 2 * 4**3 / 0.5
+    assert calls == ["computed", "timed"]
+
+
+def test_a_profile_is_divided_among_the_parts_without_a_rest():
     weight = torch.randn(400, 400, requires_grad=True)
     optimizer = torch.optim.AdamW([weight])
     query = torch.randn(1, 4, 256, 32)
@@ -141,14 +147,15 @@ def test_a_profile_is_shared_out_whole_and_each_part_where_it_belongs():
     assert any("scaled_dot_product" in name and part == "attention" for name, part in spent.items())
 
 
-def test_a_run_is_measured_from_the_inside(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "SQUARES", (64,))
-    found = limits.measure(tmp_path, "tiny", "fp32", threads=1, steps=2)
+def test_measures_the_steps_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "SQUARES", [Product("square", "input", 64, 64, 64)])
+    arguments = Namespace(precision="fp32", threads=1, workers=0, steps=2, overrides=[])
+    found = limits.measure(tmp_path, "tiny", arguments)
     assert len(found.step) == len(found.loading) == len(found.flops) == len(found.own_rates) == 2
     assert len(found.parts) == limits.PROFILED and min(found.step + found.loading) > 0
     assert found.counted == found.expected > 0
     text = limits.markdown(found, "fp32", 1)
-    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    tables = re.findall(r"(?:^\|.*\|\n)+", text + "\n", re.MULTILINE)
     assert len(tables) == 3
     assert all(line.count("|") == table.split("\n")[0].count("|") for table in tables for line in table.splitlines())
     shares = [float(share) for share in re.findall(r"([\d.]+)% \|$", tables[2], re.MULTILINE)]
@@ -171,16 +178,15 @@ def test_the_fraction_is_of_the_best_square_rate():
 # Growth
 
 
-def test_an_exponent_is_that_of_the_power_at_the_end():
+def test_an_exponent_is_that_of_the_last_points():
     work = [1, 2, 4, 8, 16]
-    assert Series("", work, [9, 9] + [3 * n**1.5 for n in work[2:]]).exponent == pytest.approx(1.5)
-    assert Series("", work, [2.0] * 5).exponent == pytest.approx(0)
+    assert Series("", "", "", work, [9, 9] + [3 * n**1.5 for n in work[2:]]).exponent == pytest.approx(1.5)
+    assert Series("", "", "", work, [2.0] * 5).exponent == pytest.approx(0)
 
 
-def test_growth_draws_its_figure_and_prints_its_table(tmp_path, monkeypatch, capsys):
+def test_growth_draws_its_figure_and_prints_its_table(tmp_path, capsys):
     figure = tmp_path / "docs" / "growth.png"
-    monkeypatch.setattr(sys, "argv", ["growth", "--quick", "--figure", str(figure)])
-    growth.main()
+    growth.main(["--quick", "--figure", str(figure)])
     assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 20_000
     rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 7 and all(len(row) == 7 for row in rows)

@@ -1,5 +1,5 @@
-"""The memory of a model from scratch: what is counted without memory is what real tensors take.
-`sh tests/run.sh tests/test_benchmark_memory.py`"""
+"""benchmarks.memory: what is counted without memory is what real tensors take.
+Run: sh tests/run.sh tests/benchmarks/test_memory.py"""
 
 from __future__ import annotations
 
@@ -11,35 +11,28 @@ from accelerate.state import AcceleratorState
 
 import qwen
 from benchmarks import memory
-from benchmarks.memory import (
-    IMAGE_TOKEN_ID,
-    TINY,
-    kept_for_backward,
-    new_model,
-    saved_bytes,
-    shapes_of,
-    table,
-    weight_items,
-)
+from benchmarks.memory import count_bytes, kept_for_backward, new_model, saved_bytes, shapes_of, weight_items
+from benchmarks.models import IMAGE_TOKEN_ID
 from config import InputError, load_config
 from model.build import checkpoint_activations
 
-RECIPE = load_config(memory.ROOT / "configs" / "from-scratch.yaml")
+RECIPE = load_config(memory.RECIPE)
+TINY = memory.tiny_shapes()
 
 
 @pytest.mark.parametrize("attention", ["causal", "mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_kept_without_memory_is_what_a_real_forward_keeps(attention, checkpointing):
-    """To the byte, however the router shares the tokens out."""
-    shapes = dataclasses.replace(TINY, attention=attention)
+def test_the_count_without_memory_equals_that_of_a_real_forward(attention, checkpointing):
+    """To the byte, wherever the router sends the tokens."""
+    shapes = TINY._replace(model=dataclasses.replace(TINY.model, attention=attention))
     model = new_model(shapes, "cpu")
     lm = model.causal_lm
     if checkpointing:
         checkpoint_activations(model)
     ids = torch.randint(2, 300, (1, shapes.batch * shapes.length), generator=torch.Generator().manual_seed(0))
     for row in range(shapes.batch):
-        ids[0, row * shapes.length : row * shapes.length + shapes.queries] = IMAGE_TOKEN_ID
-    features = torch.randn(shapes.batch, shapes.queries, 64)
+        ids[0, row * shapes.length : row * shapes.length + shapes.image_tokens] = IMAGE_TOKEN_ID
+    features = torch.randn(shapes.batch, shapes.image_tokens, 64)
     found = saved_bytes(lm, ids, [shapes.length] * shapes.batch, features)
     assert found == kept_for_backward(shapes, checkpointing)
     assert found[0] > 0 and (found[1] > 0) == (not checkpointing)
@@ -53,21 +46,21 @@ def test_every_weight_is_in_one_item_and_none_is_allocated():
 
 
 def test_the_recipe_fits_into_eight_gigabytes():
-    """DINOv2-base and the model of 14 layers, batch 4, length 768, optimizer included: as the run has it, with activation
-    checkpointing, which `auto` switches on there. A gigabyte is left for the context and for what does not fit together."""
+    """DINOv2-base and the model of 14 layers, batch 4, length 768, the optimizer, and activation checkpointing, which `auto`
+    switches on there. A gigabyte is left for CUDA's context and for fragmentation."""
     shapes = shapes_of(RECIPE, 4, 768)
-    assert (shapes.sizes["hidden_size"], shapes.sizes["num_hidden_layers"]) == (1024, 14)
-    rows, moments = table(shapes)
-    encoder, *_ = (size for title, size in rows if "encoder" in title)
+    assert (shapes.new.hidden_size, shapes.new.num_hidden_layers) == (1024, 14)
+    items, moments = count_bytes(shapes)
+    encoder, *_ = (size for title, size in items.items() if "encoder" in title)
     assert encoder == pytest.approx(2 * 86.6e6, rel=0.01)  # DINOv2-base in half precision
     with torch.device("meta"):
-        trained = sum(p.numel() for p in qwen.new_language_model(32_000, 0, **shapes.sizes).parameters())
-    assert dict(rows)["AdamW: mean and mean square"] == pytest.approx(8 * trained, rel=0.02)
+        trained = sum(p.numel() for p in qwen.new_language_model(shapes.new, vocab_size=32_000, seed=0).parameters())
+    assert items["AdamW: mean and mean square"] == pytest.approx(8 * trained, rel=0.02)
     assert max(moments["the same with activation checkpointing"], moments["in the optimizer's step"]) < 7 * 2**30
     assert moments["between forward and backward"] > 8 * 2**30, "so activation checkpointing is needed"
 
 
-def test_it_prints_the_table_and_takes_real_steps(capsys):
+def test_prints_the_table_and_takes_real_steps(capsys):
     try:
         assert memory.main(["--tiny", "--measure", "--checkpointing"]) == 0
     finally:
@@ -80,7 +73,7 @@ def test_it_prints_the_table_and_takes_real_steps(capsys):
 def test_mistakes_are_one_message(tmp_path):
     with pytest.raises(InputError, match="no model.from_scratch"):
         memory.main(["--config", str(memory.ROOT / "config.yaml")])
-    with pytest.raises(InputError, match="how to --measure"):
+    with pytest.raises(InputError, match="an option of --measure"):
         memory.main(["--checkpointing"])
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="needs a GPU, or --tiny"):

@@ -1,33 +1,36 @@
-"""The benchmark of training runs, and compares equal work. Run: python -m pytest tests/test_benchmark_training.py"""
+"""benchmarks.training runs and compares equal work. Run: sh tests/run.sh tests/benchmarks/test_training.py"""
 
 import json
 import re
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
 
 import qwen
-from training.run import open_processors, open_qa_file
-from benchmarks.peers import Collator, Meter, Settings, cpu_seconds, samples, sorted_batches
-from benchmarks.training import NAMES, check_losses, largest_differences, markdown, parse_arguments
-from benchmarks.vlm_workload import SHAPES, make_workload, new_tokenizer, record
+from benchmarks import training
+from benchmarks.measuring import cpu_seconds
+from benchmarks.models import SIZES
+from benchmarks.peers import llava_twin, sort_by_length
+from benchmarks.training import NAMES, Meter, check_losses, largest_differences, markdown, parse_arguments
+from benchmarks.workload import new_tokenizer, record, write_workload
 from config import IGNORE_INDEX, load_config
 from dataset.order import SampleOrder
+from training.run import open_model, open_processors, open_qa_file
 from visual.encoders import load_vision_tower
-from visual.processor import load_image_processor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[str, dict, Path]:
-    """What a run of two ways prints, what it adds to its file, and the workload's folder."""
+    """Return what a run of two ways prints, what it appends to its file, and the workload's folder."""
     folder = tmp_path_factory.mktemp("work")
     options = ["--quick", "--precision", "fp32", "--only", "ours,hf", "--workdir", str(folder)]
     command = [sys.executable, "-m", "benchmarks.training", *options, "--append-json", str(folder / "raw.jsonl")]
@@ -41,7 +44,7 @@ def answer(losses: list[float], **values) -> dict:
     return costs | values | {"losses": losses}
 
 
-def test_two_ways_learn_the_same_and_cost_something(finished):
+def test_two_ways_learn_the_same_at_a_cost(finished):
     answers = finished[1]["answers"]
     (ours,), (theirs,) = answers["ours"], answers["hf"]
     assert len(ours["losses"]) == 3 and ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
@@ -52,7 +55,7 @@ def test_two_ways_learn_the_same_and_cost_something(finished):
         assert (one["samples"], one["tokens"], one["targets"]) == (4, ours["tokens"], ours["targets"])
 
 
-def test_the_output_is_a_table_with_the_machine_and_the_losses(finished):
+def test_prints_the_machine_a_table_and_the_losses(finished):
     first, _, head, rule, ours, theirs, _, losses = finished[0].strip().split("\n")
     assert re.search(
         r"\d+ cores, Python 3\.\d+\.\d+, torch .*transformers .*peft .*\d{4}-\d\d-\d\d; workload tiny, ", first
@@ -64,43 +67,53 @@ def test_the_output_is_a_table_with_the_machine_and_the_losses(finished):
     assert re.fullmatch(rf"Losses of 3 steps .*: {re.escape(NAMES['hf'])} \d\.\de-\d\d\.", losses)
 
 
-def test_both_halves_of_the_workload_hold_the_same_numbers(finished):
+def test_the_peer_holds_the_weights_of_the_workload(finished):
     folder = finished[2]
-    whole = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    config = load_config(folder / "config.yaml")
+    whole = llava_twin(open_model(config, "fp32", open_processors(config)).model).get_base_model()
     pairs = [
         (whole.model.vision_tower, load_vision_tower(folder / "tower", dtype=torch.float32).model),
         (whole.model.language_model, qwen.load_language_model(str(folder / "lm"), dtype=torch.float32).model),
     ]
     for theirs, ours in pairs:
         weights = dict(ours.named_parameters())
-        named = dict(theirs.named_parameters())
+        named = {n.replace(".base_layer", ""): p for n, p in theirs.named_parameters() if "lora_" not in n}
         assert named.keys() == weights.keys() and all(torch.equal(named[name], weights[name]) for name in named)
 
 
-def test_a_workload_that_is_there_is_used_again_and_a_smaller_one_is_not(finished):
+def test_a_large_enough_workload_is_used_again(finished):
     folder = finished[2]
     before = (folder / "workload.json").stat().st_mtime_ns
-    make_workload(folder, "tiny", 3)
+    write_workload(folder, "tiny", 3)
     assert (folder / "workload.json").stat().st_mtime_ns == before
-    assert json.loads((folder / "workload.json").read_text())["records"] == 3 * SHAPES["tiny"].batch
+    assert json.loads((folder / "workload.json").read_text())["records"] == 3 * SIZES["tiny"].batch_size
 
 
-def test_the_peers_get_the_pixels_and_the_ids_of_our_batches(finished):
+def test_the_peers_get_the_pixels_and_ids_of_our_batches(finished, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def look(model, read, samples, after_step, **options):
+        raise Seen(read(range(samples)))
+
+    monkeypatch.setattr(training, "train_peer", look)
+    with pytest.raises(Seen) as seen:
+        training.peer(Namespace(workdir=finished[2], precision="fp32", steps=2, warmup=1, workers=0))
+    batch = seen.value.args[0]
+
     config = load_config(finished[2] / "config.yaml")
-    taken, processors = samples(config, 2), open_processors(config)
-    assert len(taken) == 2 * SHAPES["tiny"].batch
+    processors = open_processors(config)
+    pad = processors.tokenizer.pad_token_id
     dataset = open_qa_file(config, processors, config.data.qa_file)
     order = SampleOrder(dataset.kept, config.seed, np.ones(len(dataset.kept)))
-    processor = load_image_processor(finished[2] / "tower")._processor
-    batch = Collator(processor, 7)(taken)
-    lengths = [len(sample.input_ids) for sample in taken]
-    assert batch.attention_mask.sum(dim=1).tolist() == lengths
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert len(lengths) == 2 * SIZES["tiny"].batch_size
     for row, length in enumerate(lengths):
         wanted = dataset[order.at(row)]
-        assert torch.equal(batch.input_ids[row, :length], wanted["input_ids"])
-        assert torch.equal(batch.labels[row, :length], wanted["labels"])
-        assert (batch.input_ids[row, length:] == 7).all() and (batch.labels[row, length:] == IGNORE_INDEX).all()
-        assert torch.equal(batch.pixel_values[row], wanted["pixel_values"][0])
+        assert torch.equal(batch["input_ids"][row, :length], wanted.input_ids)
+        assert torch.equal(batch["labels"][row, :length], wanted.labels)
+        assert (batch["input_ids"][row, length:] == pad).all() and (batch["labels"][row, length:] == IGNORE_INDEX).all()
+        assert torch.equal(batch["pixel_values"][row], wanted.pixel_values[0])
 
 
 def test_the_words_are_one_token_each_and_three_tenths_of_a_sample_are_answers():
@@ -115,18 +128,17 @@ def test_the_words_are_one_token_each_and_three_tenths_of_a_sample_are_answers()
     assert len(tokenizer.encode(" wooden bicycle kitchen")) == 3 and len(tokenizer.encode("assistant")) == 1
 
 
-def test_sorted_batches_are_the_same_samples_with_the_least_padding():
-    chance = np.random.default_rng(0)
-    taken = [{"input_ids": [number] * int(length)} for number, length in enumerate(chance.integers(1, 99, 24))]
-    batches = sorted_batches(taken, 4, seed=1)
-    assert sorted(sample.input_ids[0] for sample in batches) == list(range(24)) and batches != taken
-    lengths = [[len(sample.input_ids) for sample in batches[first : first + 4]] for first in range(0, 24, 4)]
-    in_order = sorted(len(sample.input_ids) for sample in taken)
-    assert sorted(map(sorted, lengths)) == [in_order[first : first + 4] for first in range(0, 24, 4)]
-    assert lengths != sorted(lengths)  # the warm-up must not be all that is short
+def test_sorting_by_length_keeps_the_samples_and_leaves_the_least_padding():
+    lengths = np.random.default_rng(0).integers(1, 99, 24).tolist()
+    order = sort_by_length(lengths, 4)
+    assert sorted(order) == list(range(24)) and order != list(range(24))
+    batches = [[lengths[number] for number in order[first : first + 4]] for first in range(0, 24, 4)]
+    in_order = sorted(lengths)
+    assert sorted(map(sorted, batches)) == [in_order[first : first + 4] for first in range(0, 24, 4)]
+    assert batches != sorted(batches)  # or the warm-up would be all short samples
 
 
-def test_the_time_of_processes_below_counts_while_they_run_and_after():
+def test_the_time_of_child_processes_counts_while_they_run_and_after():
     before = cpu_seconds()
     code = "import time\nwhile time.process_time() < 1: pass\nprint(flush=True)\ninput()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -137,16 +149,19 @@ def test_the_time_of_processes_below_counts_while_they_run_and_after():
 
 
 def test_the_warm_up_is_not_measured():
-    meter = Meter(Settings(Path(), "fp32", steps=3, warmup=1, threads=1, workers=0))
+    meter = Meter(Namespace(steps=3, warmup=1))
     for seconds in (0.3, 0.0, 0.1):
         until = time.process_time() + seconds
         while time.process_time() < until:
             pass
-        meter.step_done()
-    assert 0.09 < meter.cost["cpu"] < 0.29 and meter.cost["wall"] > 0.09
+        assert not meter(1.0)
+    samples = [(None, None, SimpleNamespace(input_ids=[1] * length, labels=[1])) for length in (9, 2, 3)]
+    found = meter.answer(samples)
+    assert 0.09 < found["cpu"] < 0.29 and found["wall"] > 0.09
+    assert (found["samples"], found["tokens"], found["losses"]) == (2, 5, [1.0, 1.0, 1.0])
 
 
-def test_the_speed_is_of_tokens_and_of_the_same_round():
+def test_a_ratio_is_of_tokens_and_of_the_same_round():
     answers = {
         "ours": [answer([1.0]), answer([1.0], cpu=1.0), answer([1.0], cpu=4.0)],
         "hf-sorted": [
@@ -159,19 +174,19 @@ def test_the_speed_is_of_tokens_and_of_the_same_round():
     assert [cell.strip() for cell in row.strip("|").split("|")][5:] == ["2.00", "2.00", "-", "-", "1.00"]
 
 
-def test_losses_that_differ_are_an_error():
+def test_different_losses_are_an_error():
     answers = {"ours": [answer([1.0, 2.0])], "hf": [answer([1.0, 2.000001])], "hf-sorted": [answer([5.0, 5.0])]}
     check_losses(answers)
     assert largest_differences(answers)["hf"] == pytest.approx(1e-6, rel=1e-3)
     for wrong in ([1.0, 2.00002], [1.0, float("nan")]):
         answers["hf"].append(answer(wrong))
-        with pytest.raises(ValueError, match="hf: its losses are up to"):
+        with pytest.raises(ValueError, match="hf: its losses differ from ours"):
             check_losses(answers)
         answers["hf"].pop()
 
 
 @pytest.mark.parametrize("wrong", [["--warmup", "24"], ["--only", "ours-cached"], ["--only", "ours,their"]])
-def test_what_cannot_be_measured_is_refused(wrong, capsys):
+def test_refuses_contradictory_options(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(wrong)
     assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err

@@ -263,7 +263,10 @@ def check_words(record: Record, value: dict) -> None:
 
 
 def strings(value: object) -> list[str]:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    """Return the texts in a raw row. The type and image of a content's part are not text: two text parts are joined."""
+    if isinstance(value, dict):
+        value = [part for key, part in value.items() if key not in ("type", "image")]
+    parts = value if isinstance(value, list) else ()
     return [value] if isinstance(value, str) else [text for part in parts for text in strings(part)]
 
 

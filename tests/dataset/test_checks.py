@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[bytes | dict, str, str]] = {
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
     """Write a project without faults that uses its QA files directly; return the path of its config."""
-    folder = write_project(tmp_path_factory.mktemp("project"), pictures=GOOD + 4).parent
+    folder = write_project(tmp_path_factory.mktemp("project"), images=GOOD + 4).parent
     spoil(folder / "images")
     values = config_values()
     values["data"]["sources"] = []

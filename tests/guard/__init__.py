@@ -1,4 +1,4 @@
-"""Processes that must not reach out: the environment in which Python reads ./sitecustomize.py. For tests of the scripts."""
+"""The environment of a guarded process: Python reads ./sitecustomize.py in it. For tests of the scripts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Who may unpickle: what reads the batches of the loader's workers, which the run itself forked. (Several ranks tell each
-# other Python objects through torch.distributed.distributed_c10d; they need sockets, and are not run under guard.)
+# The modules that may unpickle: the queue from the loader's workers, which the run itself forked. (Several ranks exchange
+# Python objects through torch.distributed.distributed_c10d; they need sockets, and do not run under guard.)
 UNPICKLERS = ["multiprocessing.queues"]
-# Of the home: the cache, and the folder for its settings that matplotlib makes beside it, and leaves empty.
+# In the home folder: the cache, and matplotlib's settings folder, which stays empty.
 HOME_WRITES = (".cache", ".config/matplotlib")
 
 
 def guarded(folder: Path, writes: list[Path], hash_seed: int = 0) -> dict[str, str]:
-    """The environment of a process under guard. Its home, its current folder and its temporary files lie in `folder`; it
-    may write `writes`, /dev (shared memory), temporary files (the loader's workers put sockets there), HOME_WRITES."""
+    """Return the environment of a process under guard. Its home, current folder and temporary files are in `folder`. It may
+    write `writes`, /dev (shared memory), temporary files (the loader's workers put sockets there) and HOME_WRITES."""
     for name in ("home/.config", "temp", "elsewhere"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     own = [folder / "temp", *(folder / "home" / name for name in HOME_WRITES)]
@@ -28,7 +28,7 @@ def guarded(folder: Path, writes: list[Path], hash_seed: int = 0) -> dict[str, s
         "HOME": str(folder / "home"),
         "TMPDIR": str(folder / "temp"),
         "PYTHONHASHSEED": str(hash_seed),
-        "PYTHONDONTWRITEBYTECODE": "1",  # else Python keeps what it compiled beside the code
+        "PYTHONDONTWRITEBYTECODE": "1",  # or Python writes compiled files beside the code
         "OMP_NUM_THREADS": "1",
         "A_SECRET": "do-not-write-this-down",
     }

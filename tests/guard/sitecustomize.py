@@ -1,14 +1,14 @@
-"""A Python that must not reach out: Python itself imports this file when its folder is on PYTHONPATH, in every process that
-inherits the environment. It knows nothing of the project.
+"""Guard a Python process: Python imports this file by itself when its folder is on PYTHONPATH, in every process that inherits
+the environment. It knows nothing of the project.
 
-    GUARD_LOG     a file. What was refused is added to it, one JSON list [what, ...] a line; while nothing was, there is no
-                  such file. Without this variable nothing is guarded.
-    GUARD_WRITES  folders, separated by ":", below which files may be written, made, renamed and removed
+    GUARD_LOG     a file to which each refusal is added, one JSON list [what, ...] per line; it does not exist until
+                  something is refused. Without this variable nothing is guarded.
+    GUARD_WRITES  folders, separated by ":", in which files may be written, created, renamed and removed
     GUARD_PICKLE  modules, separated by ":", that may unpickle objects with a class (plain values need none)
 
-Refused with an error and written down: every address that is looked up, connected to or bound (sockets between processes
-of one machine, AF_UNIX, are free), a path elsewhere, a class in a pickle. An error alone could be caught and passed over.
-Audit hooks see what goes through Python: a library that opens files or sockets in its own C or Rust code is not seen.
+Refused with an error and logged, since an error alone could be caught: every network address that is looked up, connected
+to or bound (AF_UNIX sockets between processes of one machine are allowed), every path elsewhere, every class in a pickle.
+Audit hooks see what goes through Python, not what a library does in its own C or Rust code.
 """
 
 import json
@@ -19,7 +19,7 @@ import sys
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _NET = {"socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"}
 _LOOK_UPS = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo"}
-# event -> the positions of its paths among the arguments, and of the folders' handles that these are relative to
+# event -> positions of its paths among the arguments, and of the folder handles that they are relative to
 _PATHS = {
     "os.rename": ((0, 2), (1, 3)),
     "os.link": ((1, 3),),
@@ -51,13 +51,12 @@ def _guard(log: str, folders: list[str], unpicklers: set[str]) -> None:
 
     def may_write(path: object, folder: int | None = None, follows: bool = False) -> None:
         if isinstance(path, int):
-            return  # it was open already
+            return  # already open
         path = os.fsdecode(path)
         if folder is not None and folder >= 0:
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
-        parent, name = os.path.split(
-            path
-        )  # a link is made, renamed or removed where it lies; what is opened is its target
+        # a link is created, renamed or removed at its own place; opening it opens its target
+        parent, name = os.path.split(path)
         path = os.path.realpath(path) if follows else os.path.join(os.path.realpath(parent), name)
         if path != log and not os.path.join(path, "").startswith(roots):
             refuse("write", path)

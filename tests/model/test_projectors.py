@@ -328,7 +328,7 @@ def test_all_projectors_share_one_feature_cache(trained, project):
 @pytest.fixture
 def unbuilt(tmp_path):
     """A project whose encoder has a grid of 3 x 3 and whose weights are missing, so a refusal must precede reading."""
-    path = write_project(tmp_path, pictures=4)
+    path = write_project(tmp_path, images=4)
     write_clip(tmp_path / "tower", image_size=21)
     for part in ("tower", "lm"):
         (tmp_path / part / "model.safetensors").unlink()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from config import load_config
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen3
-from tests.toy_project import run_training, write_pictures
+from tests.toy_project import run_training, write_images
 from tests.toy_towers import write_clip, write_dinov2, write_siglip, write_siglip2
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ LORA_MODULES = {
 
 def write_raw_data(source: dict, folder: Path) -> dict:
     """Write six records in the source's own format, and return the source with their paths."""
-    write_pictures(folder / "images", 6)
+    write_images(folder / "images", 6)
     if source["format"] == "llava":
         records = [
             {
@@ -99,7 +99,7 @@ def test_the_recipe_from_scratch_trains_all_its_stages(tmp_path):
     image mark at the end, with and without a newline before it, one row with three images."""
     values = yaml.safe_load((ROOT / "recipes" / "from-scratch.yaml").read_text())
     write_dinov2(tmp_path / "tower")
-    write_pictures(tmp_path / "images", 6)
+    write_images(tmp_path / "images", 6)
     texts = [{"text": f"很久以前，有{i}只猫。Once upon a time there were {i} cats."} for i in range(12)]
 
     def talk(question: str, i: int, image: str) -> dict:

@@ -167,7 +167,7 @@ def test_torch_load_is_never_called(tmp_path, monkeypatch):
     """Not in training, resuming or answering."""
     for name in ("load", "save"):
         monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("torch.load or torch.save"))
-    config = write_project(tmp_path, pictures=8)
+    config = write_project(tmp_path, images=8)
     quick = ("train.eval_steps=null", "train.save_steps=1", "train.score_samples=1")
     assert run_training(config, *quick, "train.max_steps=2") == 0
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dataset.batch import Batch, Sample, collate
 from dataset.loader import QADataset
 from model.model import VisionLanguageModel
-from tests.toy_project import run_training, write_pictures, write_project
+from tests.toy_project import run_training, write_images, write_project
 from training import cached_features
 from training.cached_features import CachedEncoder
 from visual.encoders import VisionTower
@@ -57,7 +57,7 @@ def encoder(tmp_path) -> CachedEncoder:
 
 @pytest.fixture
 def images(tmp_path) -> list[Path]:
-    write_pictures(tmp_path / "images", 8)
+    write_images(tmp_path / "images", 8)
     return [tmp_path / "images" / f"{i}.png" for i in range(8)]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from config import InputError
-from tests.toy_project import write_pictures
+from tests.toy_project import write_images
 from tests.toy_towers import write_clip, write_dinov2, write_siglip
 from visual import feature_cache
 from visual.encoders import load_vision_tower
@@ -98,7 +98,7 @@ def cache(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cached_features_equal_the_encoders_bit_for_bit(tmp_path, dtype):
-    write_pictures(tmp_path / "images", 5)
+    write_images(tmp_path / "images", 5)
     encoder = write_clip(tmp_path / "tower")
     tower, processor = load_vision_tower(encoder, dtype=dtype), load_image_processor(encoder)
     paths = sorted((tmp_path / "images").iterdir())
