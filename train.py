@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.check:
             check_stages(config, arguments)
             return 0
-        with open_stages(config, arguments) as stages:  # a config without stages is its own only one
+        with open_stages(config, arguments) as stages:  # without stages: the config itself, once
             for stage in stages:
                 if stopped := train_stage(stage, arguments):
                     return 128 + stopped  # a shell's exit code for a command that a signal ended
@@ -104,10 +104,10 @@ def train(run: Run) -> int:
                 run.log.start_interval()
             if outcome.stop_requested:
                 break
-        else:  # the last evaluation and save take long: a signal may have come since
+        else:  # a signal may also have come during the last evaluation and save
             if not total(run.accelerator, [float(bool(stop))])[0]:
                 return 0
-    return stop.signal or signal.SIGTERM  # on another process if not on this one
+    return stop.signal or signal.SIGTERM  # if this process got no signal, another one did
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -127,7 +127,7 @@ def set_learning_rates(run: Run, factor: float) -> None:
 
 
 def is_due(every: int | None, step: int) -> bool:
-    """Return whether something that happens every so many steps happens after this one. every: None for never."""
+    """Return whether `step` is a multiple of `every`; never if that is None."""
     return every is not None and step % every == 0
 
 

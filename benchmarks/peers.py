@@ -24,6 +24,9 @@ from dataset.batch import Batch
 from model.model import VisionLanguageModel
 from qwen.lora import LINEARS
 
+# transformers imports lazily: load these now, because memory is measured above that of the imports
+LLAVA = transformers.LlavaForConditionalGeneration
+TRAINER: tuple[Any, Any] = transformers.Trainer, transformers.TrainingArguments
 EQUAL = {"max_grad_norm": MAX_GRAD_NORM, "seed": SEED, "train_sampling_strategy": "sequential"}  # to ours
 QUIET = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 Read = Callable[[Sequence[int]], dict[str, Tensor]]
@@ -39,9 +42,7 @@ def llava_twin(ours: VisionLanguageModel, attention: str = "sdpa") -> nn.Module:
         tie_word_embeddings=text.tie_word_embeddings,
     )  # fmt: skip
     with torch.device(tower.device):
-        plain: Any = transformers.LlavaForConditionalGeneration._from_config(
-            config, dtype=tower.dtype, attn_implementation=attention
-        )
+        plain: Any = LLAVA._from_config(config, dtype=tower.dtype, attn_implementation=attention)
     linears = rf".*language_model.*\.({'|'.join(LINEARS)})"
     settings = peft.LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha, target_modules=linears)
     model = peft.get_peft_model(plain, settings)
@@ -76,7 +77,7 @@ def train_peer(
     """
     rows: Any = [{"number": number} for number in range(samples)]
     arguments["remove_unused_columns"] = False
-    classes: tuple[Any, Any] = transformers.Trainer, transformers.TrainingArguments
+    classes = TRAINER
     if use_trl:
         rows, trl = require("datasets").Dataset.from_list(rows), require("trl")
         classes = trl.SFTTrainer, trl.SFTConfig

@@ -1,7 +1,7 @@
 """Samples and batches: what the loader makes and the model takes. Padding or packing is decided here, in `collate`.
 
 Shapes: L tokens, m images of one sample, B rows, M images of the whole batch, N patches an image, Dv the encoder's width,
-H and W the image's sides in pixels.
+H and W the image's sides in pixels. m' and M' count the images whose features are not cached.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sample:
     labels: Tensor  # int64 [L], unshifted; IGNORE_INDEX where nothing is supervised
     pixel_values: Tensor | None  # float32 [m', 3, H, W] of the m' images whose features are not cached
     patch_features: Tensor | None  # [m - m', N, Dv] of the others
-    image_keys: list  # for each image in pixel_values its key in the feature cache
+    image_keys: list  # the feature-cache key of each image in pixel_values
     is_cached: list[bool]  # for each image in reading order, whether its features are used instead of its pixels
     replaced: str | None = None  # which record this one replaces, and why
 
@@ -48,7 +48,7 @@ class Batch:
     lengths: list[int] | None  # packed: tokens of each sample, then of each filler document; None if padded
     pixel_values: Tensor | None  # float32 [M', 3, H, W] of images that are not cached, in reading order
     patch_features: Tensor | None  # [M - M', N, Dv] of cached images, in reading order
-    image_keys: list  # for each image in pixel_values its key in the feature cache
+    image_keys: list  # the feature-cache key of each image in pixel_values
     is_cached: list[bool]  # [M]
     images_in_sample: list[int]  # how many images each sample has
     ids: list[str]  # the records' names
@@ -82,7 +82,7 @@ class Batch:
         return max(self.lengths) if self.lengths is not None else self.input_ids.shape[1]
 
     def split(self, pieces: int) -> Iterator[Batch]:
-        """Yield `pieces` smaller batches (fewer if there are fewer samples) of consecutive samples, as `collate` would make
+        """Yield at most `pieces` smaller batches of consecutive samples, as `collate` would make
         them. Messages about replaced records are dropped: the whole batch has reported them."""
         if pieces == 1:
             yield self
@@ -97,9 +97,11 @@ class Batch:
         if self.lengths is None:
             assert self.attention_mask is not None
             lengths = self.attention_mask.sum(dim=1).tolist()
-            ids, labels = ([row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in self._token_rows())
+            ids, labels = (
+                [row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (self.input_ids, self.labels)
+            )
         else:
-            ids, labels = (row[0].split(self.lengths) for row in self._token_rows())
+            ids, labels = (row[0].split(self.lengths) for row in (self.input_ids, self.labels))
         flags = iter(self.is_cached)
         is_cached = [list(itertools.islice(flags, count)) for count in self.images_in_sample]
         num_cached = [sum(sample) for sample in is_cached]
@@ -140,9 +142,6 @@ class Batch:
         """Return the batch with its tensors in pinned memory. DataLoader calls this method when pin_memory is set."""
         pinned: dict[str, Any] = {n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **pinned)
-
-    def _token_rows(self) -> tuple[Tensor, Tensor]:
-        return self.input_ids, self.labels
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int, packed: bool = False) -> Batch:

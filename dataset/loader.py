@@ -142,8 +142,8 @@ def make_loader(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Without a generator of its own, each new iterator would draw its seed from the global one, and dropout's random
-        # numbers would depend on how often a loader was opened.
+        # Without its own generator, each new iterator would draw a seed from torch's global one, and whatever uses that
+        # would depend on how often a loader was opened.
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=obey_parent_only,
     )
@@ -154,7 +154,7 @@ def make_loader(
         except StopIteration:
             return
         except (ConnectionError, EOFError):
-            # A batch is fetched from the memory of the worker that made it, and that worker was killed. torch's signal
+            # The worker that made this batch was killed before the batch was fetched from its memory. torch's signal
             # handler raises its own, clearer error during this wait, once the process is gone.
             time.sleep(5)
             raise

@@ -40,7 +40,7 @@ class Request(NamedTuple):
 
 
 class PromptEncoder(Protocol):
-    """What an Answerer needs of a `ChatFormat`."""
+    """The part of `ChatFormat` that an Answerer uses."""
 
     def encode_prompt(self, turns: Sequence[tuple[str, Sequence[Any]]]) -> list[int]: ...
 

@@ -118,7 +118,7 @@ def build_model(
     qwen.attach_tokenizer(lm, processors.tokenizer)
 
     generator_state = torch.get_rng_state()
-    torch.manual_seed(seed)  # the first weights of the projector and LoRA depend on the seed and nothing else
+    torch.manual_seed(seed)  # the initial weights of the projector and LoRA depend on the seed and nothing else
     projector = build_projector(
         settings.projector,
         in_features=tower.hidden_size,
@@ -150,7 +150,7 @@ def build_model(
 
 def checkpoint_activations(model: VisionLanguageModel) -> None:
     """Make the backward pass recompute each layer of the language model instead of keeping its activations."""
-    with warnings.catch_warnings():  # this method's newer name is not in every version 5
+    with warnings.catch_warnings():  # the newer name of this method is missing in some 5.x versions
         warnings.simplefilter("ignore", FutureWarning)
         model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -163,7 +163,7 @@ def read_pixels(image_processor: ImageProcessor, path: Path) -> torch.Tensor:
 def resolve_precision(word: str, device: torch.device) -> str:
     """Resolve `auto` to bf16 where the device computes in it natively, else fp16 on a GPU, else fp32.
 
-    Raises InputError for a precision that the device lacks.
+    Raises InputError for fp16 without a GPU.
     """
     native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     if word == "auto":

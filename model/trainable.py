@@ -21,7 +21,7 @@ from model.model import VisionLanguageModel
 
 @dataclass(frozen=True)
 class WeightOrigins:
-    """Which weights are random, released or trained. The builder returns it; the checkpoint saves by it.
+    """Which weights are random, released or trained. The builder returns it; it decides what a checkpoint stores.
 
     random: the parts (projector, language_model, embeddings) whose weights nothing has trained yet.
     trained: part (language_model, vision_tower) -> names of its parameters that differ from the released ones, without
@@ -83,7 +83,8 @@ def set_trainable(model: VisionLanguageModel, trainable: TrainableConfig) -> Non
     """Freeze everything, then enable what `trainable` names; what trains becomes float32.
 
     `lora` needs `add_lora` first. `language_model: full` means its layers, its final norm and an untied head. Its input
-    embeddings, and a head tied to them, are the part `embeddings`. Raises InputError if a part has fewer than N layers.
+    embeddings, and a head tied to them, are the part `embeddings`. Raises InputError if a part has fewer layers than
+    its top:N.
     """
     model.requires_grad_(False)
     if trainable.vision_tower.kind != "frozen":
@@ -123,7 +124,7 @@ def trainable_parameters(model: VisionLanguageModel) -> dict[str, list[nn.Parame
 
 
 def param_groups(model: VisionLanguageModel, train: TrainConfig) -> list[dict]:
-    """Return optimizer groups, one or two a part: {"name": the rate's config key, "lr", "weight_decay", "params"}.
+    """Return optimizer groups, one or two per part: {"name": the rate's config key, "lr", "weight_decay", "params"}.
 
     Vectors (biases, norms) are not decayed. Every trainable parameter is in exactly one group.
     """

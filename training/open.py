@@ -47,7 +47,7 @@ from training.step import Stepper
 def open_run(config: Config, arguments: argparse.Namespace) -> Iterator[Run | None]:
     """Yield the run of `config`, ready to train from its position; None if it is finished already.
 
-    arguments: train.py's command line. Its folder is locked until the context ends. Raises InputError with everything
+    arguments: train.py's command line. The run's folder is locked until the context ends. Raises InputError with everything
     that is wrong.
     """
     accelerator, precision = _start_accelerator(config)
@@ -99,7 +99,8 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
     )
     if accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise InputError(
-            f"{accelerator.distributed_type} is not supported: launch with torchrun, without FSDP or DeepSpeed."
+            f"{accelerator.distributed_type} is not supported: launch with torchrun, not with accelerate's FSDP or "
+            "DeepSpeed; train.fsdp shards the weights."
         )
     train = config.train
     # reject a step that cannot be shared evenly before anything is opened
@@ -135,7 +136,7 @@ def _assemble(
         with findings.collect():
             flash = attention(config, accelerator.device, precision)
             built = open_model(config, precision, processors, resume_from, attention_name(flash))
-            router_loss_factor(config, built.model)
+            router_loss_factor(config, built.model)  # raises for a coefficient without experts
     findings.stop()
     assert built is not None and flash is not None and left_out is not None
     run = _run(config, accelerator, precision, built, left_out)

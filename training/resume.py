@@ -34,7 +34,7 @@ from training.run import Run
 from training.sharding import gathered_for_saving
 from training.state import Position, load_state, save_state, state_bytes
 
-# what a run writes into its folder, and what is moved when another run takes the folder over
+# the results in a run's folder, which --resume none moves aside
 RUN_FILES = (
     "checkpoint-* best final answers tensorboard wandb metrics.jsonl samples.jsonl skipped.jsonl run.json curves.png"
 ).split()
@@ -106,7 +106,9 @@ def move_aside(folder: Path) -> None:
         old = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
         if not old:
             return
-        number = 1 + max([int(p.name[9:]) for p in folder.glob("previous-*") if p.name[9:].isdigit()], default=0)
+        number = 1 + max(
+            [int(n) for p in folder.glob("previous-*") if (n := p.name.removeprefix("previous-")).isdigit()], default=0
+        )
         aside = folder / f"previous-{number}"
         aside.mkdir()
         for path in old:
@@ -205,7 +207,7 @@ def load_position(run: Run, checkpoint: Path) -> Position:
         )
     scaler, saved = run.accelerator.scaler, state.get("scaler")
     if _keys(saved) != _keys(scaler and scaler.state_dict()):
-        raise InputError(f'{checkpoint / "state.json"}: "scaler" is of another kind of run; use another checkpoint.')
+        raise InputError(f'{checkpoint / "state.json"}: "scaler" does not fit this precision; use another checkpoint.')
     if scaler is not None:
         scaler.load_state_dict(saved)
     print_main(f"resuming from {checkpoint} at step {state['step']} of {run.total_steps}")

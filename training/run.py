@@ -48,7 +48,7 @@ class Run:
     answerer: Answerer
     fingerprint: dict  # what a resumed run must share and the config does not say: data and precision
     is_packed: bool = False
-    encoder: CachedEncoder | None = None  # where features are cached
+    encoder: CachedEncoder | None = None  # None: features are not cached
 
     # set once training starts
     optimizer: AcceleratedOptimizer = field(init=False)
@@ -76,7 +76,9 @@ class Run:
         """Steps of the whole run: the epochs, rounded up to whole steps, or max_steps if that is less."""
         by_epochs = math.ceil(self.config.train.num_train_epochs * self.order.epoch_length / self.samples_per_step)
         limit = self.config.train.max_steps
-        return by_epochs if limit is None else min(limit, by_epochs) if by_epochs else limit
+        if limit is None:
+            return by_epochs
+        return min(limit, by_epochs) if by_epochs else limit  # num_train_epochs 0: max_steps alone
 
     @property
     def datasets(self) -> list[QADataset]:

@@ -1,9 +1,9 @@
 """One model divided among several processes (torch's FSDP2): each holds a part of every weight, gradient and optimizer
 state, and gathers a layer's weights when it needs them.
 
-Gathering is an exchange, so every process must run the same number of forward and backward passes; a process that has no
-micro-batch runs `idle_batch`. Whatever is not training runs inside `gathered_for_inference`. On one process these functions
-leave the model as it is.
+Gathering is an exchange, so every process must run the same number of forward and backward passes (`idle_batch` is a
+batch for a process that has no other). Whatever is not training runs inside `gathered_for_inference`. On one process
+these functions leave the model as it is.
 """
 
 from __future__ import annotations

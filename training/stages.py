@@ -74,7 +74,8 @@ def check_stages(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _unfinished(stages: Stages, chosen: list[int], arguments: argparse.Namespace, ended: list[int]) -> Iterator[Config]:
-    """Yield the config of each chosen stage that is not finished. A stage counts as ended when the next one is asked for."""
+    """Yield the config of each chosen stage that is not finished. A stage's number is added to
+    `ended` when the caller asks for the next stage."""
     is_first = True
     for number in chosen:
         print_main(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")

@@ -27,8 +27,8 @@ from training.processes import total
 
 @dataclass(frozen=True)
 class StepLosses:
-    """The result of `forward_and_backward`. answers and balance are this process's share, the counts those of all
-    processes."""
+    """The result of `forward_and_backward`. `answers` and `balance` are this process's share; `targets` and
+    `replaced` are totals over all processes."""
 
     answers: float  # this process's part of the loss per target
     balance: float  # this process's part of the experts' balance loss
@@ -82,8 +82,8 @@ class Stepper:
             sum(len(batch.replaced) for batch in micro_batches),
         ]
         targets, tokens, replaced = map(int, total(self.accelerator, counts))
-        while (losses := self._try(step, micro_batches, targets, tokens)) is None:
-            pass  # again, in smaller pieces
+        while (losses := self._run_within_memory(step, micro_batches, targets, tokens)) is None:
+            pass  # memory was full: again, in smaller pieces
         return StepLosses(*losses, targets=targets, replaced=replaced)
 
     def clip_and_step(self, losses: StepLosses, stop_requested: bool = False) -> Outcome:
@@ -114,7 +114,9 @@ class Stepper:
             stop_requested=stops > 0,
         )
 
-    def _try(self, step: int, micro_batches: Sequence[Batch], targets: int, tokens: int) -> tuple[float, float] | None:
+    def _run_within_memory(
+        self, step: int, micro_batches: Sequence[Batch], targets: int, tokens: int
+    ) -> tuple[float, float] | None:
         """Run all micro-batches and return this process's share of (loss, balance loss). None if memory was full:
         `pieces` is doubled, and no gradient of the attempt is left."""
         try:
@@ -143,7 +145,8 @@ class Stepper:
         fewer = -(-largest // self.pieces)
         print(
             f"out of memory with {at_once} samples at once: continuing with {fewer} at once, accumulated to the same step. "
-            f"train.per_device_train_batch_size={fewer} avoids the failed attempt.",
+            f"Smaller micro-batches (train.per_device_train_batch_size={fewer}) with as much more accumulation avoid the "
+            "failed attempt.",
             flush=True,
         )
         return None
@@ -154,17 +157,18 @@ class Stepper:
         loss = balance_loss = 0.0
         for i, batch in enumerate(micro_batches):
             micro_batch = i * self.accelerator.num_processes + self.accelerator.process_index
-            for piece, part in enumerate(batch.split(self.pieces)):
-                if not part.num_targets:
+            for number, piece in enumerate(batch.split(self.pieces)):
+                if not piece.num_targets:
                     continue
-                seed_dropout(self.seed, step, micro_batch, *([piece] if self.pieces > 1 else []))
+                # an unsplit micro-batch has the seed that it has in any run
+                seed_dropout(self.seed, step, micro_batch, *([number] if self.pieces > 1 else []))
                 with self.autocast():
-                    losses = self.model(**part.model_inputs(self.accelerator.device, self.encoder))
+                    losses = self.model(**piece.model_inputs(self.accelerator.device, self.encoder))
                 # every target of the step has the same weight, whichever process computes it
                 share = losses.answers * (1.0 / targets)
                 loss += losses.answers.detach().double() / targets
                 if losses.balance is not None:
-                    weight = part.num_tokens / tokens
+                    weight = piece.num_tokens / tokens
                     share = share + losses.balance * (self.balance_factor * weight)
                     balance_loss += losses.balance.detach().double() * weight
                 self.accelerator.backward(share)
@@ -172,6 +176,6 @@ class Stepper:
 
 
 def seed_dropout(seed: int, *place: int) -> None:
-    """Seed dropout for one (step, micro-batch): the same numbers on any process and after a resume, with no state to
-    save."""
+    """Seed dropout for one (step, micro-batch[, piece]): the same numbers on any process and after a resume, with no
+    state to save."""
     torch.manual_seed(int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]))

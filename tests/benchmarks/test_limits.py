@@ -1,4 +1,7 @@
-"""What benchmarks.limits and benchmarks.growth count, time and draw. Run: sh tests/run.sh tests/benchmarks/test_limits.py"""
+"""Tests of benchmarks.limits and benchmarks.growth: counts, times, figures.
+
+Run: sh tests/run.sh tests/benchmarks/test_limits.py
+"""
 
 import re
 from argparse import Namespace

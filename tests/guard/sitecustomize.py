@@ -1,5 +1,5 @@
-"""Guard a Python process: Python imports this file by itself when its folder is on PYTHONPATH, in every process that inherits
-the environment. It knows nothing of the project.
+"""Guard a Python process: Python imports this file by itself when its folder is on PYTHONPATH, in every process that
+inherits the environment. It knows nothing of the project.
 
     GUARD_LOG     a file to which each refusal is added, one JSON list [what, ...] per line; it does not exist until
                   something is refused. Without this variable nothing is guarded.

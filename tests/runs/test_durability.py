@@ -592,5 +592,5 @@ def test_a_loss_scaler_of_another_precision_is_refused(opened_run):
     """Only fp16 keeps a scaler, and without its state the run would continue differently."""
     checkpoint = save_at(opened_run, 1)
     change_state(checkpoint, scaler={"scale": 1.0})
-    with pytest.raises(InputError, match='"scaler" is of another kind of run'):
+    with pytest.raises(InputError, match='"scaler" does not fit this precision'):
         resume.load_position(opened_run, checkpoint)
