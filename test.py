@@ -53,20 +53,22 @@ def main(argv: list[str] | None = None) -> int:
     device = PartialState().device
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
-    built = open_model(config, precision, open_processors(config, checkpoint), checkpoint)
+    built = open_model(config, precision, open_processors(config, checkpoint), checkpoint=checkpoint)
     built.model.to(device).eval()
-    answerer = open_answerer(config, built, precision, device)
+    answerer = open_answerer(config, built, precision, device=device)
     title, table = "Answers", ""
     unreadable: list[dict] = []
     if qa is not None:
         title = f"Scores on {qa.path.name}"
-        validation = validate(qa, config, built, precision)
-        rows, table = score_questions(qa, answerer, validation, config, output)
+        validation = validate(qa, config, built, precision=precision)
+        rows, table = score_questions(qa, answerer, validation, config=config, output=output)
     else:
         questions = arguments.question or list(config.test.questions)
-        rows, unreadable = answer_questions(answerer, images, questions, config.test.batch_size, output)
+        rows, unreadable = answer_questions(
+            answerer, images, questions, batch_size=config.test.batch_size, output=output
+        )
     about = f"{len(rows)} answers by {checkpoint}"
-    write_page(output / "answers.html", title, about, rows, unreadable=unreadable, table=table)
+    write_page(output / "answers.html", title, about, rows=rows, unreadable=unreadable, table=table)
     if unreadable and not rows:
         raise InputError(
             f"none of the {len(unreadable)} images can be read; {output / 'unreadable.jsonl'} gives the reasons."
@@ -274,7 +276,7 @@ def validate(qa: QAFile, config: Config, built: Built, precision: str) -> Valida
     if checked.unfit_records:
         count = len(checked.unfit_records)
         print(f"note: {count} records are longer than data.max_length ({limit}) allows; the loss leaves them out")
-    dataset = open_qa_file(config, built, qa.path, checked.unfit_records)
+    dataset = open_qa_file(config, built, qa.path, left_out=checked.unfit_records)
     if not len(dataset.kept):
         raise InputError(f'{qa.path}: no record fits into "data.max_length" ({limit}); allow more.')
     starts = range(0, len(dataset.kept), size)

@@ -58,7 +58,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         refuse_contradictions(config)
         return config
     entries = stage_entries(train.pop("stages"))
-    stages = [_stage(values, entry, i, for_all, folder) for i, entry in enumerate(entries)]
+    stages = [_stage(values, entry, i, overrides=for_all, folder=folder) for i, entry in enumerate(entries)]
     refuse_stage_contradictions(stages)
     for override in for_all:
         apply_override(values, override)

@@ -301,7 +301,7 @@ def refuse_stage_contradictions(stages: Sequence[StageConfig]) -> None:
             )
         lora_of = lora_of or (stage if has_lora else None)
         for other in stages[:i]:
-            _refuse_shared_files(where, config.data, f'stage "{other.name}"', other.config.data)
+            _refuse_shared_files(where, config.data, f'stage "{other.name}"', other=other.config.data)
 
 
 def _refuse_shared_files(where: str, data: DataConfig, other_name: str, other: DataConfig) -> None:

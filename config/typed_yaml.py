@@ -177,15 +177,15 @@ def build(
     for key in values:
         if key not in fields:
             full = f"{where}.{key}" if where else key
-            raise InputError(f'"{full}" is not a key of the config{_nearest_key(key, where, fields, root)}')
+            raise InputError(f'"{full}" is not a key of the config{_nearest_key(key, where, fields, root=root)}')
     built = {}
     for name, f in fields.items():
         full = f"{where}.{name}" if where else name
         if name in values:
-            built[name] = _convert(hints[name], values[name], folder, full, root)
+            built[name] = _convert(hints[name], values[name], folder, where=full, root=root)
             _check_bounds(built[name], f, full)
         elif dataclasses.is_dataclass(hints[name]):
-            built[name] = build(hints[name], {}, folder, full, root)
+            built[name] = build(hints[name], {}, folder, where=full, root=root)
         elif f.default is dataclasses.MISSING:
             raise InputError(f'"{full}" is missing; it has no default, so the config must give it.')
     return cls(**built)
@@ -219,7 +219,7 @@ def _convert(hint: Any, value: Any, folder: Path, where: str, root: type[Datacla
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
         (inner,) = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return None if value is None else _convert(inner, value, folder, where, root)
+        return None if value is None else _convert(inner, value, folder, where=where, root=root)
     if origin is Literal:
         options = typing.get_args(hint)
         if value not in options:
@@ -231,9 +231,9 @@ def _convert(hint: Any, value: Any, folder: Path, where: str, root: type[Datacla
             value = [value]
         if not isinstance(value, list):
             raise InputError(f'"{where}": expected a list, found {kind_of(value)}.')
-        return tuple(_convert(inner, item, folder, f"{where}.{i}", root) for i, item in enumerate(value))
+        return tuple(_convert(inner, item, folder, where=f"{where}.{i}", root=root) for i, item in enumerate(value))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return build(hint, value, folder, where, root)
+        return build(hint, value, folder, where=where, root=root)
     if hint is Trainable:
         if not isinstance(value, str) or not Trainable.WORDS.fullmatch(value):
             raise InputError(f'"{where}": {value!r} is not one of frozen, lora, full, top:N (N >= 1).')

@@ -40,7 +40,7 @@ def open_dataset(
 
 def sample_order(dataset: QADataset, data: DataConfig, *, seed: int, epoch_limit: int | None = None) -> SampleOrder:
     """Return the order in which training reads `dataset`. epoch_limit: samples an epoch has at most."""
-    return SampleOrder(dataset.kept, seed, source_weights(dataset, data)[dataset.kept], epoch_limit)
+    return SampleOrder(dataset.kept, seed, source_weights(dataset, data)[dataset.kept], limit=epoch_limit)
 
 
 def source_weights(dataset: QADataset, data: DataConfig) -> np.ndarray:

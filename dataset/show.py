@@ -69,7 +69,7 @@ def show(config: Config, config_name: str, count: int) -> str:
     path, limit = config.data.qa_file, config.data.max_length
     chat = chat_format(config, processors)
     left_out = check_file(path, chat=chat, max_length=limit, sample_size=0, seed=config.seed).unfit_records
-    dataset = open_qa_file(config, processors, path, left_out)
+    dataset = open_qa_file(config, processors, path, left_out=left_out)
     if not len(dataset.kept):
         raise InputError(f'{path}: no record fits into "data.max_length" ({limit}); allow more.')
     train = config.train
@@ -87,7 +87,7 @@ def show(config: Config, config_name: str, count: int) -> str:
     counts: Counter = Counter()
     batches, shown = [], 0
     for number, (micro, batch) in enumerate(zip(micros, loader, strict=True), start=1):
-        rows = rows_of(batch, keys_of(micro, dataset), dataset, processors, words)[: count - shown]
+        rows = rows_of(batch, keys_of(micro, dataset), dataset, processors=processors, words=words)[: count - shown]
         for row in rows:
             counts.update(row.kinds(words.image_token_id))
         samples = sum(len(row.names) for row in rows)
@@ -107,7 +107,7 @@ def show(config: Config, config_name: str, count: int) -> str:
         + (f"; left out as they do not fit: {len(left_out):,} of {len(dataset):,} records" if left_out else ""),
         "samples": f"the first {shown:,} that training reads, of {order.epoch_length:,} an epoch; seed {config.seed}",
     }
-    return write_page("What the model gets", about, counts, batches)
+    return write_page("What the model gets", about, counts, batches=batches)
 
 
 def vocabulary(processors: Processors) -> Vocabulary:
@@ -166,7 +166,9 @@ def rows_of(
     if lengths is not None:  # positions restart in every document; documents after the samples are filler
         positions = torch.cat([torch.arange(length) for length in lengths])
         is_read = torch.arange(len(positions)) < sum(lengths[: len(names)])
-        return [Row(input_ids[0], labels[0], is_read.long(), positions, images.numpy(), names)]
+        return [
+            Row(input_ids[0], labels[0], is_read.long(), position_ids=positions, images=images.numpy(), names=names)
+        ]
     positions = torch.arange(input_ids.shape[1])  # padding is on the right: positions start at 0 in every row
     assert batch.attention_mask is not None
     tensors = zip(input_ids, labels, batch.attention_mask, strict=True)

@@ -131,7 +131,7 @@ def _adapter(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 
 def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, every_key: bool) -> None:
-    _compare(tensors, targets, path, every_key)
+    _compare(tensors, targets, path, every_key=every_key)
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)

@@ -168,6 +168,29 @@ def test_no_function_takes_more_than_seven_parameters():
     assert long == LIBRARY_SIGNATURES
 
 
+# formulas on tensors, and a plotting helper in matplotlib's style
+POSITIONAL = {"model.fused_lora", "training.curves"}
+
+
+def test_arguments_beyond_the_third_are_named():
+    """In calls of our own functions and classes by their names."""
+    ours = {
+        node.name
+        for tree in modules().values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    } - {"zip"}
+    long = {
+        f"{module} line {node.lineno}: {node.func.id}"
+        for module, tree in modules().items()
+        if not within(module, ["benchmarks"]) and module not in POSITIONAL
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours
+        if len([argument for argument in node.args if not isinstance(argument, ast.Starred)]) > 3
+    }
+    assert long == set()
+
+
 def private_reaches(tree: ast.Module) -> set[str]:
     """Attributes `x._name` of objects other than self, cls and ctx that a class of the repository assigns."""
     return {

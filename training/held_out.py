@@ -42,7 +42,7 @@ def evaluate(run: Run) -> None:
     lines = [f"  {s['question']}  ->  {s['answer']}   (reference: {s['reference']})" for s in samples]
     if run.accelerator.is_main_process:
         tqdm.write("\n".join([f"step {step}: held-out loss {found.loss:.4f}", *lines]))
-    run.log.validation(step, run.epoch(step), found.values, samples)
+    run.log.validation(step, run.epoch(step), found.values, samples=samples)
     if found.loss < run.position.lowest_val_loss:
         run.position.lowest_val_loss = found.loss
         write_best(run, found.loss)

@@ -52,7 +52,7 @@ def open_run(config: Config, arguments: argparse.Namespace) -> Iterator[Run | No
     """
     accelerator, precision = _start_accelerator(config)
     with RunLock(config.output_dir):
-        resume_from, run = _assemble(config, arguments, accelerator, precision)
+        resume_from, run = _assemble(config, arguments, accelerator, precision=precision)
         if arguments.resume == "none":
             move_aside(config.output_dir)
         if arguments.resume != "none" and is_finished(run, resume_from):
@@ -72,7 +72,7 @@ def check_run(config: Config, arguments: argparse.Namespace) -> None:
     Raises InputError with everything that is wrong.
     """
     accelerator, precision = _start_accelerator(config)
-    _assemble(config, arguments, accelerator, precision)
+    _assemble(config, arguments, accelerator, precision=precision)
     print_main("Checked: config, data and model fit together. Nothing was trained.")
     accelerator.free_memory()
 
@@ -135,11 +135,13 @@ def _assemble(
     if processors is not None:
         with findings.collect():
             flash = attention(config, accelerator.device, precision)
-            built = open_model(config, precision, processors, resume_from, attention_name(flash))
+            built = open_model(
+                config, precision, processors, checkpoint=resume_from, attn_implementation=attention_name(flash)
+            )
             router_loss_factor(config, built.model)  # raises for a coefficient without experts
     findings.stop()
     assert built is not None and flash is not None and left_out is not None
-    run = _run(config, accelerator, precision, built, left_out)
+    run = _run(config, accelerator, precision, built=built, left_out=left_out)
     print_main(trainable_table(run.model, config.train))
     print_main(choices_table(apply_speed_choices(run, flash)))
     print_main(
@@ -154,12 +156,12 @@ def _run(
 ) -> Run:
     """Open the data and put the run together. left_out: file -> its records that cannot be used."""
     train, data = config.train, config.data
-    train_set = open_qa_file(config, built, data.qa_file, left_out[data.qa_file])
+    train_set = open_qa_file(config, built, data.qa_file, left_out=left_out[data.qa_file])
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     epoch_limit = None if train.steps_per_epoch is None else train.steps_per_epoch * samples_per_step
     validation_set, validation_records = None, np.empty(0, dtype=np.int64)
     if data.validation_file is not None:
-        validation_set = open_qa_file(config, built, data.validation_file, left_out[data.validation_file])
+        validation_set = open_qa_file(config, built, data.validation_file, left_out=left_out[data.validation_file])
         validation_records = np.random.default_rng(config.seed).permutation(validation_set.kept)
     return Run(
         config=config,
@@ -170,7 +172,7 @@ def _run(
         order=sample_order(train_set, data, seed=config.seed, epoch_limit=epoch_limit),
         validation_set=validation_set,
         validation_records=validation_records,
-        answerer=open_answerer(config, built, precision, accelerator.device),
+        answerer=open_answerer(config, built, precision, device=accelerator.device),
         fingerprint={
             "qa_sha256": file_sha256(data.qa_file),
             "records": len(train_set.kept),

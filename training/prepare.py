@@ -103,7 +103,7 @@ def check_data(
             is_held_out=is_held_out,
             held_out=held_out,
         )
-        lines = _check_sample(config, checked, processors, chat, thorough)
+        lines = _check_sample(config, checked, processors, chat=chat, thorough=thorough)
         if held_out is not None:
             check_leakage(checked, held_out)
         if is_held_out:
@@ -124,8 +124,8 @@ def _check_sample(
     num_images = check_images(checked)
     lengths = None
     if chat is not None and processors is not None:
-        lengths = check_labels(checked, chat, processors.decode, max_length)
-    return [describe(checked, lengths, num_images, max_length) + "\n"] if thorough else []
+        lengths = check_labels(checked, chat, processors.decode, max_length=max_length)
+    return [describe(checked, lengths, num_images, max_length=max_length) + "\n"] if thorough else []
 
 
 def _add_findings(config: Config, checked: Checked, findings: Findings) -> list[str]:

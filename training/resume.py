@@ -258,7 +258,7 @@ def save_checkpoint(run: Run) -> None:
 
     def write(folder: Path) -> None:
         write_model(run, folder)
-        save_state(folder, model, optimizer, state)
+        save_state(folder, model, optimizer, state=state)
 
     def save() -> None:
         room = trained_bytes(model, origins) + state_bytes(model, optimizer)
@@ -284,12 +284,12 @@ def write_model(run: Run, folder: Path) -> None:
 
 def write_final(run: Run, scores: dict | None = None) -> None:
     """Write final/: the trained model, and its scores once they are known."""
-    _write_with(run, "final", "scores.json", scores)
+    _write_with(run, "final", "scores.json", values=scores)
 
 
 def write_best(run: Run, val_loss: float) -> None:
     """Write best/: the model with the lowest held-out loss so far; best.json says at which step."""
-    _write_with(run, "best", "best.json", {"step": run.position.step, "val_loss": val_loss})
+    _write_with(run, "best", "best.json", values={"step": run.position.step, "val_loss": val_loss})
 
 
 def lowest_val_loss(output_dir: Path) -> float:

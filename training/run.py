@@ -133,7 +133,7 @@ def open_model(
         processors,
         settings,
         config.lora,
-        config.train,
+        train=config.train,
         dtype=PRECISIONS[precision],
         seed=config.seed,
         attn_implementation=attn_implementation,
@@ -172,8 +172,8 @@ def open_answerer(config: Config, built: Built, precision: str, device: torch.de
         built.model,
         built.tokenizer,
         chat_format(config, built),
-        functools.partial(read_pixels, built.image_processor),
-        autocast(precision, device),
+        read_pixels=functools.partial(read_pixels, built.image_processor),
+        autocast=autocast(precision, device),
         max_new_tokens=config.test.max_new_tokens,
         num_beams=config.test.num_beams,
     )
@@ -187,7 +187,7 @@ def open_qa_file(
         path,
         config.data,
         chat_format(config, processors),
-        functools.partial(read_pixels, processors.image_processor),
+        read_pixels=functools.partial(read_pixels, processors.image_processor),
         seed=config.seed,
         left_out=left_out,
     )

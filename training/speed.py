@@ -67,14 +67,16 @@ def apply_speed_choices(run: Run, flash: Choice) -> list[Choice]:
         use_liger(model.causal_lm)
     if compiles.is_on:
         folder = config.output_dir / "compiled"
-        if not compile_elementwise(model.language_model, device.type, folder, print_main):
+        if not compile_elementwise(model.language_model, device.type, folder, report=print_main):
             compiles = Choice(compiles.name, "off", "no compiler found")
-    checkpointing = activation_checkpointing(config, run.built, run.train_set, device, run.micro_batch_shape[0])
+    checkpointing = activation_checkpointing(
+        config, run.built, run.train_set, device=device, batch_size=run.micro_batch_shape[0]
+    )
     if checkpointing.is_on:
         checkpoint_activations(model)
     caches, cache = feature_cache(run)
     if cache is not None:
-        run.encoder = CachedEncoder(model, cache, device, autocast(run.precision, device))
+        run.encoder = CachedEncoder(model, cache, device, autocast=autocast(run.precision, device))
         for dataset in run.datasets:
             dataset.find_features = cache.find
     run.is_packed = packs.is_on
@@ -189,8 +191,8 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
     beside = config.data.qa_file.parent
     if word == "auto" and not os.access(beside, os.W_OK):
         return Choice(name, "off", f"{beside} cannot be written"), None
-    folder = cache_folder(config.data.qa_file, tower, run.built.image_processor, dtype)
-    cache = FeatureCache(folder, tower.num_image_tokens, tower.hidden_size, dtype)
+    folder = cache_folder(config.data.qa_file, tower, run.built.image_processor, dtype=dtype)
+    cache = FeatureCache(folder, tower.num_image_tokens, tower.hidden_size, dtype=dtype)
     stored = cache.nbytes if folder.exists() else 0
     size = expected_bytes(sum(map(_count_images, run.datasets)), tower, dtype)
     free = shutil.disk_usage(beside).free

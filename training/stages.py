@@ -46,7 +46,7 @@ def open_stages(config: Config, arguments: argparse.Namespace) -> Iterator[Itera
                 move_aside(folder)
         _learn_tokenizer(stages)
         ended: list[int] = []
-        yield _unfinished(stages, chosen, arguments, ended)
+        yield _unfinished(stages, chosen, arguments, ended=ended)
         on_main(lambda: _publish(config))
     if ended == chosen and chosen[-1] == len(stages) - 1:
         print_main(f"\nthe model that all stages together made: {config.output_dir / 'final'}")

@@ -82,7 +82,7 @@ class Stepper:
             sum(len(batch.replaced) for batch in micro_batches),
         ]
         targets, tokens, replaced = map(int, total(self.accelerator, counts))
-        while (losses := self._run_within_memory(step, micro_batches, targets, tokens)) is None:
+        while (losses := self._run_within_memory(step, micro_batches, targets, tokens=tokens)) is None:
             pass  # memory was full: again, in smaller pieces
         return StepLosses(*losses, targets=targets, replaced=replaced)
 
@@ -120,7 +120,7 @@ class Stepper:
         """Run all micro-batches and return this process's share of (loss, balance loss). None if memory was full:
         `pieces` is doubled, and no gradient of the attempt is left."""
         try:
-            return self._run_micro_batches(step, micro_batches, targets, tokens)
+            return self._run_micro_batches(step, micro_batches, targets, tokens=tokens)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -52,8 +52,15 @@ class Encoder:
     unused: tuple[str, ...]  # prefixes of the parameters that no hidden state depends on
 
 
-_CLIP = Encoder(CLIPVisionModel, "encoder.layers", None, 1, False, ("post_layernorm.",))
-_SIGLIP = Encoder(SiglipVisionModel, "encoder.layers", "post_layernorm", 0, False, ("post_layernorm.", "head."))
+_CLIP = Encoder(CLIPVisionModel, "encoder.layers", None, class_tokens=1, any_size=False, unused=("post_layernorm.",))
+_SIGLIP = Encoder(
+    SiglipVisionModel,
+    "encoder.layers",
+    "post_layernorm",
+    class_tokens=0,
+    any_size=False,
+    unused=("post_layernorm.", "head."),
+)
 _DINO_UNUSED = ("layernorm.", "norm.", "embeddings.mask_token")
 
 # `model_type` in config.json -> family. "clip" and "siglip" are whole checkpoints: only their vision half is loaded.
@@ -63,9 +70,11 @@ ENCODERS: dict[str, Encoder] = {
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
-    "dinov2": Encoder(Dinov2Model, "encoder.layer", "layernorm", 1, True, _DINO_UNUSED),
-    "dinov2_with_registers": Encoder(Dinov2WithRegistersModel, "encoder.layer", "layernorm", 1, True, _DINO_UNUSED),
-    "dinov3_vit": Encoder(DINOv3ViTModel, "model.layer", "norm", 1, True, _DINO_UNUSED),
+    "dinov2": Encoder(Dinov2Model, "encoder.layer", "layernorm", class_tokens=1, any_size=True, unused=_DINO_UNUSED),
+    "dinov2_with_registers": Encoder(
+        Dinov2WithRegistersModel, "encoder.layer", "layernorm", class_tokens=1, any_size=True, unused=_DINO_UNUSED
+    ),
+    "dinov3_vit": Encoder(DINOv3ViTModel, "model.layer", "norm", class_tokens=1, any_size=True, unused=_DINO_UNUSED),
 }
 
 _NAFLEX = (
@@ -101,7 +110,7 @@ class VisionTower(nn.Module):
         self.model = model
         self.hidden_size: int = config.hidden_size
         self.patch_size = _side(config.patch_size, "patch_size in the encoder's config.json")
-        self.image_size = _checked_size(image_size, encoder, config, self.patch_size)
+        self.image_size = _checked_size(image_size, encoder, config, patch_size=self.patch_size)
         self.num_image_tokens = (self.image_size // self.patch_size) ** 2
         self._prefix_tokens = encoder.class_tokens + getattr(config, "num_register_tokens", 0)
         self._encoder = encoder
@@ -241,7 +250,7 @@ def load_vision_tower(
             f"{path}: the weights do not match its config.json: {listed}; "
             "download weights and config.json again from the same source."
         )
-    return VisionTower(model, encoder, feature_layer, image_size)
+    return VisionTower(model, encoder, feature_layer, image_size=image_size)
 
 
 def num_image_tokens(path: str | Path, image_size: int | None = None) -> int:
@@ -250,7 +259,9 @@ def num_image_tokens(path: str | Path, image_size: int | None = None) -> int:
     assert encoder.model.config_class is not None
     config = encoder.model.config_class.from_pretrained(path)
     patch_size = _side(config.patch_size, "patch_size in the encoder's config.json")
-    image_size = _checked_size(image_size or load_image_processor(path).image_size, encoder, config, patch_size)
+    image_size = _checked_size(
+        image_size or load_image_processor(path).image_size, encoder, config, patch_size=patch_size
+    )
     return (image_size // patch_size) ** 2
 
 
