@@ -408,3 +408,7 @@ def test_released_sampling_settings_are_dropped(tmp_path):
         scores[qwen.image_token_id(tokenizer)] = -torch.inf
         prompt = torch.cat([prompt, scores.argmax().view(1, 1)], dim=1)
     assert torch.equal(ids, prompt[:, : ids.shape[1]])
+
+
+def test_every_language_model_has_a_writer():
+    assert set(WRITERS) == set(qwen.LANGUAGE_MODELS)
