@@ -207,3 +207,12 @@ def test_a_chunk_is_as_large_as_allowed_and_at_least_64_tokens(monkeypatch, voca
     assert rows % 64 == 0 and rows >= 64
     assert rows == 64 or 4 * rows * vocabulary <= mib * 2**20
     assert 4 * (rows + 64) * vocabulary > mib * 2**20
+
+
+def test_no_gradient_of_the_heads_size_is_made_while_validating(monkeypatch):
+    """A head that trains has requires_grad under no_grad too."""
+    head, hidden = nn.Linear(8, 100, bias=False), torch.randn(5, 8)
+    expected = summed_cross_entropy(hidden, head, torch.arange(5))
+    monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        assert torch.equal(summed_cross_entropy(hidden, head, torch.arange(5)), expected)
