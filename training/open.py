@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
 
 from config import STAGES_FOLDER, Config, InputError, to_yaml
 from dataprocess.train_tokenizer import learn_if_missing
@@ -94,6 +94,8 @@ def _start_accelerator(config: Config) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no" if precision == "fp32" else precision,
+        # accelerate would divide every loss by ACCELERATE_GRADIENT_ACCUMULATION_STEPS, if the environment sets it
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(config.train.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=str(config.output_dir / "tensorboard")),
     )

@@ -52,6 +52,13 @@ def assert_equal_files(a: Path, b: Path, names) -> None:
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), name
 
 
+def test_accumulation_set_in_the_environment_changes_nothing(whole, project, tmp_path, monkeypatch):
+    """accelerate reads this variable and would divide the gradients by it."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run_training(project, *QUICK, f"output_dir={tmp_path / 'run'}")
+    assert_equal_files(tmp_path / "run" / "final", whole / "final", WEIGHTS)
+
+
 def test_run_folder_holds_the_promised_files(whole):
     logged = rows(whole)
     steps = [row for row in logged if "loss" in row]
