@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,11 +15,15 @@ from config import InputError
 
 T = TypeVar("T")
 
+# how long a process may wait for another: preparing data, verifying images and saving are done by the main process alone,
+# and NCCL's default of ten minutes would end the run
+TIMEOUT = datetime.timedelta(days=2)
+
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Connect the processes that torchrun started, on CPUs too; disconnect them after a normal end."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
     yield
     state.destroy_process_group()
 
@@ -46,7 +51,12 @@ def on_main(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which losses are summed on a device: float64, which Apple's GPUs (MPS) lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def total(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
     """Return each value's sum over all processes."""
-    dtype = torch.float64 if accelerator.device.type != "mps" else torch.float32  # MPS has no float64
-    return accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), reduction="sum").tolist()
+    device = accelerator.device
+    return accelerator.reduce(torch.tensor(values, dtype=sum_dtype(device), device=device), reduction="sum").tolist()

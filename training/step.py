@@ -22,7 +22,7 @@ from dataset.batch import Batch
 from model.model import VisionLanguageModel
 from training.memory import is_out_of_memory, memory_advice
 from training.parallel import clip_grad_norm
-from training.processes import total
+from training.processes import sum_dtype, total
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ class Stepper:
         self, step: int, micro_batches: Sequence[Batch], targets: int, tokens: int
     ) -> tuple[float, float]:
         loss = balance_loss = 0.0
+        dtype = sum_dtype(self.accelerator.device)
         for i, batch in enumerate(micro_batches):
             micro_batch = i * self.accelerator.num_processes + self.accelerator.process_index
             for number, piece in enumerate(batch.split(self.pieces)):
@@ -166,11 +167,11 @@ class Stepper:
                     losses = self.model(**piece.model_inputs(self.accelerator.device, self.encoder))
                 # every target of the step has the same weight, whichever process computes it
                 share = losses.answers * (1.0 / targets)
-                loss += losses.answers.detach().double() / targets
+                loss += losses.answers.detach().to(dtype) / targets
                 if losses.balance is not None:
                     weight = piece.num_tokens / tokens
                     share = share + losses.balance * (self.balance_factor * weight)
-                    balance_loss += losses.balance.detach().double() * weight
+                    balance_loss += losses.balance.detach().to(dtype) * weight
                 self.accelerator.backward(share)
         return float(loss), float(balance_loss)
 
