@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -57,9 +58,15 @@ def how_to_convert(path: str | Path) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main()` and exit with its result. An InputError becomes one line on stderr and exit code 2."""
+    """Run a script's `main()` and exit with its result. An InputError becomes one line on stderr and exit code 2; a closed
+    pipe (`train.py | head`) ends the script as it ends other commands."""
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail again when it flushes stdout at exit
+        sys.exit(141)  # a shell's exit code for SIGPIPE
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

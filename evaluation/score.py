@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -68,8 +69,9 @@ def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
 
 
 def is_correct(answer: str, reference: str) -> bool:
-    """Return whether the two are equal, except for whitespace at the ends."""
-    return answer.strip() == reference.strip()
+    """Return whether the two are equal, except for whitespace at the ends and the form of composed characters: a tokenizer
+    writes NFC, a reference may be in any form."""
+    return unicodedata.normalize("NFC", answer).strip() == unicodedata.normalize("NFC", reference).strip()
 
 
 def swap_images(questions: Sequence[Question], seed: int) -> list[Question | None]:

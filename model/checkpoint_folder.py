@@ -304,8 +304,10 @@ def _beside(path: Path, what: str) -> Path:
 def _remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
-    elif path.exists():
+    elif path.is_dir():
         shutil.rmtree(path)
+    elif path.exists():
+        raise InputError(f"{path}: is a file, where a run makes a temporary folder; move it elsewhere.")
 
 
 def _sha256(path: Path) -> str:

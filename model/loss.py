@@ -30,7 +30,9 @@ def summed_cross_entropy(hidden: Tensor, lm_head: nn.Module, targets: Tensor) ->
         return F.cross_entropy(lm_head(hidden).float(), targets, reduction="sum")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    weight = lm_head.weight if torch.is_grad_enabled() else lm_head.weight.detach()  # no gradient of the vocabulary's size
+    weight = (
+        lm_head.weight if torch.is_grad_enabled() else lm_head.weight.detach()
+    )  # no gradient of the vocabulary's size
     return _ChunkedCrossEntropy.apply(hidden.to(dtype), weight, targets)
 
 

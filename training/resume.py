@@ -107,7 +107,8 @@ def move_aside(folder: Path) -> None:
         if not old:
             return
         number = 1 + max(
-            [int(n) for p in folder.glob("previous-*") if (n := p.name.removeprefix("previous-")).isdigit()], default=0
+            [int(n) for p in folder.glob("previous-*") if (n := p.name.removeprefix("previous-")).isdecimal()],
+            default=0,
         )
         aside = folder / f"previous-{number}"
         aside.mkdir()

@@ -226,6 +226,14 @@ def test_run_script_exits_with_2_and_one_message_on_bad_input(capsys):
         assert ended.value.code == code
 
 
+def test_a_closed_pipe_ends_a_script_without_traceback():
+    code = "from config import run_script; run_script(lambda: print('line\\n' * 100_000))"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first.stdout.readline()
+    first.stdout.close()
+    assert first.stderr.read() == b"" and first.wait() == 141
+
+
 def test_script_prints_one_error_without_traceback(path):
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(path), "train.lora_rl=1e-3"]
     ran = subprocess.run(

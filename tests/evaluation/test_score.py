@@ -62,6 +62,10 @@ def test_the_script_of_a_question_is_its_language(text, language):
     assert question(0, text=text).language == language
 
 
+def test_an_answer_is_correct_in_any_form_of_composed_characters():
+    assert is_correct("café", "cafe\u0301") and is_correct("cafe\u0301", "café") and not is_correct("cafe", "café")
+
+
 def test_an_answer_is_correct_up_to_whitespace_at_the_ends():
     assert is_correct(" red\n", "red") and is_correct("red", " red ")
     assert not is_correct("Red", "red") and not is_correct("red.", "red") and not is_correct("", "red")

@@ -200,3 +200,10 @@ def test_what_an_earlier_run_trained_stays_in_the_checkpoint_if_a_later_run_free
         model = open_model(config, "fp32", open_processors(config), tmp_path / "b" / folder).model
         rebuilt = {name.replace(".base_layer", ""): p for name, p in model.causal_lm.named_parameters()}
         assert all(torch.equal(rebuilt[key], first[key]) for key in first)
+
+
+def test_a_file_in_place_of_a_temporary_folder_is_named_and_kept(tmp_path):
+    (tmp_path / ".final.partial").write_text("mine")
+    with pytest.raises(InputError, match="final.partial: is a file, where a run makes a temporary folder"):
+        write_folder(tmp_path / "final", lambda folder: (folder / "a").write_text("text"))
+    assert (tmp_path / ".final.partial").read_text() == "mine" and not (tmp_path / "final").exists()

@@ -594,3 +594,10 @@ def test_a_loss_scaler_of_another_precision_is_refused(opened_run):
     change_state(checkpoint, scaler={"scale": 1.0})
     with pytest.raises(InputError, match='"scaler" does not fit this precision'):
         resume.load_position(opened_run, checkpoint)
+
+
+def test_a_folder_with_an_odd_number_in_its_name_is_not_counted(tmp_path):
+    (tmp_path / "previous-²").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    resume.move_aside(tmp_path)
+    assert (tmp_path / "previous-1" / "metrics.jsonl").exists()
