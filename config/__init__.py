@@ -6,8 +6,8 @@ A wrong key, a wrong type or a contradiction is an InputError that names the key
 package imports nothing else of the project, and no torch.
 """
 
-from config.errors import InputError, choose, how_to_convert, is_hub_name, nearest, run_script
-from config.load import DEFAULT_CONFIG, changed_keys, load_config, to_yaml
+from config.errors import InputError, choose, how_to_convert, is_hub_name, nearest, printable, run_script, shortened
+from config.load import DEFAULT_CONFIG, changed_keys, load_config, start_differences, to_yaml
 from config.rules import CAPTION_FORMATS, RATE_KEYS, frozen_error, trained_parts
 from config.schema import (
     IGNORE_INDEX,
@@ -51,7 +51,10 @@ __all__ = [
     "is_hub_name",
     "load_config",
     "nearest",
+    "printable",
     "run_script",
+    "start_differences",
+    "shortened",
     "to_yaml",
     "trained_parts",
 ]

@@ -20,6 +20,34 @@ class InputError(Exception):
     """
 
 
+# Control characters (C0, DEL, C1), line and paragraph separators, and those that reorder the text around them.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Return `text` as one line that any terminal can print.
+
+    Control characters, which start escape sequences, characters that reorder text, and unpaired surrogates are written as
+    escapes such as `\\x1b`. lines: keep line ends and tabs.
+    """
+
+    def escaped(match: re.Match) -> str:
+        character = match[0]
+        if lines and character in "\n\t":
+            return character
+        return character.encode("unicode_escape").decode()
+
+    return text if text.isascii() and text.isprintable() else _UNPRINTABLE.sub(escaped, text)
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """Return `text`, or if it has more than `length` characters its beginning and end."""
+    if len(text) <= length:
+        return text
+    begin = length * 3 // 4
+    return f"{text[:begin]} ... ({len(text):,} characters) ... {text[begin - length :]}"
+
+
 def nearest(name: object, options: Iterable[object]) -> str:
     """`; did you mean "x"?` for the option spelled most like `name`, or a full stop."""
     close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
@@ -68,7 +96,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail again when it flushes stdout at exit
         sys.exit(141)  # a shell's exit code for SIGPIPE
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

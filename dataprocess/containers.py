@@ -6,14 +6,15 @@ into memory at once. Each record is one decoded value:
     JSON, parquet   the value itself
     CSV             {column: cell}
     COCO captions   {"image": {...}, "captions": [...]}, or {"annotation": {...}} if its image is not in the file
-    folder          {"picture": path, "text": ...}, without "text" if there is no text file; {"text_file": path} if there
-                    is no image
+    folder          {"picture": path, "text": ...}, without "text" if there is no text file, with a RecordError if it is
+                    not read; {"text_file": path} if there is no image
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import ijson
 
 from config import InputError
+from config.files import open_regular
 from dataset.json_stream import Item, NotJson, stream_json
+from dataset.record import RecordError
 from visual.images import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 PARQUET_ROWS = 64  # decoded at a time; a row with its images may take megabytes
 DEEPEST = 64  # largest depth of nesting in COCO's file; a valid file has four levels
+LONGEST_TOKEN = 1 << 20  # bytes of one string, number or blank in COCO's file
 LONGEST_CELL = 1 << 24  # characters in a cell of a CSV; the standard library's own limit is 128 KiB
 TABLES = (".csv", ".tsv")
 
@@ -99,7 +103,7 @@ def _reader_of(file: Path) -> Callable[[Path], Iterator[Item]]:
     if file.suffix.lower() in TABLES:
         return _csv_items
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             head = opened.read(64)
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; expected a file of raw records.") from None
@@ -111,7 +115,10 @@ def _reader_of(file: Path) -> Callable[[Path], Iterator[Item]]:
 
 def _tables(folder: Path) -> list[Path]:
     """The parquet shards of a folder, sorted by name, or its only CSV; empty for a folder of images."""
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    try:
+        files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror}); make it readable.") from None
     shards = [file for file in files if file.suffix == ".parquet"]
     tables = [file for file in files if file.suffix.lower() in TABLES]
     if not shards and len(tables) > 1:
@@ -149,7 +156,7 @@ def _csv_items(file: Path) -> Iterator[Item]:
     csv.field_size_limit(LONGEST_CELL)
     try:
         # Bytes that are not UTF-8 become half surrogate pairs, which refuse the record instead of the whole file.
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        with io.TextIOWrapper(open_regular(file), "utf-8-sig", errors="surrogateescape", newline="") as opened:
             header = opened.readline()
             opened.seek(0)
             rows = csv.reader(opened, delimiter=max(",\t;", key=header.count))
@@ -192,16 +199,32 @@ def _events(file: Path) -> Iterator[tuple[int, str | None, str, object]]:
     ijson's own prefixes are not used, because their cost grows with the square of the depth.
     """
     depth, key = 0, None
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         _skip_bom(opened)
+        bounded = _Bounded(opened)
         # Numbers as floats: an integer with thousands of digits would end the process (ijson 3.6).
-        for event, value in ijson.basic_parse(opened, use_float=True, multiple_values=True):
+        for event, value in ijson.basic_parse(bounded, use_float=True, multiple_values=True):
+            bounded.left = LONGEST_TOKEN
             depth += (event in ("start_map", "start_array")) - (event in ("end_map", "end_array"))
             if depth > DEEPEST:
                 raise ijson.JSONError(f"nested more than {DEEPEST} deep")
             if depth == 1 and event == "map_key":
                 key = value
             yield depth, key, event, value
+
+
+class _Bounded:
+    """A file that can be read up to `left` bytes further: ijson takes quadratic time for a long string."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.left = file, LONGEST_TOKEN
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ijson.JSONError(f"a text, number or blank of more than {LONGEST_TOKEN:,} bytes")
+        return data
 
 
 def _coco_items(file: Path) -> Iterator[Item]:
@@ -253,15 +276,33 @@ def _folder_items(folder: Path, images: Path) -> Iterator[Item]:
     names = _images(images)
     if not texts and not names:
         raise InputError(f"{folder}: contains no image, .txt, .parquet or .csv file; expected at least one of these.")
+    roots = [os.path.join(os.path.realpath(one), "") for one in (folder, images)]
     stems = {os.path.splitext(name)[0] for name in names}
     entries = [(os.path.splitext(name)[0], name) for name in names] + [(stem, "") for stem in texts.keys() - stems]
     for index, (stem, image) in enumerate(sorted(entries)):
         text = texts.get(stem)
-        value = {"picture": image} if image else {"text_file": str(text)}
+        value: dict[str, object] = {"picture": image} if image else {"text_file": str(text)}
         if image and text:
-            with open(text, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-                value["text"] = opened.read()
+            value["text"] = _text_of(text, roots)
         yield _item(index, value)
+
+
+def _text_of(file: Path, roots: list[str]) -> str | RecordError:
+    """Return the content of a .txt file, or why it is not read. roots: the folders that a link may lead to."""
+    try:
+        if file.is_symlink() and not os.path.realpath(file).startswith(tuple(roots)):
+            detail = f"{file} is a link to {os.path.realpath(file)}, outside its folder; replace the link by a copy."
+            return RecordError("path_outside_folder", detail)
+        with io.TextIOWrapper(open_regular(file), "utf-8-sig", errors="surrogateescape", newline="") as opened:
+            text = opened.read(LONGEST_CELL + 1)
+    except InputError as error:
+        return RecordError("unreadable_text", str(error))
+    except OSError as error:
+        detail = f"{file}: cannot be read ({error.strerror}); make it readable or remove it."
+        return RecordError("unreadable_text", detail)
+    if len(text) > LONGEST_CELL:
+        return RecordError("unreadable_text", f"{file}: more than {LONGEST_CELL:,} characters; shorten it.")
+    return text
 
 
 def _texts(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import orjson
 from tqdm import tqdm
 
-from config import InputError, SourceConfig
+from config import InputError, SourceConfig, printable
 from dataprocess.containers import stream_records
 from dataprocess.detect import reader_for
 from dataprocess.image_paths import Found, ImageFolder, ImageStore, Listings, folder_from
@@ -81,7 +81,7 @@ class Converter:
             size=BATCH if self.verifier else SMALL_BATCH,
         )
         # `disable=None` shows the bar only if stderr is a terminal.
-        progress = tqdm(desc=source.name, unit=" records", delay=2, leave=False, disable=None)
+        progress = tqdm(desc=printable(source.name), unit=" records", delay=2, leave=False, disable=None)
         with progress, _garbage_collection_paused():
             for file, first, items in chunks:
                 read = read or reader_for(source, file, items)

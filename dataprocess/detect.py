@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from config import CAPTION_FORMATS, InputError, SourceConfig, choose
+from config import CAPTION_FORMATS, InputError, SourceConfig, choose, shortened
 from dataprocess.readers import CAPTION_COLUMNS, FORMATS, IMAGE_COLUMNS, Draft
 from dataset.json_stream import Item
 
@@ -58,8 +58,9 @@ def detect(source: SourceConfig, file: Path, items: list[Item]) -> str:
     keys = sorted({str(key) for obj in objects for key in obj})
     says = f"could be {' or '.join(sorted(found))}" if found else "is unknown"
     raise InputError(
-        f'source "{source.name}": the format of {file} {says}: its records have the keys {", ".join(keys) or "(none)"}.'
-        f" Set it in data.sources, for example format: {min(found, default='llava')}. Known: {', '.join(FORMATS)}."
+        f'source "{source.name}": the format of {file} {says}: its records have the keys '
+        f"{shortened(', '.join(keys)) or '(none)'}. Set it in data.sources, for example format: "
+        f"{min(found, default='llava')}. Known: {', '.join(FORMATS)}."
     )
 
 
@@ -116,6 +117,6 @@ def _check_columns(source: SourceConfig, file: Path, items: list[Item]) -> None:
     if says and any(name in columns for name in IMAGE_COLUMNS):
         return
     raise InputError(
-        f'source "{source.name}": {file} has the columns {", ".join(columns) or "(none)"}; expected one of '
+        f'source "{source.name}": {file} has the columns {shortened(", ".join(columns)) or "(none)"}; expected one of '
         f"{', '.join(IMAGE_COLUMNS)}, and question with answer, or one of {', '.join(CAPTION_COLUMNS)}."
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import InputError
+from config.files import publish, remove_partials
 from dataset.record import RecordError
 from visual.images import ImageError, image_suffix
 
@@ -76,7 +77,6 @@ class ImageStore:
     def write_placed(self) -> None:
         """Write the placed images, except for files that exist already."""
         if self._placed:
-            self.is_used = True
             for name, data in self._placed.items():
                 self._write(name, data)
             self._placed.clear()
@@ -86,13 +86,14 @@ class ImageStore:
         self._placed.clear()
 
     def _write(self, name: str, data: bytes) -> None:
-        path, aside = f"{self.folder}/{name}", f"{self.folder}/.{name}.{os.getpid()}"
+        path = f"{self.folder}/{name}"
         try:
-            os.makedirs(self.folder, exist_ok=True)
+            if not self.is_used:
+                os.makedirs(self.folder, exist_ok=True)
+                remove_partials(self.folder)
+                self.is_used = True
             if not os.path.exists(path) or os.path.getsize(path) != len(data):
-                with open(aside, "wb") as file:
-                    file.write(data)
-                os.replace(aside, path)
+                publish(Path(path), data)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); free space or make it writable.") from None
 

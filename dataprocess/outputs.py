@@ -1,9 +1,14 @@
-"""Output files that are written completely or not at all, and the ids in them."""
+"""Output files that are written completely or not at all and replace only files of data preparation, and the ids in them."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from config import InputError
+from config.files import create_partial, open_regular
 
 
 class AsideFile:
@@ -18,8 +23,7 @@ class AsideFile:
         self.lines = 0
         self.bytes = 0
         os.makedirs(self.folder, exist_ok=True)
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}")
-        self._file = open(self._aside, "wb")
+        self._file = create_partial(path)
 
     def write(self, lines: list[bytes]) -> None:
         self.write_terminated(b"".join(line + b"\n" for line in lines))
@@ -33,15 +37,92 @@ class AsideFile:
         """Write everything to disk and give the file its name."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        os.replace(self._file.name, self.path)
         self._file.close()
-        os.replace(self._aside, self.path)
 
     def __enter__(self) -> AsideFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        self._aside.unlink(missing_ok=True)
+        Path(self._file.name).unlink(missing_ok=True)
+
+
+def read_report(report_file: Path) -> dict | None:
+    """Return the report that an earlier preparation wrote; None if there is none, or another kind of file has its name."""
+    try:
+        with open_regular(report_file) as file:
+            report = json.loads(file.read().decode())
+    except (InputError, OSError, ValueError, RecursionError):
+        return None
+    is_ours = (
+        isinstance(report, dict)
+        and {"fingerprint", "read", "kept", "refused"} <= report.keys()
+        and isinstance(report.get("train"), dict)
+    )
+    return report if is_ours else None
+
+
+def write_report(report_file: Path, report: dict) -> None:
+    """Write the report, which replaces an earlier one atomically."""
+    with AsideFile(report_file) as file:
+        file.write([json.dumps(report, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")])
+        file.publish()
+
+
+def outputs_of(report: dict, report_file: Path) -> dict[str, int | None]:
+    """Return the files that preparation wrote, as its report says: absolute path -> bytes, None if it was interrupted.
+
+    The folder may have been moved: paths are also taken relative to the training file, which is beside the report.
+    """
+    sides = [one for side in ("train", "validation") if isinstance(one := report.get(side), dict)]
+    named = {one["file"]: one.get("bytes") for one in sides if isinstance(one.get("file"), str)}
+    replaced = report.get("outputs", list(named))  # a refused preparation wrote none, but keeps older ones
+    if not named or not isinstance(replaced, list):
+        return {}
+    base, is_whole = os.path.dirname(next(iter(named))), report["fingerprint"] is not None
+    return {
+        os.path.abspath(place): size if is_whole and isinstance(size, int) else None
+        for path, size in named.items()
+        if path in replaced
+        for place in (path, os.path.join(report_file.parent, os.path.relpath(path, base)))
+    }
+
+
+def refuse_foreign(report_file: Path, qa_files: Sequence[tuple[str, Path]], refused_file: Path) -> None:
+    """Raise InputError if preparation would replace a file that it did not write, or that was changed since.
+
+    qa_files: (key of the config, its file). Empty files may be replaced.
+    """
+    report = read_report(report_file)
+    for path in (report_file, refused_file):
+        if report is None and _holds_something(path):
+            raise InputError(
+                f"{path}: exists, and was not written by data preparation, which would replace it; move it elsewhere, or "
+                'give another "data.qa_file".'
+            )
+    written = outputs_of(report, report_file) if report else {}
+    for key, path in qa_files:
+        if not _holds_something(path):
+            continue
+        if path.is_dir():
+            raise InputError(f'{path}: is a folder; set "{key}" to a file.')
+        if os.path.abspath(path) not in written:
+            raise InputError(
+                f'{path}: exists, and was not made from "data.sources", so it is not replaced. To use it as it is, remove '
+                f'"data.sources". To make a file from them, move this one elsewhere, or give another "{key}".'
+            )
+        size, found = written[os.path.abspath(path)], os.path.getsize(path) if path.exists() else 0
+        if size not in (None, found):
+            raise InputError(
+                f"{path}: was changed after it had been made: it has {found:,} bytes, and {report_file} says "
+                f'{size:,}. To keep the changes, remove "data.sources". To make it again, remove the file.'
+            )
+
+
+def _holds_something(path: Path) -> bool:
+    """Return whether there is anything at `path` but an empty file."""
+    return os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.stat().st_size > 0)
 
 
 class UniqueNames:

@@ -20,12 +20,13 @@ import json
 import os
 from pathlib import Path
 
-from config import DEFAULT_CONFIG, Config, DataConfig, InputError, SourceConfig, load_config, run_script
+from config import DEFAULT_CONFIG, Config, DataConfig, InputError, SourceConfig, load_config, printable, run_script
+from config.files import remove_partials
 from dataprocess.containers import stamps
 from dataprocess.convert import Converter
 from dataprocess.detect import check_format
 from dataprocess.image_paths import ImageStore, modified_ns
-from dataprocess.outputs import AsideFile
+from dataprocess.outputs import AsideFile, read_report, refuse_foreign, write_report
 from dataprocess.report import Tally, summary
 from dataprocess.split import TRAIN, VALIDATION, Split
 from dataprocess.verify_images import ImageVerifier
@@ -48,30 +49,39 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
     Report: "read", "kept", "refused" (raw records), "by_source" (the same three), "by_reason", "repairs" (rule -> kept
     records that needed it), "train" and "validation" ({"file", "records", "bytes"}), "image_folders" (folder ->
     modification time, so that a later run sees added and removed images; the output folders are left out, because this
-    run changes them), "fingerprint" (null if the run was refused).
+    run changes them), "fingerprint" (null if the run was refused or killed; "outputs" then lists the files among "train"
+    and "validation" that preparation wrote or was about to write).
+
+    Only files that an earlier preparation wrote are replaced, which its report tells: one that a user wrote or changed is
+    refused before any work begins. Partial files that a killed preparation left are removed.
 
     Raises InputError for settings or files that cannot be used, and if more than the fraction `data.max_refused` of the
     raw records was refused. In that case the report and the list of refused records are written, but no QA file.
     """
-    outputs = {TRAIN: Path(data.qa_file)}
+    outputs, keys = {TRAIN: Path(data.qa_file)}, ["data.qa_file", "data.validation_file"]
     if data.validation_file:
         outputs[VALIDATION] = Path(data.validation_file)
     report_file, refused_path = outputs[TRAIN].with_suffix(".report.json"), outputs[TRAIN].with_suffix(".refused.jsonl")
     for source in data.sources:
         _check_source(source, [*outputs.values(), report_file, refused_path])
     fingerprint = _fingerprint(data, seed, outputs)
+    finished = _finished(report_file, fingerprint)
+    if finished is None:
+        refuse_foreign(report_file, list(zip(keys, outputs.values(), strict=False)), refused_path)
     os.makedirs(outputs[TRAIN].parent, exist_ok=True)
     with contextlib.ExitStack() as stack:
         verifier = None
         if data.verify_images:
             verifier = stack.enter_context(ImageVerifier(outputs[TRAIN].with_suffix(".images.sqlite")))
-        finished = _finished(report_file, fingerprint)
         if finished and not _problem(finished, data.max_refused, refused_path):
             if images_may_change or not (_images_changed(finished) or (verifier and verifier.changed())):
                 return finished
 
+        written = [*outputs.values(), refused_path, report_file]
+        for folder in {path.parent for path in written}:
+            remove_partials(folder, *(path.name for path in written))
         files = {side: stack.enter_context(AsideFile(path)) for side, path in outputs.items()}
-        refused_file, report_aside = (stack.enter_context(AsideFile(path)) for path in (refused_path, report_file))
+        refused_file = stack.enter_context(AsideFile(refused_path))
         tally = Tally(source.name for source in data.sources)
         store = ImageStore(outputs[TRAIN].with_suffix(".images"))
         converter = Converter(
@@ -92,14 +102,15 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
         if store.is_used:
             report["image_folders"][store.folder] = modified_ns(store.folder)
         problem = _problem(report, data.max_refused, refused_path)
-        report["fingerprint"] = None if problem else fingerprint
-        report_aside.write([json.dumps(report, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")])
-        # An interrupt from here on must not leave a report that fits only some of the files.
-        report_file.unlink(missing_ok=True)
-        for file in [refused_file, report_aside] if problem else [*files.values(), refused_file, report_aside]:
+        # A kill from here on leaves a report that does not count as finished, and says which files are ours.
+        ours = [str(path) for path in outputs.values() if not problem or path.exists()]
+        write_report(report_file, report | {"fingerprint": None, "outputs": ours})
+        for file in [refused_file] if problem else [*files.values(), refused_file]:
             file.publish()
-    if problem:
-        raise InputError("\n  ".join([problem, *tally.examples_by_reason(TOP_REASONS)]))
+        if problem:
+            raise InputError("\n  ".join([problem, *tally.examples_by_reason(TOP_REASONS)]))
+        report["fingerprint"] = fingerprint
+        write_report(report_file, report)
     return report
 
 
@@ -144,11 +155,8 @@ def _fingerprint(data: DataConfig, seed: int, outputs: dict[str, Path]) -> str:
 
 def _finished(report_file: Path, fingerprint: str) -> dict | None:
     """The report of an earlier run with the same settings and annotation files, if its output files are unchanged."""
-    try:
-        report = json.loads(report_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(report, dict) or report.get("fingerprint") != fingerprint:
+    report = read_report(report_file)
+    if report is None or report["fingerprint"] != fingerprint:
         return None
     written = [report[side] for side in (TRAIN, VALIDATION) if side in report]
     whole = all(os.path.isfile(one["file"]) and os.path.getsize(one["file"]) == one["bytes"] for one in written)
@@ -170,7 +178,7 @@ def prepare_from_config(config: Config, images_may_change: bool = False) -> dict
         from demo.draw import is_complete, make_demo  # here because only the demo needs its imports
 
         if not is_complete(data.demo_folder):
-            print(f"drawing the demo's images into {data.demo_folder}", flush=True)
+            print(printable(f"drawing the demo's images into {data.demo_folder}"), flush=True)
             make_demo(data.demo_folder)
     if not data.sources:
         return None
@@ -187,7 +195,8 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     for each in [stage.config for stage in config.train.stages] or [config]:
         report = prepare_from_config(each)
-        print(summary(report) if report else f"data.sources is empty; {each.data.qa_file} is used as it is")
+        text = summary(report) if report else f"data.sources is empty; {each.data.qa_file} is used as it is"
+        print(printable(text, lines=True))
 
 
 if __name__ == "__main__":

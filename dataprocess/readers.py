@@ -171,10 +171,13 @@ def read_csv(obj: dict, index: int) -> Draft:
 
 
 def read_folder(obj: dict, index: int) -> Draft:
-    """An image with the text of the .txt file of the same name: {"picture": path, "text": ...}."""
+    """An image with the text of the .txt file of the same name: {"picture": path, "text": ...}. A text may be the
+    RecordError that reading the file gave."""
     image, text = obj.get("picture"), obj.get("text")
     if not isinstance(image, str):
         raise RecordError("missing_image", f"{obj.get('text_file')}: no image of that name beside it.")
+    if isinstance(text, RecordError):  # it could not be read
+        raise text
     if not isinstance(text, str):
         raise RecordError("no_answer", f"{image}: no .txt file of that name beside it.")
     return Draft(image, [image], [_caption(text.strip(), index)])

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from config import printable, shortened
 from dataprocess.split import TRAIN, VALIDATION
-from dataset.record import encode_refused_row
+from dataset.record import LONGEST_ID, encode_refused_row
 
 EXAMPLES = 3  # examples of each reason in the message about too many refusals
 
@@ -39,8 +40,8 @@ class Refusal(NamedTuple):
 
     def __str__(self) -> str:
         place = f"line {self.line}" if self.line else f"item {self.position}"
-        name = "" if self.id is None else f' ("{self.id}")'
-        return f"{os.path.basename(self.file)} {place}{name}: {self.detail}"
+        name = "" if self.id is None else f' ("{shortened(str(self.id), LONGEST_ID)}")'
+        return printable(f"{os.path.basename(self.file)} {place}{name}: {self.detail}")
 
 
 class Tally:

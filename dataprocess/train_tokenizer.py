@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from config import Config, InputError, load_config, run_script
+from config import Config, InputError, load_config, printable, run_script
+from config.files import open_regular, partial_folder, remove_partials
 from dataprocess.process_image import prepare_from_config
 from dataset.json_stream import NotJson, stream_json
 from dataset.record import parse_record, parts_of
@@ -110,28 +109,27 @@ def _write(tokenizer: Tokenizer, learned_from: dict, output: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 20,
     }
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    remove_partials(output.parent, output.name)
     try:
-        partial.mkdir(parents=True)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        for name, values in (("tokenizer_config.json", settings), (LEARNED_FROM, learned_from)):
-            (partial / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.rename(output)
+        with partial_folder(output) as partial:
+            tokenizer.save(str(partial / "tokenizer.json"))
+            for name, values in (("tokenizer_config.json", settings), (LEARNED_FROM, learned_from)):
+                (partial / name).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            partial.rename(output)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and _made_of(output) == learned_from:
             return  # another run has written the same tokenizer in the meantime
         raise InputError(
             f"{output}: cannot be written ({error.strerror}); give a new folder on a disk with free space."
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _made_of(folder: Path) -> dict:
     """The files and settings that a tokenizer was made from; empty if this program did not make it."""
     try:
-        found = json.loads((folder / LEARNED_FROM).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open_regular(folder / LEARNED_FROM) as file:
+            found = json.loads(file.read().decode())
+    except (InputError, OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -163,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     by_hand = (arguments.qa, arguments.vocab_size, arguments.output)
     if arguments.config is None and None not in by_hand:
         size = train_tokenizer(arguments.qa, arguments.vocab_size, arguments.output)
-        print(f"{arguments.output}: {size:,} tokens")
+        print(printable(f"{arguments.output}: {size:,} tokens"))
         return 0
     if arguments.config is None or any(value is not None for value in by_hand):
         raise InputError("give either --config FILE, or all of --qa, --vocab-size and --output.")
@@ -176,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     learned = learn_if_missing([stage.config for stage in config.train.stages] or [config])
     if learned is None:
         raise InputError(f"{new.tokenizer}: already exists; remove it to learn it again.")
-    print(f"{new.tokenizer}: {learned:,} tokens")
+    print(printable(f"{new.tokenizer}: {learned:,} tokens"))
     return 0
 
 

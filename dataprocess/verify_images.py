@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import stat
 import time
 import zlib
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from typing import NamedTuple
 
 import PIL
 
-from visual.images import ImageError, image_bytes, verify_image
+from visual.images import RULES, ImageError, image_bytes, verify_image
 
-# Increase the number when the rules of visual.images change. Another version of Pillow may also give other verdicts.
-VERSION = zlib.crc32(f"1, Pillow {PIL.__version__}".encode()) & 0x7FFFFFFF
+# Another version of Pillow may give other verdicts.
+VERSION = zlib.crc32(f"{RULES}, Pillow {PIL.__version__}".encode()) & 0x7FFFFFFF
 
 PATHS_PER_TASK = 8  # enough to make the cost of starting a task small
 PATHS_PER_QUERY = 500
@@ -46,8 +47,8 @@ _Stamp = tuple[int, int]  # size in bytes, modification time in ns
 class ImageVerifier:
     """Verdicts on image files, cached in `cache_file`. A context manager; call its methods from one thread only.
 
-    A cache that is damaged or was not written by this version is replaced. If no file can be written, the cache is in
-    memory. Several processes may share one file.
+    A cache that is damaged or was not written by this version is replaced. If no file can be written, or the name is a
+    link, the cache is in memory. Several processes may share one file.
     """
 
     def __init__(self, cache_file: Path, workers: int | None = None):
@@ -141,6 +142,8 @@ class _Cache:
         self._stale: set[bytes] = set()
         self._committed = time.monotonic()
         try:
+            if os.path.lexists(file) and not stat.S_ISREG(os.lstat(file).st_mode):
+                raise sqlite3.OperationalError("a link or a special file, into which nothing is written")
             self._rows = _connect(file)
             (sound,) = self._rows.execute("PRAGMA quick_check(1)").fetchone()
             if sound != "ok":

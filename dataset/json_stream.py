@@ -8,6 +8,7 @@ never depends on which of the two has read a value.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 import re
@@ -19,12 +20,15 @@ from typing import BinaryIO, NamedTuple
 import orjson
 
 from config import InputError
+from config.files import open_regular
 
 CHUNK_BYTES = 1 << 15  # bytes read at a time; values that fit into the CPU cache are twice as fast as megabytes
+LONGEST_VALUE = 1 << 26  # bytes of a line, characters of a value in a list; a record is text, without its images
 CUTS = 4  # number of positions tried as the end of a record
 
 _space: Callable[[str, int], re.Match] = re.compile(r"[ \t\r\n]*").match  # type: ignore[assignment]  # never None
 _next_object = re.compile(rb'[ \t\r\n]*,[ \t\r\n]*\{[ \t\r\n]*"[^"\\]*"').match  # separator, brace and first key
+_BLANKS = b" \t\r\n"
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _LONG = b"0" * 19
 
@@ -49,21 +53,21 @@ def stream_json(path: str | os.PathLike, offsets: bool = False) -> Iterator[Item
     """Yield the values of a UTF-8 file, JSON Lines or one JSON list. Blank lines and a BOM are skipped.
 
     offsets: also give the offsets of the values of a list; reading a list is then about five times slower.
-    Raises InputError if reading cannot continue: the file does not exist, a list is cut off or malformed, or one object
-    spans several lines.
+    Raises InputError if reading cannot continue: the file does not exist or is not a regular file, a list is cut off or
+    malformed or has a value of more than LONGEST_VALUE characters, or one object spans several lines. A line that cannot be
+    decoded, or is longer than LONGEST_VALUE bytes, gives NotJson.
     """
     try:
-        file = open(path, "rb")
+        file = open_regular(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a JSON Lines file or a JSON list.") from None
     with file:
         start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
         file.seek(start)
-        first = file.read(1)
-        while first and first in b" \t\r\n":
-            first = file.read(1)
+        while (head := file.read(CHUNK_BYTES)) and not head.strip(_BLANKS):
+            pass
         file.seek(start)
-        if first != b"[":
+        if not head.lstrip(_BLANKS).startswith(b"["):
             yield from _line_items(file, start, path)
         elif offsets:
             yield from _exact_list_items(file, offset=start, index=0, path=path)
@@ -93,19 +97,49 @@ def _may_round(data: bytes) -> bool:
     return False
 
 
+class _Skipped(bytes):
+    """An empty line in place of one that is too long. `len` gives its bytes in the file."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def _next_lines(file: BinaryIO) -> list[bytes]:
+    """Read whole lines of about CHUNK_BYTES together. If the last one is longer than LONGEST_VALUE, it is skipped."""
+    data = file.read(CHUNK_BYTES)
+    if data.endswith(b"\n"):
+        return io.BytesIO(data).readlines()
+    rest = file.readline(LONGEST_VALUE)
+    lines = io.BytesIO(data + rest).readlines()
+    if lines and len(lines[-1]) > LONGEST_VALUE:
+        skipped = _Skipped()
+        skipped.size = len(lines[-1])
+        while not rest.endswith(b"\n") and (rest := file.readline(CHUNK_BYTES)):
+            skipped.size += len(rest)
+        lines[-1] = skipped
+    return lines
+
+
 def _line_items(file: BinaryIO, offset: int, path: str | os.PathLike) -> Iterator[Item]:
     index, line = 0, 1  # the next value, the next line
-    while lines := file.readlines(CHUNK_BYTES):
+    while lines := _next_lines(file):
         numbers, offsets = range(line, line + len(lines)), accumulate(map(len, lines), initial=offset)
         try:
-            if _may_round(b"".join(lines)):
+            if isinstance(lines[-1], _Skipped) or _may_round(b"".join(lines)):
                 raise ValueError("left to decode()")
             values = list(map(orjson.loads, lines))
         except ValueError:  # also raised for a blank line
             for number, start, data in zip(numbers, offsets, lines, strict=False):
-                if not data.isspace():
+                if isinstance(data, _Skipped):
+                    reason = NotJson(f"a line of {len(data):,} bytes; at most {LONGEST_VALUE:,} are read.")
+                    yield Item(index=index, line=number, offset=start, value=reason)
+                elif data.isspace():
+                    continue
+                else:
                     yield Item(index=index, line=number, offset=start, value=_line_value(data, index, path))
-                    index += 1
+                index += 1
         else:
             yield from map(_item, zip(count(index), numbers, offsets, values, strict=False))
             index += len(values)
@@ -231,6 +265,8 @@ def _exact_list_items(
             raise stop("text that is not UTF-8")
         if not more:
             raise stop(wrong)
+        if len(window) - at > LONGEST_VALUE:
+            raise stop(f"a value of more than {LONGEST_VALUE:,} characters")
         data = file.read(max(CHUNK_BYTES, len(window) - at))  # at least doubles, so a long value takes linear time
         more = bool(data)
         try:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from config import DataConfig
+from config.files import open_regular
 from dataset.conversation import ChatFormat
 from dataset.loader import QADataset
 from dataset.order import SampleOrder
@@ -50,6 +51,6 @@ def source_weights(dataset: QADataset, data: DataConfig) -> np.ndarray:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    with open(path, "rb") as file:
+    """Return the SHA-256 of a regular file as hex digits."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,17 +27,19 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from config import InputError
+from config import InputError, shortened
 
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant", "text")
+LONGEST_DETAIL, LONGEST_ID = 1000, 200  # characters of a record that a message repeats
 FORMAT_VERSION = "4"  # increase it when the definition of a valid record changes
 
 
 class RecordError(InputError):
-    """An invalid record. `reason` is a short slug for counting, `detail` a sentence for the user."""
+    """An invalid record. `reason` is a short slug for counting, `detail` a sentence for the user, shortened if long."""
 
     def __init__(self, reason: str, detail: str, where: str = ""):
+        detail = shortened(detail, LONGEST_DETAIL)
         super().__init__(f"{where}: {detail}" if where else detail)
         self.reason, self.detail, self.where = reason, detail, where
 
@@ -152,7 +154,7 @@ def check_record(obj: object) -> None:
 def located(error: RecordError, obj: object, where: str) -> RecordError:
     """Return a copy of `error` whose message starts with the place and the id of the decoded JSON object `obj`."""
     name = obj.get("id") if isinstance(obj, dict) and isinstance(obj.get("id"), str | int) else None
-    return RecordError(error.reason, error.detail, f'{where} ("{name}")' if name else where)
+    return RecordError(error.reason, error.detail, f'{where} ("{shortened(str(name), LONGEST_ID)}")' if name else where)
 
 
 def encode_refused_row(
@@ -161,8 +163,10 @@ def encode_refused_row(
     """Encode one refused record as a line of JSON, without the newline.
 
     line: counted from 1, None in a file without lines. The row has "line" if it is given, otherwise "index", from 0.
-    An unpaired surrogate is written as its JSON escape.
+    An unpaired surrogate is written as its JSON escape. A long id or detail is shortened.
     """
+    id = shortened(id, LONGEST_ID) if isinstance(id, str) else id
+    detail = shortened(detail, LONGEST_DETAIL)
     place = {"line": line} if line else {"index": index}
     row = {"source": source, "file": file, **place, "id": id, "reason": reason, "detail": detail}
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
+from config import DEFAULT_CONFIG, Config, InputError, load_config, printable, run_script
+from config.files import publish
 from dataprocess.process_image import prepare_from_config
 from dataset.batch import Batch
 from dataset.checks.records import check_file
@@ -26,7 +27,7 @@ from dataset.order import PackedRow, micro_batches, pack, packed_rows
 from dataset.show_page import Row, Vocabulary, write_page, write_row
 from model.build import Processors
 from qwen import image_token_id
-from training.run import chat_format, open_processors, open_qa_file
+from training.run import chat_format, max_length, open_processors, open_qa_file
 from training.speed import packing
 from training.stages import stage_index
 
@@ -43,10 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output or config.output_dir / "show.html"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8", errors="backslashreplace")  # a path need not be valid text
+        data = page.encode("utf-8", "backslashreplace")  # a path need not be valid text
+        if arguments.output:
+            output.write_bytes(data)
+        else:  # output_dir may be a stranger's
+            publish(output, data)
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}); name another file with --output.") from None
-    print(output)
+    print(printable(str(output)))
     return 0
 
 
@@ -66,7 +71,7 @@ def show(config: Config, config_name: str, count: int) -> str:
     """Return the page of the first `count` samples that a run of `config` trains on, by micro-batch. Packed rows are shown
     whole, so there may be a few more."""
     processors = open_processors(config)
-    path, limit = config.data.qa_file, config.data.max_length
+    path, limit = config.data.qa_file, max_length(config, processors)
     chat = chat_format(config, processors)
     left_out = check_file(path, chat=chat, max_length=limit, sample_size=0, seed=config.seed).unfit_records
     dataset = open_qa_file(config, processors, path, left_out=left_out)

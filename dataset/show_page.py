@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from config import IGNORE_INDEX
+from config import IGNORE_INDEX, printable
 from dataset.html_page import html_page
 
 KINDS = {  # kind of a token -> its meaning
@@ -109,7 +109,7 @@ def write_row(row: Row, vocabulary: Vocabulary) -> str:
     parts, names = [], iter(row.names)
     for number, (begin, end) in enumerate(_samples(row)):
         name, remark = next(names)
-        heading = f"<h3>{html.escape(name)}<span>{html.escape(remark)}</span></h3>"
+        heading = f"<h3>{html.escape(printable(name))}<span>{html.escape(printable(remark))}</span></h3>"
         parts.append(("<hr>" if number else "") + heading + _lengths(Counter(kinds[begin:end])))
         tokens = _tokens(row, kinds=kinds, begin=begin, end=end, vocabulary=vocabulary)
         parts.append(f'<div class="tokens">{"".join(tokens)}</div>')

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError
-from dataset.record import encode_refused_row
+from config import InputError, printable, shortened
+from config.files import publish
+from dataset.record import LONGEST_DETAIL, LONGEST_ID, encode_refused_row
 
 SHOWN = 20  # rows shown for each reason; the full list is in a file
 
@@ -31,7 +31,7 @@ class Place:
 
     def __str__(self) -> str:
         where = f"line {self.line}" if self.line else f"item {self.index}"
-        return f"{where} ({json.dumps(self.id, ensure_ascii=False)})" if self.id else where
+        return f"{where} ({json.dumps(shortened(self.id, LONGEST_ID), ensure_ascii=False)})" if self.id else where
 
 
 class Rows:
@@ -59,7 +59,7 @@ class Rows:
         key = (place.file, reason)
         self.counts[key] += 1
         if self.counts[key] <= SHOWN:
-            self._first.setdefault(key, []).append(printable(f"{place}: {detail}"))
+            self._first.setdefault(key, []).append(printable(f"{place}: {shortened(detail, LONGEST_DETAIL)}"))
 
     def extend(self, other: Rows) -> None:
         """Add the rows of `other`."""
@@ -89,7 +89,7 @@ class Rows:
     def write(self, path: Path) -> None:
         """Write all rows as JSON Lines."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._lines)
+        publish(path, bytes(self._lines))
 
 
 class Findings:
@@ -133,12 +133,3 @@ class Findings:
             + "\n".join(parts)
             + ("\nFix these records or remove them from the file." if self.rows else "")
         )
-
-
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Return `text` as one line that any terminal can print, with control characters and surrogates escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
-    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)

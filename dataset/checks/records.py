@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, printable
 from dataset.checks.findings import Place, Rows
 from dataset.conversation import ChatFormat, TooLong
 from dataset.json_stream import Item, NotJson, stream_json
@@ -87,7 +87,7 @@ def check_file(
     places, id_hashes, content_hashes = array("q"), array("q"), array("q")
     folder = str(path.parent)
     good = 0
-    items = tqdm(stream_json(path), desc=f"checking {path.name}", unit=" records", delay=2, leave=False)
+    items = tqdm(stream_json(path), desc=f"checking {printable(path.name)}", unit=" records", delay=2, leave=False)
     try:
         for item in items:
             checked.read += 1

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.checks.findings import SHOWN, printable
+from config import printable, shortened
+from dataset.checks.findings import SHOWN
 from dataset.checks.records import Checked
 from dataset.checks.sample import Lengths
 from dataset.json_stream import stream_json
 from dataset.language import LANGUAGES
 
 BAR_WIDTH = 36
+LONGEST_NAME = 40  # characters shown of a source or a type
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -51,7 +53,7 @@ def _source_table(checked: Checked) -> list[str]:
             count.text_only,
             *(count.languages[x] for x in LANGUAGES),
         )
-        rows.append((printable(name) or "(none)", *(f"{number:,}" for number in numbers)))
+        rows.append((printable(shortened(name, LONGEST_NAME)) or "(none)", *(f"{number:,}" for number in numbers)))
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         f"  {name:<{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, others, strict=True))
@@ -64,7 +66,8 @@ def _types(checked: Checked) -> list[str]:
     if not named:
         return []
     more = f", and {len(named) - 12} more" if len(named) > 12 else ""
-    return ["  types: " + ", ".join(f"{printable(name)} {count:,}" for name, count in named[:12]) + more]
+    shown = [f"{printable(shortened(name, LONGEST_NAME))} {count:,}" for name, count in named[:12]]
+    return ["  types: " + ", ".join(shown) + more]
 
 
 def _spread(values: np.ndarray, unit: str = "") -> str:
@@ -133,7 +136,7 @@ def refused_rows(path: Path) -> str:
     counts: Counter[str] = Counter()
     for item in stream_json(path) if path.exists() else ():
         row = item.value
-        if not isinstance(row, dict) or not {"reason", "file", "detail"} <= row.keys():
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("reason", "file", "detail")):
             continue  # not written by data preparation
         counts[row["reason"]] += 1
         if counts[row["reason"]] <= SHOWN:

@@ -280,6 +280,19 @@ def test_a_folder_of_images_with_text_files(desk):
     assert desk.prepare(folder)["kept"] == 3
 
 
+@pytest.mark.parametrize("long", ["text", "blank"])
+def test_a_long_text_costs_linear_time_whatever_the_file_is(desk, long):
+    """ijson, which looks for COCO's two lists, takes quadratic time for a long text."""
+    more = f'"a": "{"x" * 3_000_000}", ' if long == "text" else " " * 3_000_000
+    lines = "{" + more + '"text": "A story."}\n'
+    read = list(containers.stream_records(desk.write("a.jsonl", lines), None, limit=None, first_size=9, size=9))
+    assert [item.value["text"] for chunk in read for item in chunk.items] == ["A story."]
+    annotations = json.dumps(coco([{"id": 1, "file_name": "a.jpg"}], [{"image_id": 1, "caption": "A cat."}]))
+    path = desk.write("coco.json", annotations[:-1] + f', {more}"b": 2}}')
+    with pytest.raises(InputError, match=r"coco.json: malformed .*a text, number or blank of more than 1,048,576"):
+        list(containers.stream_records(path, None, limit=None, first_size=9, size=9))
+
+
 def test_a_folder_with_one_table_is_read_as_that_table(desk):
     folder = desk.images("a.jpg", folder="album")
     desk.write("album/labels.csv", "image,text\na.jpg,A cat.\n")

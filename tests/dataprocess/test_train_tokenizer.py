@@ -194,3 +194,13 @@ def test_large_files_are_sampled_with_a_seed(tmp_path, monkeypatch):
     train_tokenizer.train_tokenizer(paths, 290, tmp_path / "tokenizer")
     learned_from = json.loads((tmp_path / "tokenizer" / "learned_from.json").read_text())
     assert learned_from["sample_bytes"] == train_tokenizer.SAMPLE_BYTES
+
+
+def test_a_killed_process_leaves_no_folder_for_good(tmp_path):
+    (tmp_path / ".tokenizer.0123abcd.partial").mkdir()
+    (tmp_path / ".tokenizer.1234").mkdir()  # not ours
+    train_tokenizer.train_tokenizer([write_qa(tmp_path / "qa.jsonl")], 270, tmp_path / "tokenizer")
+    assert sorted(os.listdir(tmp_path)) == [".tokenizer.1234", "qa.jsonl", "tokenizer"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="special file"):
+        train_tokenizer.train_tokenizer([tmp_path / "pipe"], 270, tmp_path / "other")

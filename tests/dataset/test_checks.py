@@ -465,7 +465,10 @@ def test_control_characters_in_a_row_are_escaped(tmp_path):
     rows.add(place, "wrong_type", "is \u202eback\x07.")
     text = rows.text(tmp_path / "all")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e\ud800-\udfff]", text) and text.count("\n") == 2
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "rows.jsonl").symlink_to("mine")  # in a run's folder from a stranger
     rows.write(tmp_path / "rows.jsonl")
+    assert (tmp_path / "mine").read_text() == "precious"
     assert json.loads((tmp_path / "rows.jsonl").read_text("utf-8"))["detail"] == "is \u202eback\x07."
 
 

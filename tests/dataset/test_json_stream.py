@@ -1,5 +1,6 @@
 """JSON files as streams of values. Run: python -m pytest tests/dataset/test_json_stream.py"""
 
+import io
 import json
 import re
 import tracemalloc
@@ -243,6 +244,54 @@ def test_lines_are_numbered_including_invalid_ones(tmp_path):
     assert [type(item.value) for item in items] == [dict, NotJson, NotJson, dict]
     assert json.loads(data[items[3].offset :]) == items[3].value == {"a": "图"}
     assert "UTF-8" in str(items[2].value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 90), max_size=8),
+    chunk=st.sampled_from([1, 7, 40]),
+    end=st.sampled_from(["\n", ""]),
+)
+def test_a_line_that_is_too_long_is_left_out_and_the_others_are_read(tmp_path_factory, sizes, chunk, end):
+    lines = [json.dumps("a" * size) for size in sizes]
+    path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
+    path.write_text("\n".join(lines) + end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset.json_stream, "LONGEST_VALUE", 50)
+        items, error = read(path, chunk)
+    assert not error and [item.line for item in items] == list(range(1, len(lines) + 1))
+    for item, line in zip(items, lines, strict=True):
+        assert item.offset == path.read_text().index(line, item.offset)
+        if len(line) < 50:
+            assert item.value == json.loads(line)
+        elif len(line) > 50:
+            assert isinstance(item.value, NotJson) and "at most 50 are read" in item.value
+
+
+@pytest.mark.parametrize("text", ['[1, "{}"]', '[1, "{}', "[1, {} 2]"])
+def test_a_list_with_a_value_that_is_too_long_ends_there(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(dataset.json_stream, "LONGEST_VALUE", 4000)
+    path = tmp_path / "list.json"
+    path.write_text(text.replace("{}", (" " if "{} " in text else "a") * 9000))
+    items, error = read(path, 500)
+    assert [item.value for item in items] == [1] and "a value of more than 4,000 characters" in error
+
+
+def test_blanks_before_the_first_value_take_linear_time(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(" " * 3_000_000 + "[1]")
+    reads = 0
+
+    class Counted(io.BufferedReader):
+        def read(self, *size: int) -> bytes:
+            nonlocal reads
+            reads += 1
+            return super().read(*size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset.json_stream, "open_regular", lambda path: Counted(io.FileIO(path)))
+        assert [item.value for item in stream_json(path)] == [1]
+    assert reads < 200
 
 
 def test_one_object_over_several_lines_is_a_single_error(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import dataset.qa_file
 import dataset.record
@@ -380,6 +381,30 @@ def test_without_alternatives_every_epoch_uses_the_same_conversation():
     assert {one.at_epoch(0, epoch) for epoch in range(4)} == {one.conversations}
 
 
+LONG = "x" * 50_000
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        {"id": LONG},
+        record(id=LONG, image=[LONG, LONG]),
+        record(id=LONG, conversations=[QUESTION | {"role": LONG}, ANSWER]),
+        record(conversations=[{"role": "user", "content": [{"type": LONG}]}, ANSWER]),
+        record(conversations=[{"role": "user", "content": [{"type": "text", LONG: LONG}]}, ANSWER]),
+        record(conversations={LONG: LONG}),
+        LONG,
+    ],
+)
+def test_a_message_about_a_long_record_is_short(obj):
+    with pytest.raises(RecordError) as error:
+        parse_record(obj, "qa.jsonl line 3")
+    assert len(str(error.value)) < 1500
+    detail = f"{LONG}: no such file."
+    row = encode_refused_row(source="s", file="f", line=1, index=0, id=LONG, reason="missing_image", detail=detail)
+    assert len(row) < 1500 and b"no such file." in row
+
+
 # --- QA files
 
 
@@ -445,6 +470,54 @@ def test_the_index_is_used_unless_it_is_stale(qa_path, monkeypatch):
         patch.setattr(dataset.qa_file, "stream_json", refuse_to_scan)
         with pytest.raises(AssertionError, match="scanned again"):
             QAFile(qa_path)
+
+
+def right_index(path) -> tuple[list[int], list[int], list[str]]:
+    """Return the offsets, positions of sources and sources of a QA file with lines."""
+    ends = np.cumsum([0, *map(len, path.read_bytes().splitlines(keepends=True))])
+    return ends.tolist(), [k % 2 for k in range(7)], ["a", "b"]
+
+
+def write_index(path, offsets: np.ndarray, source_of: np.ndarray, sources: str) -> None:
+    state = path.stat()
+    stamp = {"version": dataset.qa_file.FORMAT_VERSION, "size": str(state.st_size), "mtime_ns": str(state.st_mtime_ns)}
+    metadata = stamp | ({"sources": sources} if sources else {})
+    save_file({"offsets": offsets, "source_of": source_of}, f"{path}.index.safetensors", metadata)
+
+
+wild = st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 1500)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from(["int64", "int64", "int64", "float64", "uint8"]))
+def test_an_index_of_a_stranger_gives_the_right_records_or_one_message(tmp_path_factory, data, dtype):
+    """Its stamp is that of the file, but its numbers are not."""
+    path = tmp_path_factory.mktemp("qa") / "qa.jsonl"
+    write_lines(path, [record(k, source="ab"[k % 2], type="图") for k in range(7)])
+    offsets, source_of, sources = right_index(path)
+    for _ in range(data.draw(st.integers(0, 3))):
+        offsets[data.draw(st.integers(0, 7))] = data.draw(wild)
+    if data.draw(st.booleans()):
+        offsets = sorted(offsets)
+    if data.draw(st.booleans()):
+        source_of[data.draw(st.integers(0, 6))] = data.draw(st.integers(-(2**31), 2**31 - 1) | st.just(2))
+    text = data.draw(st.sampled_from([json.dumps(sources)] * 3 + ["", "[", "{}", "[[], 3]", "[" * 99_999]))
+    shape = data.draw(st.sampled_from([(8,), (8,), (8,), (2, 4), (8, 1)]))
+    write_index(path, np.array(offsets).astype(dtype).reshape(shape), np.array(source_of, np.int32), text)
+    qa = QAFile(path)
+    assert {qa.sources[k] for k in qa.source_of} <= {"a", "b"}
+    for k in range(len(qa)):
+        try:
+            assert qa[k] in expected()
+        except InputError as error:
+            assert f"record {k} is not at the place" in str(error) and "index.safetensors" in str(error)
+
+
+def test_the_right_index_of_a_stranger_is_used(qa_path, monkeypatch):
+    offsets, source_of, sources = right_index(qa_path)
+    write_index(qa_path, np.array(offsets), np.array(source_of, np.int32), json.dumps(sources))
+    monkeypatch.setattr(dataset.qa_file, "stream_json", refuse_to_scan)
+    assert read_all(QAFile(qa_path)) == expected()
 
 
 def test_a_read_only_folder_is_no_obstacle(qa_path):

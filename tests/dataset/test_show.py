@@ -391,8 +391,11 @@ def test_a_record_that_training_leaves_out_is_not_shown(fresh):
 
 
 def test_the_page_is_in_the_runs_folder_and_needs_no_other_file(fresh, capsys):
-    assert show.main(["--config", str(fresh), "--count", "2"]) == 0
     output = fresh.parent / "run" / "show.html"
+    output.parent.mkdir()
+    output.symlink_to("../mine")  # in a run's folder from a stranger
+    assert show.main(["--config", str(fresh), "--count", "2"]) == 0
+    assert not (fresh.parent / "mine").exists()
     assert capsys.readouterr().out.splitlines()[-1] == str(output)
     text = output.read_text(encoding="utf-8")
     for word in ("tower", "lm", "config.yaml", "128 tokens", "16 tokens an image", "28 × 28 pixels", "seed 1"):
