@@ -120,7 +120,8 @@ class Batch:
             )
 
     def model_inputs(self, device: torch.device, encoder: Callable[[Batch], Tensor | None] | None = None) -> dict:
-        """The arguments of `VisionLanguageModel.forward`, on `device`; labels stay on the CPU.
+        """The arguments of `VisionLanguageModel.forward`, on `device`; ids and labels stay on the CPU, where the model reads
+        them without waiting for a GPU.
 
         encoder: returns the images' patch features [M, N, Dv]; None: the model encodes pixel_values itself.
         """
@@ -130,7 +131,7 @@ class Batch:
 
         images = {"pixel_values": move(self.pixel_values)} if encoder is None else {"patch_features": encoder(self)}
         return {
-            "input_ids": move(self.input_ids),
+            "input_ids": self.input_ids,
             "attention_mask": move(self.attention_mask),
             **images,
             "labels": self.labels,

@@ -5,9 +5,11 @@ Knows no model and no encoder: a function that turns an image file into pixel va
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,13 @@ from visual.images import ImageError
 MAX_REPLACEMENTS = 10  # records tried for one sample before all images are taken to be missing
 
 Key = tuple[int, int]  # (epoch, record)
+
+
+class Prepared(NamedTuple):
+    """A sample whose text is encoded and whose images are not read yet."""
+
+    key: Key
+    encoded: Encoded
 
 
 class BadImage(InputError):
@@ -133,13 +142,31 @@ def make_loader(
 ) -> Iterator[Batch]:
     """Yield one batch for each item of `batches`, in that order, for any number of workers.
 
-    An item is a list of (epoch, record) pairs, or the PackedRow of a step. Raises InputError at a batch with a record that
-    cannot be used.
+    An item is a list of (epoch, record) pairs, or the PackedRow of a step: all items are of one kind. The rows of a step
+    depend on the lengths of all its samples, so one worker more encodes the texts, each once, and the others read images.
+    Raises InputError at a batch with a record that cannot be used.
     """
+    items: Iterator = iter(batches)
+    first = next(items, None)
+    if first is None:
+        return
+    items = itertools.chain([first], items)
+    if isinstance(first, PackedRow):
+        steps = (list(rows) for _, rows in itertools.groupby(items, key=lambda row: row.keys))
+        items = itertools.chain.from_iterable(_load(_Rows(dataset), steps, num_workers=min(num_workers, 1)))
+    for batch in _load(_Batches(dataset, pad_token_id, packed), items, num_workers=num_workers, pin_memory=pin_memory):
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _load(dataset: Dataset, items: Iterable, *, num_workers: int, pin_memory: bool = False) -> Iterator[Any]:
+    """Yield `dataset[item]` for each item, in that order, from worker processes."""
     loader = DataLoader(
-        _Batches(dataset, pad_token_id, packed),
-        sampler=batches,
+        dataset,
+        sampler=items,
         batch_size=None,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         pin_memory=pin_memory,
         # Without its own generator, each new iterator would draw a seed from torch's global one, and whatever uses that
@@ -147,43 +174,53 @@ def make_loader(
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=obey_parent_only,
     )
-    found = iter(loader)
-    while True:
+    try:
+        yield from loader
+    except (ConnectionError, EOFError):
+        # The worker that made this item was killed before the item was fetched from its memory. torch's signal handler
+        # raises its own, clearer error during this wait, once the process is gone.
+        time.sleep(5)
+        raise
+
+
+def _unchanged(item: Any) -> Any:
+    """Return the item. DataLoader's own conversion would visit every token."""
+    return item
+
+
+class _Rows(Dataset):
+    """The samples of each of a process's rows of one step, by these rows. An InputError takes the place of the rows, as in
+    `_Batches`."""
+
+    def __init__(self, dataset: QADataset):
+        self.dataset = dataset
+
+    def __getitem__(self, rows: list[PackedRow]) -> list[list[Prepared] | InputError]:
+        keys, count = rows[0].keys, rows[0].rows
         try:
-            batch = next(found)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError):
-            # The worker that made this batch was killed before the batch was fetched from its memory. torch's signal
-            # handler raises its own, clearer error during this wait, once the process is gone.
-            time.sleep(5)
-            raise
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+            prepared = [Prepared(key, self.dataset.encode(key)[1]) for key in keys]
+        except InputError as error:
+            return [error]
+        members = pack([len(sample.encoded.input_ids) for sample in prepared], count)
+        return [[prepared[i] for i in members[row.row]] for row in rows]
 
 
 class _Batches(Dataset):
-    """Batches by their (epoch, record) pairs or by a PackedRow. An InputError is returned, not raised: DataLoader would pass
-    on a worker's exception as a new one whose message is a traceback."""
+    """Batches by their samples. An InputError is returned, not raised: DataLoader would pass on a worker's exception as a
+    new one whose message is a traceback."""
 
     def __init__(self, dataset: QADataset, pad_token_id: int, packed: bool):
         self.dataset, self.pad_token_id, self.packed = dataset, pad_token_id, packed
-        self._keys: list[Key] = []  # of the last PackedRow, and what they encode to
-        self._encoded: list[tuple[Record, Encoded]] = []
 
-    def __getitem__(self, item: list[Key] | PackedRow) -> Batch | InputError:
+    def __getitem__(self, item: list[Key] | list[Prepared] | InputError) -> Batch | InputError:
+        if isinstance(item, InputError):
+            return item
         try:
-            if isinstance(item, PackedRow):
-                samples = self._packed_row(item)
-            else:
-                samples = [self.dataset[key] for key in item]
-            return collate(samples, self.pad_token_id, self.packed)
+            return collate([self._sample(entry) for entry in item], self.pad_token_id, self.packed)
         except InputError as error:
             return error
 
-    def _packed_row(self, item: PackedRow) -> list[Sample]:
-        if self._keys != item.keys:  # the other rows of this step need the same lengths
-            self._keys, self._encoded = item.keys, [self.dataset.encode(key) for key in item.keys]
-        members = pack([len(encoded.input_ids) for _, encoded in self._encoded], item.rows)[item.row]
-        return [self.dataset.read(item.keys[i], *self._encoded[i]) for i in members]
+    def _sample(self, entry: Key | Prepared) -> Sample:
+        if isinstance(entry, Prepared):
+            return self.dataset.read(entry.key, self.dataset.qa[entry.key[1]], entry.encoded)
+        return self.dataset[entry]

@@ -61,11 +61,18 @@ class VisionLanguageModel(nn.Module):
         return self.project(self.patch_features(pixel_values))
 
     def patch_features(self, pixel_values: Tensor) -> Tensor:
-        """[M,3,H,W] -> the tower's features [M,N,Dv], which can be cached while the tower is frozen."""
+        """[M,3,H,W] -> the tower's features [M,N,Dv], which can be cached while the tower is frozen.
+
+        They are what a cache gives back. Within autocast they have its type: a GPU's autocast computes norms in float32, and
+        an encoder that begins with one, such as CLIP, would give features that only a cache in half precision rounds. Their
+        memory is contiguous: the rounding of a product depends on the layout.
+        """
         # training.cached_features moves an idle tower to the CPU; bring it back
         if self.vision_tower.device.type != pixel_values.device.type:
             self.vision_tower.to(pixel_values.device)
-        return self.vision_tower(pixel_values.to(self.vision_tower.model.dtype))
+        features = self.vision_tower(pixel_values.to(self.vision_tower.model.dtype)).contiguous()
+        kind = features.device.type
+        return features.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else features
 
     def project(self, patch_features: Tensor) -> Tensor:
         """[M,N,Dv] -> image_features [M,K,D]."""
@@ -81,7 +88,8 @@ class VisionLanguageModel(nn.Module):
         pixel_values: Tensor | None = None,
         patch_features: Tensor | None = None,
     ) -> Losses:
-        """input_ids, labels [B,L]; labels are unshifted and may stay on the CPU.
+        """input_ids, labels [B,L]; labels are unshifted. Both may stay on the CPU: reading them on a GPU would wait for all
+        queued work.
 
         Padded rows come with attention_mask [B,L]. A packed row (B is 1) comes with the `lengths` of its documents, whose
         first tokens have no label, and with `num_tokens`, how many tokens are read before the filler.

@@ -45,6 +45,9 @@ else:
     _BaseModel = _CausalLM = object
 
 
+NO_TOKEN = -1  # the id that no token has
+
+
 class ImageInjection(_BaseModel):
     """Mixin for a base model: `forward` takes `image_features` [M, N, D] beside `input_ids` [B, L]."""
 
@@ -67,11 +70,18 @@ class ImageInjection(_BaseModel):
         image_features: None or M = 0 for text. lengths: tokens of each document in the one row; documents do not attend to
         each other. It replaces `attention_mask` and `position_ids`.
         ValueError: the image tokens do not match the features. Features are required for the image tokens of a prompt,
-        which is any input but a single token after a filled cache.
+        which is any input but a single token after a filled cache. `input_ids` may be on the CPU: they are checked there and
+        moved, while counting tokens on a GPU waits for all queued work.
         """
         images = None
         if image_features is not None and (input_ids is None or inputs_embeds is not None):
             raise ValueError("image_features need input_ids, which say where the images are; inputs_embeds do not.")
+        if input_ids is not None and inputs_embeds is None:
+            is_step = input_ids.shape[1] == 1 and past_key_values is not None and past_key_values.get_seq_length() > 0
+            image_token_id = self._image_token(image_features)
+            if image_token_id != NO_TOKEN and (image_features is not None or not is_step):
+                check_image_tokens(input_ids == image_token_id, image_features)
+            input_ids = input_ids.to(self.embed_tokens.weight.device, non_blocking=True)
         if image_features is not None and getattr(self.config, "image_attention", "causal") == "mixed":
             assert input_ids is not None  # as checked above
             images = number_images(input_ids, self.config.image_token_id, image_features.shape[1])
@@ -84,8 +94,7 @@ class ImageInjection(_BaseModel):
             attention_mask = torch.empty(1, 1, 1, 1) if "lengths" in documents else None
             kwargs |= documents
         if input_ids is not None and inputs_embeds is None:
-            is_step = input_ids.shape[1] == 1 and past_key_values is not None and past_key_values.get_seq_length() > 0
-            inputs_embeds, input_ids = self.embed_with_images(input_ids, image_features, not is_step), None
+            inputs_embeds, input_ids = self.embed_with_images(input_ids, image_features), None
             if images is not None and lengths is None:
                 attention_mask = self.mixed_mask(
                     images,
@@ -146,20 +155,19 @@ class ImageInjection(_BaseModel):
             return {f"{name}_{side}": value for name, value in of_both.items() for side in "qk"}
         raise ValueError(f'attention "{attention}" cannot keep documents in a row apart')
 
-    def embed_with_images(self, input_ids: Tensor, image_features: Tensor | None, is_prompt: bool) -> Tensor:
-        """Embed input_ids [B, L] with image_features [M, N, D] or None -> [B, L, D].
-
-        is_prompt: image tokens need features. ValueError: they do not match, or the model has no image token.
-        """
+    def _image_token(self, image_features: Tensor | None) -> int:
+        """Return the id of the image token, or NO_TOKEN. ValueError: the model has none, but there are features."""
         image_token_id = getattr(self.config, "image_token_id", None)
-        if image_token_id is None:
-            if image_features is not None:
-                raise ValueError("the model has no image token; call attach_tokenizer(model, tokenizer) first.")
-            return self.embed_tokens(input_ids)
+        if image_token_id is None and image_features is not None:
+            raise ValueError("the model has no image token; call attach_tokenizer(model, tokenizer) first.")
+        return NO_TOKEN if image_token_id is None else image_token_id
 
-        is_image = input_ids == image_token_id
-        if image_features is not None or is_prompt:
-            check_image_tokens(is_image, image_features)
+    def embed_with_images(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """Embed input_ids [B, L] with image_features [M, N, D], whose numbers match, or None -> [B, L, D].
+
+        ValueError: the model has no image token.
+        """
+        is_image = input_ids == self._image_token(image_features)
         # The image token may be new and without an embedding: look up row 0 instead.
         inputs_embeds = self.embed_tokens(input_ids.masked_fill(is_image, 0))
         if image_features is None:

@@ -43,11 +43,8 @@ class CachedEncoder:
         fresh = self.cache.features(batch.image_keys, pixels.to(self.device, non_blocking=True), self._encode)
         if stored is None:
             return fresh
-        is_cached = torch.tensor(batch.is_cached, device=self.device)
-        features = torch.empty(len(is_cached), *fresh.shape[1:], dtype=fresh.dtype, device=self.device)
-        features[is_cached] = stored.to(self.device, non_blocking=True)
-        features[~is_cached] = fresh
-        return features
+        found, made = iter(stored.to(self.device, non_blocking=True)), iter(fresh)
+        return torch.stack([next(found if is_cached else made) for is_cached in batch.is_cached])
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         with self.autocast():

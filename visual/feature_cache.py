@@ -6,17 +6,22 @@ Records, batches and the config are not known here.
 
 A row is written before its index entry, so a process killed at any moment leaves at most a row without an entry, which the
 next row overwrites. Nothing is flushed to the disk: data lost in a power cut has a wrong checksum, and the image is encoded
-again.
+again. Rows are never removed, so the places in the index are 0, 1, 2, ... without gaps.
+
+A cache may come from a stranger. No file in it is followed if it is a link, nor opened if it is a FIFO or a device, and an
+index that this class has not written is not used.
 
 Shapes: M images, N patches per image, Dv the encoder's width, S the side of the square input in pixels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sqlite3
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
@@ -26,18 +31,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import InputError
+from config import InputError, printable
+from config.files import make_folder
 from visual.encoders import VisionTower
 from visual.images import image_bytes
 from visual.processor import ImageProcessor
 
 FORMAT = 1  # part of the folder's name: increase it when the layout of the files changes
+MAX_PLACE = 2**40  # rows of a cache; an index with more is damaged
 LOCKED_SECONDS = 60.0  # how long to wait for another process's lock, which is normally held for milliseconds
 
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS pictures (digest BLOB PRIMARY KEY, place INTEGER UNIQUE, checksum INTEGER) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS paths (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, digest BLOB) WITHOUT ROWID",
-)
+_TABLES = {  # as SQLite stores these statements
+    "pictures": "(digest BLOB PRIMARY KEY, place INTEGER UNIQUE, checksum INTEGER) WITHOUT ROWID",
+    "paths": "(path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, digest BLOB) WITHOUT ROWID",
+}
+_SCHEMA = {f"CREATE TABLE {name} {columns}" for name, columns in _TABLES.items()}
+_ROWS, _INDEX = "features.bin", "index.sqlite"
+_FILES = (_ROWS, _INDEX, *(f"{_INDEX}-{suffix}" for suffix in ("journal", "wal", "shm")))  # SQLite makes the last three
 # Keys of an encoder's config that its features do not depend on.
 _NOT_ENCODING = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 
@@ -54,6 +64,14 @@ class ImageKey(NamedTuple):
 class _Files(NamedTuple):
     rows: FileIO
     database: sqlite3.Connection
+
+    def close(self) -> None:
+        self.rows.close()
+        self.database.close()
+
+
+class _Damaged(sqlite3.DatabaseError):
+    """A cache that SQLite can read, but that this class has not written."""
 
 
 def cache_folder(beside: Path, tower: VisionTower, image_processor: ImageProcessor, dtype: torch.dtype) -> Path:
@@ -90,8 +108,8 @@ class FeatureCache:
     Not for several threads of a process. `say` is called once when nothing more can be added, usually because the disk is
     full.
 
-    Every method raises InputError if the folder cannot be created or used, the index is damaged, or another process keeps
-    it locked.
+    Every method raises InputError if the folder cannot be created or used, another process keeps it locked, or the cache is
+    damaged (`repair` makes a new one).
     """
 
     def __init__(
@@ -104,6 +122,26 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple:
         return FeatureCache, (self._folder, *self._shape, self._dtype, self._say)
+
+    def repair(self) -> None:
+        """Replace a damaged cache by an empty one, and say so in one line. Call it before other processes use the cache."""
+        if not os.path.lexists(self._folder):
+            return
+        try:
+            with contextlib.closing(self._open()) as files:
+                _check_rows(files.database)
+        except (OSError, sqlite3.DatabaseError) as error:
+            if not _is_damage(error):
+                raise self._unusable(error) from None
+            try:
+                for name in _FILES:
+                    (self._folder / name).unlink(missing_ok=True)  # of a link, the link itself
+            except OSError as failure:
+                raise self._unusable(failure) from None
+            found = printable(str(error))  # an index may name tables by escape sequences
+            self._say(
+                f"{self._folder}: the feature cache is damaged ({found}). It is rebuilt: images are encoded again."
+            )
 
     def __len__(self) -> int:
         """The number of images stored."""
@@ -204,6 +242,8 @@ class FeatureCache:
             "SELECT coalesce((SELECT place FROM pictures WHERE digest = ?), (SELECT max(place) + 1 FROM pictures), 0)",
             (digest,),
         ).fetchone()
+        if not isinstance(place, int) or not 0 <= place < MAX_PLACE:
+            raise _Damaged(f"a row at place {place}")
         data = _as_bytes(features)
         written = 0
         while written < len(data):  # on a nearly full disk, a partial write comes before the error
@@ -225,7 +265,7 @@ class FeatureCache:
             rows.seek(place * self._row_bytes)
             if rows.readinto(data) < len(data):
                 return None  # the checksum is no test: the rest of this memory may hold an older copy of the row
-        except OSError:  # for example a bad sector
+        except (OSError, OverflowError, TypeError):  # a bad sector, or a place that no file has
             return None
         return features if zlib.crc32(data) == checksum else None
 
@@ -247,14 +287,20 @@ class FeatureCache:
         return self._opened[process]
 
     def _open(self) -> _Files:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        rows = open(os.open(self._folder / "features.bin", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
-        database = sqlite3.connect(self._folder / "index.sqlite", timeout=LOCKED_SECONDS, isolation_level=None)
-        # The journal stays SQLite's default, a rollback journal: write-ahead logs do not work on network disks.
-        database.execute("PRAGMA synchronous = OFF")  # otherwise a commit takes 30 ms
-        for table in _TABLES:
-            database.execute(table)
-        return _Files(rows, database)
+        make_folder(self._folder)
+        for name in _FILES:
+            _refuse_special(self._folder / name)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        rows = open(os.open(self._folder / _ROWS, flags, 0o644), "r+b", buffering=0)
+        files = _Files(rows, sqlite3.connect(self._folder / _INDEX, timeout=LOCKED_SECONDS, isolation_level=None))
+        try:
+            # The journal stays SQLite's default, a rollback journal: write-ahead logs do not work on network disks.
+            files.database.execute("PRAGMA synchronous = OFF")  # otherwise a commit takes 30 ms
+            _make_tables(files.database)
+        except BaseException:
+            files.close()
+            raise
+        return files
 
     def _unusable(self, error: Exception) -> InputError:
         if _is_locked(error):
@@ -267,12 +313,50 @@ class FeatureCache:
                 f"{self._folder}: the feature cache cannot be used ({_reason(error)}); make the folder writable and free "
                 "disk space, or set train.cache_features=off."
             )
-        return InputError(f"{self._folder}: the feature cache is damaged ({error}); delete this folder to rebuild it.")
+        return InputError(f"{self._folder}: the feature cache is damaged ({error}); start again to rebuild it.")
+
+
+def _refuse_special(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file or a folder"
+        raise _Damaged(f"{path.name} is {kind}; expected a regular file")
+
+
+def _make_tables(database: sqlite3.Connection) -> None:
+    """Create the tables that are missing. _Damaged: there are others."""
+    found = {sql for (sql,) in database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    if not found <= _SCHEMA:  # another process may have created only the first table yet
+        raise _Damaged(f"{_INDEX} has other tables")
+    for name, columns in _TABLES.items():
+        database.execute(f"CREATE TABLE IF NOT EXISTS {name} {columns}")
+
+
+def _check_rows(database: sqlite3.Connection) -> None:
+    """Read the whole index, which takes seconds for millions of images. _Damaged: this class has not written its rows."""
+    (sound,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    if sound != "ok":
+        raise _Damaged(sound)
+    count, different, lowest, highest, odd = database.execute(
+        "SELECT count(*), count(DISTINCT place), min(place), max(place), total(typeof(place) != 'integer' "
+        "OR typeof(checksum) != 'integer' OR typeof(digest) != 'blob') FROM pictures"
+    ).fetchone()
+    if count and (odd, different, lowest, highest) != (0, count, 0, count - 1):
+        raise _Damaged(f"{_INDEX} names {count} rows at other places than 0 to {count - 1}")
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a CPU tensor as bytes. Viewed as uint8, because numpy has no bfloat16."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _is_damage(error: Exception) -> bool:
+    """Return whether a new cache would not have the error: the files are wrong, not the disk or the permissions."""
+    if isinstance(error, sqlite3.OperationalError):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_ERROR  # "unsupported file format"
+    return isinstance(error, sqlite3.DatabaseError)
 
 
 def _is_locked(error: Exception) -> bool:

@@ -15,13 +15,13 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from config import InputError
 
@@ -37,8 +37,14 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".
 # not for photographs, and EPS would start a PostScript interpreter.
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
+# Increase when a file is read, or refused, in another way: verdicts that were stored before are then not used.
+RULES = 2
+
 # Pillow's limit, 2 ** 29 bytes as RGB. Checked here too, because any library in the process can lift Pillow's.
 MAX_PIXELS = 178_956_970
+# A WebP of 34 bytes may be one colour of any size. A file of more than SMALL_PIXELS needs a byte for so many pixels;
+# one-coloured PNGs and scanned pages of text have more.
+SMALL_PIXELS, MAX_PIXELS_PER_BYTE = 2**24, 2048
 MAX_FILE_BYTES = 2**30  # more than an uncompressed RGB image of MAX_PIXELS
 
 # A 1 x 20,000 strip is a small file, but takes gigabytes when resized to a short side of 224.
@@ -55,14 +61,20 @@ MAX_BMP_RLE_PIXELS = 4_000_000
 # pixels per side, and paint each pixel at most six times (once per band if bands are stored separately).
 MAX_TIFF_TILE_PIXELS = 2**24
 MAX_TIFF_PAINTED_TIMES = 16
+# Pillow makes a Python object of each number in a tag, and several of each strip: 16 MB of offsets would take a gigabyte.
+# Normal files have at most a strip for each row. Not decoded are tags from MIN_PRIVATE_TAG on, bytes and text.
+MAX_TIFF_TAG_BYTES = 2**19
+MIN_PRIVATE_TAG, _TIFF_BYTES = 32_768, (1, 2, 7)
+MAX_EXIF_BYTES = 2**23  # the same for EXIF in other formats; more than a hundred segments of a JPEG
 
 _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels, refused as a decompression bomb; shrink it."
 _BOMB = (
     "needs far more work to decode than its size suggests, refused as a decompression bomb; save it again or remove it."
 )
 
-# [0, 65535] -> [0, 255], rounded: 0 stays 0 and 65535 becomes 255.
-_EIGHT_BITS = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+# Bits of sensors. A file of 16 bits rarely says how many of them are used: medical images use 10, 12 or 14.
+BIT_DEPTHS = (8, 10, 12, 14, 16)
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE, _MIN_SAMPLES, _MAX_SAMPLES = 258, 262, 281, 340, 341  # TIFF tags
 
 
 class ImageError(InputError):
@@ -99,11 +111,16 @@ def list_images(folder: str | Path) -> list[Path]:
 def read_image(source: str | Path | bytes | BinaryIO) -> Image.Image:
     """Read an image file (a path, bytes, or a file opened in binary mode) as an RGB image, as a viewer shows it.
 
-    EXIF orientation is applied, transparent pixels are blended with white, 16 bits are scaled to 8, and of an animation the
-    first frame is read. Colour profiles are not applied: encoders were trained on pixels read without them.
+    EXIF orientation is applied, transparent pixels are blended with white, and of an animation the first frame is read.
+    Colour profiles are not applied: encoders were trained on pixels read without them.
+
+    Grey pixels of more than 8 bits are scaled linearly to 8. Black is 0. White is the largest value that a TIFF declares;
+    else 1 for floating point, and otherwise the largest value of the fewest bits, among 8, 10, 12, 14 and 16, that hold all
+    values of the image: a radiograph of 12 bits in a file of 16 is not almost black. Images that must be scaled alike, such
+    as depth maps, are best saved with 8 bits.
 
     ImageError: the file is missing, not an image, damaged, too large, an extreme strip, or has pixels of unknown range
-    (floating point, 32 bits). Nothing else is raised, and Pillow's warnings are suppressed.
+    (negative, above 65,535, or floating point beyond 0 to 1). Nothing else is raised, and Pillow's warnings are suppressed.
     """
     return _read(source, draft=False)
 
@@ -162,7 +179,10 @@ def _read(source: str | Path | bytes | BinaryIO, draft: bool) -> Image.Image:
     with _image_errors_only(name), _open(data) as image:
         if draft:
             image.draft(None, (1, 1))  # decodes a JPEG at the smallest size, has no effect on other formats
-        ImageOps.exif_transpose(image, in_place=True)  # decodes
+        image.load()
+        if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:  # a PNG's may come after its pixels
+            raise ImageError(_BOMB, "decompression_bomb")
+        ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
 
 
@@ -203,10 +223,13 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     """Open an image: read and check its header, without decoding pixels."""
     if data.startswith(b"\xff\xd8") and data.count(b"Exif\0\0") > MAX_JPEG_EXIF_SEGMENTS:
         raise ImageError(_BOMB, "decompression_bomb")
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        _check_pixels(*_webp_size(data), data)  # Pillow allocates on opening
+    if data.startswith((b"II", b"MM")) and _has_endless_tags(data):
+        raise ImageError(_BOMB, "decompression_bomb")
     image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(_TOO_LARGE, "decompression_bomb")
+    _check_pixels(width, height, data)
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageError(
             f"{width} x {height} pixels, one side more than {MAX_ASPECT_RATIO} times the other; crop the image.",
@@ -215,6 +238,45 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if _costs_too_much(image, data):
         raise ImageError(_BOMB, "decompression_bomb")
     return image
+
+
+def _check_pixels(width: int, height: int, data: bytes) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(_TOO_LARGE, "decompression_bomb")
+    if width * height > max(SMALL_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
+        raise ImageError(_BOMB, "decompression_bomb")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return the width and height in a WebP's header, 0 for an unknown one, which Pillow refuses."""
+    kind, head = data[12:16], data[:30].ljust(30, b"\0")
+    if kind == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def _has_endless_tags(data: bytes) -> bool:
+    """Return whether a TIFF has a tag whose decoding would take far more time and memory than its bytes.
+
+    Reads the first directory with Pillow's own class, without decoding its values.
+    """
+    file = io.BytesIO(data)
+    try:
+        is_big = data[2] == 43  # BigTIFF, whose number of tags has 8 bytes instead of 2
+        tags = TiffImagePlugin.ImageFileDirectory_v1(data[: 16 if is_big else 8])
+        if is_big:
+            count = int.from_bytes(data[tags.next : tags.next + 8], "little" if data.startswith(b"II") else "big")
+            if count > 65_535:
+                return True
+        file.seek(tags.next)
+        tags.load(file)
+    except Exception:  # Pillow will refuse the file for the same reason, with a message
+        return False
+    decoded = [tag for tag, kind in tags.tagtype.items() if tag < MIN_PRIVATE_TAG and kind not in _TIFF_BYTES]
+    return max((len(tags.tagdata[tag]) for tag in decoded), default=0) > MAX_TIFF_TAG_BYTES
 
 
 def _costs_too_much(image: ImageFile.ImageFile, data: bytes) -> bool:
@@ -239,15 +301,60 @@ def _costs_too_much(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError("floating point pixels have no fixed range; save it with 8 or 16 bits.", "unknown_pixel_range")
-    if image.mode.startswith("I"):  # 16 bits per pixel; Pillow's own conversion would clip all values above 255
-        values = np.asarray(image)
-        if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
-            raise ImageError("pixels of 32 bits have no fixed range; save it with 8 or 16 bits.", "unknown_pixel_range")
-        image = Image.fromarray(_EIGHT_BITS[values])
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion would clip all values above 255
+        tags = cast("TiffImageFile", image).tag_v2 if image.format == "TIFF" else {}
+        image = Image.fromarray(_to_eight_bits(np.asarray(image), tags))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _to_eight_bits(values: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
+    """Scale grey pixels of 16 or 32 bits to uint8: black to 0, white to 255. tags: of a TIFF.
+
+    ImageError: the range of the values is unknown.
+    """
+    smallest, largest = values.min(), values.max()
+    black, white = _declared_range(tags)
+    if white is None and values.dtype.kind == "f":
+        if not (smallest >= 0 and largest <= 1):  # or not a number
+            raise ImageError(
+                "floating point pixels beyond 0 to 1 have no fixed range; save it with 8 or 16 bits.",
+                "unknown_pixel_range",
+            )
+        white = 1.0
+    elif white is None:
+        if smallest < 0 or largest > 65535:
+            raise ImageError(
+                f"pixels from {smallest} to {largest} have no fixed range (16 bits hold 0 to 65535); save it with 8 or 16 "
+                "bits.",
+                "unknown_pixel_range",
+            )
+        white = next(2**bits - 1 for bits in BIT_DEPTHS if largest < 2**bits)
+
+    def scale(values: np.ndarray) -> np.ndarray:
+        scaled = (values.astype(np.float32) - black) * (255 / (white - black))
+        grey = np.floor(np.nan_to_num(scaled).clip(0, 255) + 0.5).astype(np.uint8)  # not a number: black
+        return 255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey  # 0: white is zero
+
+    fits_table = values.dtype.kind != "f" and smallest >= 0 and largest <= 65535
+    return scale(np.arange(65536))[values] if fits_table else scale(values)
+
+
+def _declared_range(tags: Mapping[int, Any]) -> tuple[float, float | None]:
+    """Return the values of black and white that a TIFF declares; 0 and None if it declares none."""
+
+    def number(tag: int) -> float | None:
+        value = tags.get(tag)
+        value = value[0] if isinstance(value, tuple) and value else value
+        return float(value) if isinstance(value, (int, float)) and np.isfinite(value) else None
+
+    black, white = number(_MIN_SAMPLES) or 0.0, number(_MAX_SAMPLES)
+    if white is not None and white > black:
+        return black, white
+    white, bits = number(_MAX_SAMPLE), number(_BITS_PER_SAMPLE)
+    if bits is not None and 8 < bits < 16:
+        white = 2**bits - 1
+    return 0.0, white if white and white > 0 else None

@@ -65,13 +65,13 @@ def test_counts_leave_out_padding(packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_model_gets_tensors_on_its_device_and_labels_on_the_cpu(packed):
+def test_the_model_gets_tensors_on_its_device_and_ids_and_labels_on_the_cpu(packed):
     batch = collate(samples_of(300), PAD, packed)
     device = torch.device("meta")
     inputs = batch.model_inputs(device)
     expected = {"input_ids", "labels", "attention_mask", "lengths", "num_tokens", "pixel_values"}
-    assert set(inputs) == expected and inputs["labels"].device == CPU
-    assert inputs["input_ids"].device == inputs["pixel_values"].device == device
+    assert set(inputs) == expected and inputs["pixel_values"].device == device
+    assert inputs["input_ids"].device == inputs["labels"].device == CPU
     assert (inputs["attention_mask"] is None) == packed and inputs["lengths"] == batch.lengths
     assert inputs["num_tokens"] == (batch.num_tokens if packed else None)
     features = torch.ones(5, 4, 2)

@@ -14,7 +14,7 @@ from config import IGNORE_INDEX, InputError
 from dataset.batch import Batch, collate
 from dataset.conversation import ChatFormat
 from dataset.loader import MAX_REPLACEMENTS, QADataset, make_loader
-from dataset.order import SampleOrder, micro_batches
+from dataset.order import PackedRow, SampleOrder, micro_batches, pack, packed_rows
 from dataset.qa_file import QAFile
 from tests.toy_batches import are_same
 from visual.images import ImageError
@@ -205,6 +205,39 @@ def test_batches_do_not_depend_on_workers_and_the_global_generator_is_not_used(t
     assert len(runs[0]) == 8 and are_same(runs[0], runs[1]) and are_same(runs[0], runs[2])
     names = [record["id"] for record in MIXED]
     assert [batch.ids for batch in runs[2]] == [[names[i] for _, i in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_packed_rows_do_not_depend_on_workers_and_each_text_is_encoded_once(tmp_path, monkeypatch, num_workers):
+    """The rows of a step need the lengths of all its samples, whichever worker makes a row."""
+    dataset, log = dataset_of(write_qa(tmp_path, MIXED)), tmp_path / "encoded"
+    rows = list(packed_rows(order_of([1] * 5), range(3), samples_per_step=6, rows=4))
+    lengths = [[len(dataset.encode(key)[1].input_ids) for key in row.keys] for row in rows]
+    members = [[row.keys[i] for i in pack(sizes, 4)[row.row]] for row, sizes in zip(rows, lengths, strict=True)]
+    expected = [collate([dataset[key] for key in row], PAD, packed=True) for row in members]
+    encode = QADataset.encode
+
+    def logged(self, key):
+        with open(log, "a") as file:  # by any process
+            file.write(f"{key}\n")
+        return encode(self, key)
+
+    monkeypatch.setattr(QADataset, "encode", logged)
+    found = list(make_loader(dataset, iter(rows), PAD, num_workers=num_workers, packed=True))
+    assert are_same(found, expected)
+    keys = [key for row in rows[::4] for key in row.keys]
+    assert Counter(log.read_text().splitlines()) == Counter(map(str, keys)) and len(keys) == 18
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_record_that_does_not_fit_stops_a_packed_run_at_its_step(tmp_path, num_workers):
+    dataset = dataset_of(write_qa(tmp_path, [record("a", [1]), record("b", [2]), record("far", [1] * 40)]), 50)
+    rows = [PackedRow([(0, i), (0, j)], 2, row) for i, j in ((0, 1), (1, 2)) for row in range(2)]
+    loader = make_loader(dataset, rows, PAD, num_workers=num_workers, packed=True)
+    assert [next(loader).ids for _ in range(2)] == [["a"], ["b"]]
+    with pytest.raises(InputError, match='"far"'):
+        next(loader)
+    assert list(make_loader(dataset, iter(()), PAD, num_workers=num_workers)) == []
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

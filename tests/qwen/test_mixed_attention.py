@@ -118,7 +118,7 @@ def test_logits_equal_transformers_with_the_explicit_mask(folders, family, side)
         mask = torch.tensor(
             [explicit_mask(*row, image) for row in zip(batch["input_ids"].tolist(), padding.tolist(), strict=True)]
         )
-        embeds = ours.model.embed_with_images(batch["input_ids"], batch["image_features"], True)
+        embeds = ours.model.embed_with_images(batch["input_ids"], batch["image_features"])
         expected = theirs(inputs_embeds=embeds, attention_mask=mask[:, None], use_cache=False).logits
         found = ours(**batch, use_cache=False).logits
         assert torch.equal(found[padding.bool()], expected[padding.bool()])

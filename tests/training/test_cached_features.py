@@ -6,6 +6,8 @@ Run: python -m pytest tests/training/test_cached_features.py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +20,11 @@ from torch import Tensor, nn
 from dataset.batch import Batch, Sample, collate
 from dataset.loader import QADataset
 from model.model import VisionLanguageModel
-from tests.toy_project import run_training, write_images, write_project
+from model.projector import PROJECTORS
+from tests.toy_batches import text_sample
+from tests.toy_language import write_qwen2
+from tests.toy_model import build_toy
+from tests.toy_project import TOWERS, run_training, write_images, write_project
 from training import cached_features
 from training.cached_features import CachedEncoder
 from visual.encoders import VisionTower
@@ -101,6 +107,16 @@ def test_stored_and_new_images_are_in_reading_order(encoder, images):
     assert not encoder(stored).requires_grad
 
 
+def test_stored_and_new_images_are_joined_without_waiting_for_the_device(encoder, images, monkeypatch):
+    """On the meta device, whose tensors have no values to wait for."""
+    encoder(batch_of(encoder, images, [1, 3]))
+    encoder.device = AWAY
+    fresh = torch.empty(2, TOKENS, WIDTH, device=AWAY)
+    monkeypatch.setattr(encoder.cache, "features", lambda keys, pixel_values, encode: fresh)
+    features = encoder(batch_of(encoder, images, [2, 1, 7], [3]))
+    assert features.device == AWAY and features.shape == (4, TOKENS, WIDTH)
+
+
 def test_a_batch_without_images_has_no_features(encoder, images):
     batch = batch_of(encoder, images, [], [])
     assert encoder(batch) is None and batch.model_inputs(CPU, encoder)["patch_features"] is None
@@ -127,6 +143,43 @@ def test_an_idle_tower_leaves_and_comes_back_for_a_new_image(encoder, images, mo
     tower.device = AWAY  # as if the model ran on a GPU and the tower had left it
     assert numbers(encoder(batch_of(encoder, images, [2, 0]))) == [2, 0]
     assert tower.moves == [CPU] * 3 and tower.device == CPU
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_qwen2(folder / "qwen2")
+    for name, write in TOWERS.items():
+        write(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_features_are_the_same_tensor_with_and_without_a_cache_in_half_precision(folders, tmp_path, tower, projector):
+    """The tower's norms compute in float32, as a GPU's autocast makes them: its features have more precision than the
+    cache. They are rounded without a cache too, and stay as they are without autocast."""
+    built = build_toy(folders, tower=tower, projector=projector, dtype=torch.bfloat16)
+    model, side = built.model, built.model.vision_tower.image_size
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model.patch_features(pixels)
+        assert plain.dtype == torch.bfloat16 and torch.equal(plain, model.vision_tower(pixels.bfloat16()))
+        model.vision_tower.float()
+        assert torch.equal(model.patch_features(pixels), model.vision_tower(pixels))
+    autocast = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    cache = FeatureCache(tmp_path, *model.vision_tower(pixels).shape[1:], torch.bfloat16)
+    (tmp_path / "0.png").write_bytes(b"0"), (tmp_path / "1.png").write_bytes(b"1")
+    keys = [cache.find(tmp_path / name)[1] for name in ("0.png", "1.png")]
+    encoder = CachedEncoder(model, cache, CPU, autocast)
+    images = {"images_in_sample": [2], "is_cached": [False] * 2, "image_keys": keys, "pixel_values": pixels}
+    batch = dataclasses.replace(collate([text_sample("s", 4)], 0), **images)
+    cached = encoder(batch)
+    with autocast(), torch.no_grad():
+        assert model.vision_tower(pixels).dtype == torch.float32, "the case that is tested"
+        features = model.patch_features(pixels)
+        assert features.dtype == cached.dtype == torch.bfloat16 and torch.equal(features, cached)
+        assert torch.equal(model.encode_images(pixels), model.project(cached))
 
 
 # --- a run

@@ -1,5 +1,6 @@
 """The feature cache is exact, shared between processes, and intact after kills, full disks and damage."""
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -477,11 +478,116 @@ def test_a_damaged_index_is_an_error_with_advice(tmp_path, cache, paths, damage)
         lambda: len(new_cache(tmp_path)),
     ]
     for attempt in attempts:
-        with pytest.raises(InputError, match="is damaged.*delete this folder to rebuild it") as error:
+        with pytest.raises(InputError, match="is damaged.*start again to rebuild it") as error:
             attempt()
         assert str(tmp_path / "features") in str(error.value)
     shutil.rmtree(tmp_path / "features")
     add(new_cache(tmp_path), paths, [0])
+
+
+def rewritten(*statements: str):
+    """Return damage by SQL statements: an index that SQLite reads without complaint."""
+
+    def damage(folder: Path) -> None:
+        with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as database:
+            for statement in statements:
+                database.execute(statement)
+            database.commit()
+
+    return damage
+
+
+def overwrite(name: str, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+DAMAGES = {
+    "not a database": overwrite("index.sqlite", lambda content: b"shopping list " * 1000),
+    "pages": overwrite("index.sqlite", lambda content: content[:4096] + b"\7" * (len(content) - 4096)),
+    "newer format": overwrite("index.sqlite", lambda content: content[:18] + b"\x09\x09" + content[20:]),
+    "negative place": rewritten("UPDATE pictures SET place = -1 WHERE place = 1"),
+    "place beyond every file": rewritten("UPDATE pictures SET place = 4611686018427387904 WHERE place = 1"),
+    "gap": rewritten("UPDATE pictures SET place = 3 WHERE place = 1"),
+    "text": rewritten("UPDATE pictures SET place = 'x' WHERE place = 1"),
+    "checksum": rewritten("UPDATE pictures SET checksum = x'00' WHERE place = 1"),
+    "overlap": rewritten(
+        "ALTER TABLE pictures RENAME TO old", "CREATE TABLE pictures (digest BLOB, place INTEGER, checksum INTEGER)",
+        "INSERT INTO pictures SELECT digest, 0, checksum FROM old", "DROP TABLE old",
+    ),
+    "trigger": rewritten("CREATE TRIGGER t AFTER INSERT ON paths BEGIN DELETE FROM pictures; END"),
+    "view": rewritten("DROP TABLE paths", "CREATE VIEW paths AS SELECT 1 AS path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_index_is_rebuilt_at_the_start(tmp_path, paths, name):
+    """And before that it is never a traceback, nor are wrong features found."""
+    said: list[str] = []
+    folder = tmp_path / "features"
+    add(new_cache(tmp_path), paths, [0, 1, 2])
+    DAMAGES[name](folder)
+    with contextlib.suppress(InputError):
+        assert new_cache(tmp_path).find(paths[1])[0] is None
+    with contextlib.suppress(InputError):
+        assert same_bits(add(new_cache(tmp_path), paths, [1])[0], features_of(1))
+    shutil.rmtree(folder)
+    add(new_cache(tmp_path), paths, [0, 1, 2])
+    DAMAGES[name](folder)
+    cache = new_cache(tmp_path, say=said.append)
+    cache.repair()
+    assert len(said) == 1 and str(folder) in said[0] and "is damaged" in said[0] and "\n" not in said[0]
+    assert len(cache) == 0 and same_bits(add(cache, paths, [2, 4])[1], features_of(4))
+    new_cache(tmp_path, say=said.append).repair()
+    assert len(said) == 1 and len(cache) == 2, "a sound cache stays"
+
+
+def test_random_damage_of_the_index_is_never_a_traceback(tmp_path, paths):
+    chance, folder, kinds = random.Random(0), tmp_path / "features", set()
+    add(new_cache(tmp_path), paths, [0, 1, 2, 3])
+    sound = (folder / "index.sqlite").read_bytes()
+    for _ in range(150):
+        content = bytearray(sound)
+        for _ in range(chance.choice((1, 3, 30))):
+            content[chance.randrange(len(content)) if chance.random() < 0.5 else chance.randrange(120)] = (
+                chance.randrange(256)
+            )
+        (folder / "index.sqlite").write_bytes(content)
+        for image in range(6):
+            try:
+                found = new_cache(tmp_path).find(paths[image])[0]
+                assert found is None or same_bits(found, features_of(image))
+            except InputError as error:
+                kinds.add(str(error))
+        cache = new_cache(tmp_path, say=lambda _: None)
+        cache.repair()
+        assert same_bits(add(cache, paths, [0, 5])[1], features_of(5))
+    assert kinds and all("start again to rebuild it" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize("name", ["features.bin", "index.sqlite", "index.sqlite-journal"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo"])
+def test_links_and_special_files_in_the_folder_are_replaced_and_never_followed(tmp_path, paths, name, kind):
+    add(new_cache(tmp_path), paths, [0])
+    file, precious, said = tmp_path / "features" / name, tmp_path / "precious", []
+    file.unlink(missing_ok=True)
+    if kind == "link":
+        precious.write_bytes(b"my work")
+    file.symlink_to(precious) if kind != "fifo" else os.mkfifo(file)
+    with pytest.raises(InputError, match=f"{name} is a (symbolic link|special file)"):
+        add(new_cache(tmp_path), paths, [1])
+    cache = new_cache(tmp_path, say=said.append)
+    cache.repair()
+    assert same_bits(add(cache, paths, [1])[0], features_of(1)) and len(said) == 1
+    assert not file.is_symlink() and (precious.read_bytes() == b"my work" if kind == "link" else not precious.exists())
+
+
+def test_a_folder_that_is_a_link_is_refused(tmp_path, paths):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "features").symlink_to(tmp_path / "elsewhere")
+    for attempt in (FeatureCache.repair, lambda cache: add(cache, paths, [0])):
+        with pytest.raises(InputError, match="features: is a symbolic link"):
+            attempt(new_cache(tmp_path))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_created_is_an_error(tmp_path, paths):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin, TiffTags
 
 from config import InputError
 from visual.images import MAX_ASPECT_RATIO, ImageError, image_suffix, list_images, read_image, verify_image
@@ -105,10 +105,67 @@ def test_values_of_thirty_two_bits_are_refused_beyond_sixteen(tmp_path):
     values = np.array([[0, 257 * 7, 65535]], dtype=np.int32)
     read = pixels(read_image(save(Image.fromarray(values), tmp_path / "a.tif")))
     assert read[0, :, 0].tolist() == [0, 7, 255]
-    with pytest.raises(ImageError, match=r"b\.tif.*32 bits.*8 or 16 bits"):
-        read_image(save(Image.fromarray(values * 2), tmp_path / "b.tif"))
-    with pytest.raises(ImageError, match=r"c\.tif.*floating point.*8 or 16 bits"):
-        read_image(save(Image.fromarray(np.ones((2, 2), dtype=np.float32)), tmp_path / "c.tif"))
+    for bad in (values * 2, values - 1):
+        with pytest.raises(ImageError, match=r"b\.tif: pixels from (0|-1) to \d+ have no fixed range.*8 or 16 bits"):
+            read_image(save(Image.fromarray(bad), tmp_path / "b.tif"))
+    for value in (1.5, -0.5, np.nan, np.inf):
+        with pytest.raises(ImageError, match=r"c\.tif: floating point.*8 or 16 bits"):
+            read_image(save(Image.fromarray(np.full((2, 2), value, dtype=np.float32)), tmp_path / "c.tif"))
+
+
+def with_tags(values: np.ndarray, tags: dict) -> bytes:
+    """Return a grey TIFF of `values` with more tags; floats are written as such."""
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        if isinstance(value, float):
+            directory.tagtype[tag] = TiffTags.FLOAT
+        directory[tag] = value
+    data = encode(Image.fromarray(values), "TIFF", tiffinfo=directory)
+    black_is_zero, white_is_zero = (struct.pack("<HHII", 262, 3, 1, photometric) for photometric in (1, 0))
+    return data.replace(black_is_zero, white_is_zero) if tags.get(262) == 0 else data
+
+
+RAMP = np.linspace(0, 1, 16).reshape(2, 8)
+DEEP = {  # (largest value, tags) -> (white, whether it is 0)
+    "8 bits": (255, {}, 255, False),
+    "10 bits": (1000, {}, 1023, False),
+    "12 bits": (4095, {}, 4095, False),
+    "12 bits, in part": (2100, {}, 4095, False),
+    "14 bits": (9000, {}, 16383, False),
+    "16 bits": (50_000, {}, 65_535, False),
+    "declared": (4095, {281: 8000}, 8000, False),
+    "declared as the whole range": (4095, {281: 65_535}, 65_535, False),
+    "clipped": (65_535, {281: 4095}, 4095, False),
+    "white is zero": (4095, {262: 0}, 4095, True),
+    "absurd": (4095, {281: 0}, 4095, False),
+}
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+@pytest.mark.parametrize("name", DEEP)
+def test_grey_pixels_of_more_than_8_bits_are_scaled_by_the_range_in_use(tmp_path, kind, name):
+    largest, tags, white, is_inverted = DEEP[name]
+    if is_inverted and kind is np.int32:
+        pytest.skip("no such TIFF")
+    values = np.round(RAMP * largest).astype(kind)
+    expected = np.round(np.minimum(values, white).astype(int) * 255 / white).astype(np.uint8)
+    data = with_tags(values, tags)
+    assert np.array_equal(pixels(read_image(data))[..., 0], 255 - expected if is_inverted else expected)
+    if not tags and kind is np.uint16:
+        assert np.array_equal(pixels(read_image(encode(Image.fromarray(values), "PNG")))[..., 0], expected)
+
+
+def test_twelve_bits_a_sample_and_floating_point(tmp_path):
+    tags = [(256, 1, 2), (257, 1, 1), (258, 1, 12), (262, 1, 1), (273, 1, 98), (278, 1, 1), (279, 1, 3)]
+    packed = tiff(*tags, data=b"\x10\x0f\xff")
+    assert pixels(read_image(packed))[0, :, 0].tolist() == [round(256 * 255 / 4095), 255]
+    values = RAMP.astype(np.float32)
+    for scaled, more in ((values, {}), (values * 7000, {341: 7000.0}), (values * 90 - 10, {340: -10.0, 341: 80.0})):
+        read = read_image(with_tags(scaled, more))
+        assert np.array_equal(pixels(read)[..., 0], np.round(values * 255).astype(np.uint8))
+    holes = values.copy()
+    holes[0, 3] = np.nan  # no measurement
+    assert pixels(read_image(with_tags(holes, {341: 1.0})))[0, 3].tolist() == [0, 0, 0]
 
 
 def test_transparent_pixels_are_blended_with_white(tmp_path):
@@ -436,6 +493,77 @@ def endless_work() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["scans", "exif", "tile", "painted", "run length"])
 def test_small_files_that_would_take_minutes_or_gigabytes_are_refused(watchdog, name):
     assert outcome(endless_work()[name]).reason == "decompression_bomb"
+
+
+def big_tiff(count: int) -> bytes:
+    return b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, count) + struct.pack("<HHQQ", 256, 4, 1, 4) * 1000
+
+
+def refused_unopened() -> dict[str, bytes]:
+    """Files that Pillow takes a gigabyte or seconds to open or to decode, in proportion to their size here."""
+    strips, numbers = 200_000, 400_000
+    solid = bytearray(encode(Image.new("RGB", (64, 64), (1, 2, 3)), "WEBP", lossless=True))
+    solid[21:25] = struct.pack("<I", int.from_bytes(solid[21:25], "little") & 0xF0000000 | 13_369 << 14 | 13_369)
+    extended = b"VP8X" + struct.pack("<II", 10, 0) + struct.pack("<I", 13_369)[:3] * 2
+    return {
+        "strips": tiff(*GREY, (259, 1, 1), (273, strips, 200), (278, 1, 1), (279, 1, 9), data=bytes(200 + 4 * strips)),
+        "bits": tiff(*GREY[:2], (258, numbers, 200), (262, 1, 1), data=bytes(200 + 4 * numbers)),
+        "big tiff": big_tiff(2**17),
+        "webp": bytes(solid),
+        "extended webp": b"RIFF" + struct.pack("<I", 100) + b"WEBP" + extended + bytes(solid[12:]),
+    }
+
+
+@pytest.mark.parametrize("name", ["strips", "bits", "big tiff", "webp", "extended webp"])
+def test_a_hostile_header_is_refused_before_pillow_opens_the_file(watchdog, monkeypatch, name):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("the file was opened"))
+    data = refused_unopened()[name]
+    assert outcome(data).reason == "decompression_bomb"
+    assert len(data) < 70 or "webp" not in name
+
+
+def test_more_pixels_than_the_bytes_can_mean_are_refused_before_they_are_decoded(watchdog, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
+    for kind, size in {"PNG": (13_000, 13_000), "GIF": (5000, 5000), "TIFF": (13_000, 13_000)}.items():
+        options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
+        small = encode(Image.new("L", (64, 64)), kind, **options)
+        assert outcome(resized(small, kind, *size)).reason == "decompression_bomb", kind
+
+
+def resized(data: bytes, kind: str, width: int, height: int) -> bytes:
+    """Return the file with another size in its header."""
+    if kind == "PNG":
+        head = struct.pack(">II", width, height) + data[24:29]
+        return data[:8] + chunk(b"IHDR", head) + data[33:]
+    if kind == "GIF":
+        return data[:6] + struct.pack("<HH", width, height) + data[10:]
+    for tag, side in ((256, width), (257, height)):
+        data = data.replace(struct.pack("<HHII", tag, 3, 1, 64), struct.pack("<HHII", tag, 3, 1, side))
+    return data
+
+
+def test_large_images_of_one_colour_and_normal_strips_are_read(watchdog):
+    assert outcome(encode(Image.new("L", (4000, 4000)), "PNG")).size == (4000, 4000)
+    assert outcome(encode(Image.new("1", (4000, 4000)), "TIFF", compression="group4")).size == (4000, 4000)
+    rows = tiff(
+        (256, 1, 20),
+        (257, 1, 2000),
+        *GREY[2:],
+        (259, 1, 1),
+        (273, 2000, 110),
+        (278, 1, 1),
+        (279, 1, 20),
+        data=struct.pack("<I", 110) * 2001,
+    )
+    assert outcome(rows).size == (20, 2000)
+
+
+def test_metadata_after_the_pixels_of_a_png_is_not_expanded(watchdog):
+    """Eight million numbers where the orientation is expected would become as many objects."""
+    exif = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x05" + struct.pack(">III", 2**20, 26, 0) + bytes(2**23)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(4 * 13)))
+    assert outcome(png(4, 4, pixels, chunk(b"eXIf", exif))).reason == "decompression_bomb"
+    assert outcome(png(4, 4, chunk(b"eXIf", exif), pixels)).reason == "decompression_bomb"
 
 
 def test_long_metadata_and_many_frames_are_cheap(watchdog):
