@@ -59,8 +59,10 @@ def train_stage(config: Config, arguments: argparse.Namespace) -> int:
         if run is None:  # finished before
             return 0
         if stopped := train(run):
+            # --resume none would start over, and --resume DIR would go back to that checkpoint
+            command = "the same command" + ("" if arguments.resume == "auto" else " with --resume auto")
             print_main(
-                f"stopped after step {run.position.step} of {run.total_steps}. It is saved; the same command resumes there."
+                f"stopped after step {run.position.step} of {run.total_steps}. It is saved; {command} resumes there."
             )
             return stopped
         write_final(run)
@@ -139,17 +141,17 @@ def log_step(run: Run, outcome: Outcome, micro_batches: list[Batch]) -> dict:
 
 
 def log_skipped(run: Run, outcome: Outcome, micro_batches: list[Batch]) -> None:
-    """Log replaced records and a bad step's records to skipped.jsonl. Raises InputError after too many bad steps in a
-    row."""
+    """Log to skipped.jsonl the replaced records, and the records of a step that did not change the weights. Raises
+    InputError after too many bad steps in a row."""
     step, limit = run.position.step, run.config.train.max_bad_steps
     if outcome.replaced:
         records = gather_object([text for batch in micro_batches for text in batch.replaced])
         run.log.skipped(step, "bad_image", {"records": records})
-    if not outcome.is_bad:
+    if not outcome.is_bad and not outcome.has_overflowed:
         return
     ids = gather_object([name for batch in micro_batches for name in batch.ids])
     values = {"loss": repr(outcome.loss), "grad_norm": repr(outcome.grad_norm)}  # JSON has no infinity
-    run.log.skipped(step, "not_finite", {**values, "records": ids})
+    run.log.skipped(step, "fp16_overflow" if outcome.has_overflowed else "not_finite", {**values, "records": ids})
     if run.position.bad_steps >= limit:
         raise InputError(
             f"step {step}: loss or gradient not finite for {run.position.bad_steps} steps in a row, here with records "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from config import InputError
+from config.files import open_regular, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -28,7 +29,8 @@ FORMAT = 1
 MAX_BYTES = {MANIFEST: 1 << 20, "config.yaml": 1 << 18, "state.json": 1 << 20}
 MAX_TEXT_BYTES = 1 << 26  # of any other file; the largest are tokenizers' vocabularies, about 11 MB
 
-_LEFTOVER = re.compile(r"\.(checkpoint-\d+|best|final)\.(partial|replaced)")
+FOLDER_NAME = re.compile(r"checkpoint-[0-9]{1,15}|best|final")
+LEFTOVER = re.compile(rf"\.({FOLDER_NAME.pattern})\.(partial|replaced)")  # of a kill
 _DISK_FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is exceeded",
@@ -46,14 +48,17 @@ def write_folder(folder: Path, write: Callable[[Path], None], tensor_bytes: int 
     An existing folder of that name is replaced at the very end. After a kill at any moment, `recover` restores the old
     folder or the new one. tensor_bytes: the size of the weights in it, for the message.
 
-    Raises InputError if the disk is full. The existing folder is then unchanged and no partial one is left.
+    Raises InputError if the disk is full, if an existing folder of that name was not written by this function, or if
+    the folder around it does not exist. The existing folder is then unchanged and no partial one is left.
     """
     partial, replaced = _beside(folder, "partial"), _beside(folder, "replaced")
+    if os.path.lexists(folder) and not is_ours(folder):
+        raise InputError(f"{folder}: was not written by a run, and would be replaced; move it elsewhere.")
     _put_back(folder)  # in case `recover` was not called after a kill
     _remove(replaced)
     _remove(partial)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
         write(partial)
         files = {
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -70,6 +75,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], tensor_bytes: int 
         partial.rename(folder)
         _flush(folder.parent)
     except BaseException as error:
+        refuse_lost(folder.parent)
         text_bytes = sum(p.stat().st_size for p in partial.rglob("*") if p.is_file() and p.suffix != ".safetensors")
         _put_back(folder)
         _remove(partial)
@@ -80,17 +86,29 @@ def write_folder(folder: Path, write: Callable[[Path], None], tensor_bytes: int 
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file's text atomically: readers see the old text or the new one. Raises InputError if the disk is full."""
-    partial = _beside(path, "partial")
+    """Replace a file's text atomically: readers see the old text or the new one. A link of that name is replaced.
+
+    Raises InputError if the disk is full, or the folder does not exist.
+    """
     try:
-        partial.write_text(text, encoding="utf-8")
-        _flush(partial)
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        refuse_lost(path.parent)
         if (reason := disk_full(error)) is None:
             raise
-        raise InputError(f"{path}: {reason}; free some space there, then repeat the command to continue.") from None
+        raise InputError(
+            f"{path}: {reason}; free some space there, then repeat the command with --resume auto, the default."
+        ) from None
+
+
+def refuse_lost(folder: Path) -> None:
+    """Raise InputError if the folder into which a run writes does not exist any more."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: does not exist any more: it was deleted or moved while the run was writing there, with its "
+            "checkpoints and its log, and the steps since the last checkpoint are lost. Put it back to resume from that "
+            "checkpoint (--resume auto, the default), or start over with the same command."
+        )
 
 
 def disk_full(error: BaseException) -> str | None:
@@ -106,7 +124,7 @@ def disk_full(error: BaseException) -> str | None:
 def _disk_full_message(folder: Path, reason: str, needed: int) -> str:
     free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
     newest = max(checkpoints(folder.parent), key=step_of, default=None)
-    restart = "start over" if newest is None else f"resume from {newest.name}"
+    restart = "start over" if newest is None else f"resume from {newest.name} (with --resume auto, the default)"
     elsewhere = "another output_dir" if newest is None else f"another output_dir and --resume {newest}"
     return (
         f"{folder}: {reason}. This folder needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free there. Free "
@@ -123,7 +141,7 @@ def recover(output_dir: Path) -> None:
 
     A replaced folder is put back if its new version is missing; partial folders are removed.
     """
-    found = [(path, match) for path in output_dir.glob(".*") if (match := _LEFTOVER.fullmatch(path.name))]
+    found = [(path, match) for path in output_dir.glob(".*") if (match := LEFTOVER.fullmatch(path.name))]
     for path, match in sorted(found, key=lambda pair: pair[1][2], reverse=True):  # replaced, then partial
         if match[2] == "replaced":
             _put_back(output_dir / match[1])
@@ -139,6 +157,26 @@ def _put_back(folder: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+def is_ours(folder: Path) -> bool:
+    """Return whether `write_folder` wrote `folder`: it has a manifest of its form, or one that is damaged.
+
+    If the manifest is missing, a run.json or a state.safetensors beside a config.yaml still tells. Only such a folder is
+    ever replaced, moved or removed; a link is never ours.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return (folder / "config.yaml").exists() and any(
+            (folder / name).exists() for name in ("run.json", "state.safetensors")
+        )
+    try:
+        values = read_json(manifest)
+    except InputError:
+        return True
+    return isinstance(values, dict) and {"format", "files"} <= values.keys()
 
 
 def verify_folder(folder: Path, hashes: bool = True) -> None:
@@ -196,8 +234,9 @@ def weights_digest(folder: Path) -> str:
 def read_json(path: Path, advice: str = "use another checkpoint") -> Any:
     """Return the value in a small JSON file. Raises InputError if it is missing, too large, unreadable or not JSON."""
     try:
-        _refuse_large(path, path.stat().st_size)
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            _refuse_large(path, os.fstat(file.fileno()).st_size)
+            return json.loads(file.read().decode())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {advice}.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -264,13 +303,17 @@ def prune_checkpoints(output_dir: Path, save_total_limit: int | None, report: Ca
     """Remove the oldest checkpoints until `save_total_limit` intact ones are left (None: keep all).
 
     The newest is verified with its hashes before an older one is removed. The others were verified when they were the
-    newest, so only their names and sizes are compared. A damaged one does not count and is reported.
+    newest, so only their names and sizes are compared. A damaged one does not count and is reported. A folder whose
+    manifest is missing or damaged is never removed.
     """
     if save_total_limit is None:
         return
     intact = 0
     for folder in sorted(checkpoints(output_dir), key=step_of, reverse=True):
         if intact == save_total_limit:
+            if not folder.is_symlink() and not _has_manifest(folder):
+                report(f"not removed, its {MANIFEST} is missing or damaged: {folder}")
+                continue
             partial = _beside(folder, "partial")
             _remove(partial)
             folder.rename(partial)  # a kill during removal leaves no folder that looks like a checkpoint
@@ -283,9 +326,17 @@ def prune_checkpoints(output_dir: Path, save_total_limit: int | None, report: Ca
             report(f"a damaged checkpoint does not count towards train.save_total_limit: {error}")
 
 
+def _has_manifest(folder: Path) -> bool:
+    try:
+        _listed(read_json(folder / MANIFEST), folder / MANIFEST)
+    except (InputError, AttributeError):
+        return False
+    return True
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """Return the `checkpoint-<step>` folders of a run, in no order, intact or not."""
-    return [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and re.fullmatch(r"checkpoint-\d{1,15}", p.name)]
+    return [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and FOLDER_NAME.fullmatch(p.name)]
 
 
 def step_of(folder: Path) -> int:
@@ -311,7 +362,7 @@ def _remove(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from config.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,5 +71,7 @@ def draw_curves(runs: Sequence[tuple[str, list[dict]]], image: Path) -> None:
             axis.axvline(start, color="#888888", linewidth=0.8, linestyle="--")
             axis.annotate(name, (start, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
                           va="top", fontsize=8, color="#666666")  # fmt: skip
-    figure.savefig(image, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_whole(image, content.getvalue())
     plt.close(figure)

@@ -22,7 +22,7 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    _write_stderr("terminated; the same command resumes")
+    _write_stderr("terminated; the same command resumes (with --resume auto, the default)")
     sys.exit(128 + number)  # a shell's exit code for a command that a signal ended
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from config import InputError
+from config.files import open_append, open_regular, write_whole
 from dataset.batch import Batch
+from model.checkpoint_folder import refuse_lost
 from training.curves import draw_curves
 from training.step import Outcome
 
@@ -70,7 +72,7 @@ class RunLog:
             self.targets += outcome.targets
             if outcome.balance_loss is not None:
                 self.balance_losses.append(outcome.balance_loss)
-        self.skipped_steps += outcome.is_bad
+        self.skipped_steps += outcome.is_bad or outcome.has_overflowed
         self.replaced += outcome.replaced
         self.samples += sum(batch.num_samples for batch in micro_batches)
         self.tokens += sum(batch.num_tokens for batch in micro_batches)
@@ -137,12 +139,16 @@ class RunLog:
             return
         _append(path, json.dumps(row, ensure_ascii=False).encode() + b"\n")
         if path == self.metrics:
-            self.track({key: value for key, value in row.items() if key != "step"}, row["step"])
+            try:
+                self.track({key: value for key, value in row.items() if key != "step"}, row["step"])
+            except OSError as error:
+                raise not_written(self.folder / "tensorboard", error) from None
 
 
 def _append(path: Path, line: bytes) -> None:
     """Append a whole line or nothing."""
-    with open(path, "ab", buffering=0) as file:
+    refuse_lost(path.parent)
+    with open_append(path) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(line) < len(line):
@@ -153,10 +159,11 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def not_written(path: Path, error: OSError) -> InputError:
-    """Return the error for a file of the run that cannot be written."""
+    """Return the error for a file of the run that cannot be written. Raises InputError if the run's folder is gone."""
+    refuse_lost(path.parent)
     return InputError(
         f"{path}: cannot be written ({error.strerror}); make room there, and the same command resumes from the last "
-        "checkpoint."
+        "checkpoint (with --resume auto, the default)."
     )
 
 
@@ -173,20 +180,35 @@ def peak_memory_mb() -> float:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the complete rows of a JSON Lines file of the log. A last line that a kill cut off is left out."""
+    """Return the complete rows of a JSON Lines file of the log. A last line that a kill cut off is left out.
+
+    Raises InputError for a line that is no row with a step.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")[:-1]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            is_row = isinstance(row, dict) and type(row["step"]) is int
+        except (ValueError, KeyError, RecursionError):
+            is_row = False
+        if not is_row:
+            raise InputError(
+                f"{path}: line {number} is damaged, not a row with a step as a run writes it. Restore the file, or move it "
+                "elsewhere: training does not need it."
+            )
+        rows.append(row)
+    return rows
 
 
 def _drop_rows_after(path: Path, last_step: int) -> None:
     """Drop the rows written after the checkpoint from which the run resumes: their steps will be repeated."""
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= last_step]
-        partial = path.with_suffix(".partial")
         try:
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise not_written(path, error) from None

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
-from config import InputError
+from config import InputError, printable
 
 T = TypeVar("T")
 
@@ -29,9 +29,9 @@ def process_group() -> Iterator[None]:
 
 
 def print_main(text: str, end: str = "\n") -> None:
-    """Print a line on the main process, and flush it."""
+    """Print text on the main process, and flush it. What a terminal would take as a command is escaped."""
     if PartialState().is_main_process:
-        print(text, end=end, flush=True)
+        print(printable(text, lines=True), end=end, flush=True)
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -49,6 +49,12 @@ def on_main(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+def faults_of_all(faults: Sequence[str]) -> list[str]:
+    """Return the faults that any process found, each once, on every process: one that stops alone leaves the others
+    waiting."""
+    return list(dict.fromkeys(gather_object(list(faults))))
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -1,122 +1,43 @@
-"""A run's folder: lock it, find the checkpoint to resume from, save, mark finished."""
+"""Find the checkpoint from which a run resumes, record the start, save, mark finished."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import math
-import os
 import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate.utils import gather_object
+
 from config import Config, InputError, changed_keys, load_config, to_yaml
+from config.files import open_regular
 from evaluation.score import score_table
 from model.build import save_processors
 from model.checkpoint import save_trained, trained_bytes
 from model.checkpoint_folder import (
     MANIFEST,
-    disk_full,
     latest_checkpoint,
     prune_checkpoints,
     read_json,
-    recover,
     replace_text,
     verify_folder,
     weights_digest,
     write_folder,
 )
 from training.processes import on_main, print_main
-from training.provenance import start_entry, utc_now
+from training.provenance import start_entry
 from training.run import Run
+from training.run_folder import NO_HISTORY
 from training.sharding import gathered_for_saving
 from training.state import Position, load_state, save_state, state_bytes
 
-# the results in a run's folder, which --resume none moves aside
-RUN_FILES = (
-    "checkpoint-* best final answers tensorboard wandb metrics.jsonl samples.jsonl skipped.jsonl run.json curves.png"
-).split()
-NO_HISTORY = "remove it, it only records the run's history"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder
-
-
-class RunLock:
-    """`with RunLock(output_dir):` no other run may write into the folder, and leftovers of a kill are repaired.
-
-    The main process holds the lock for all. Raises InputError if another run holds it. The lock is a record lock
-    (fcntl): unlike flock's, it belongs to the process and not to the open file, so the loader's workers, forked while
-    it is held, never hold it. The kernel releases it when the process ends, for whatever reason.
-    """
-
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir, self.path = output_dir, output_dir / ".lock"
-        self._handle: int | None = None
-
-    def __enter__(self) -> RunLock:
-        on_main(self._take)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
-            os.close(self._handle)  # the file stays: removing it would let two runs lock two files of one name
-            self._handle = None
-
-    def _take(self) -> None:
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise InputError(
-                f"{self.output_dir}: cannot be written ({disk_full(error) or error.strerror}); give another output_dir."
-            ) from None
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.pread(handle, 1000, 0).decode(errors="replace")
-                os.close(handle)
-                raise InputError(
-                    f"{self.output_dir}: another run writes there{_describe(holder)}. Wait for its end or stop it, or give "
-                    "another output_dir."
-                ) from None
-            print_main(f"{self.path}: this disk has no locks ({error.strerror}); start no second run in this folder.")
-        self._handle = handle
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": platform.node(), "started": utc_now()}).encode(), 0)
-        recover(self.output_dir)
-
-
-def _describe(holder: str) -> str:
-    try:
-        found = json.loads(holder)
-        return f" (process {found['pid']:d} on {found['host']!s:.64}, since {found['started']!s:.32})"
-    except (ValueError, KeyError, TypeError):  # it is being written at this moment
-        return ""
-
-
-def move_aside(folder: Path) -> None:
-    """Move what an earlier run wrote into `folder` to `folder`/previous-<n>. Nothing else in it is touched."""
-
-    def move() -> None:
-        old = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
-        if not old:
-            return
-        number = 1 + max(
-            [int(n) for p in folder.glob("previous-*") if (n := p.name.removeprefix("previous-")).isdecimal()],
-            default=0,
-        )
-        aside = folder / f"previous-{number}"
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-        print_main(f"the run that was in {folder} is now in {aside}")
-
-    on_main(move)
+# keys of the fingerprint that checkpoints of earlier versions lack -> what they are digests of
+WEIGHT_DIGESTS = {
+    "vision_tower_sha256": " (the files of model.vision_tower)",
+    "language_model_sha256": " (the files of model.language_model)",
+}
 
 
 def record_start(run: Run, resume_from: Path | None, command: Sequence[str]) -> None:
@@ -135,7 +56,7 @@ def record_start(run: Run, resume_from: Path | None, command: Sequence[str]) -> 
             resumed_from=resume_from,
             processes=run.accelerator.num_processes,
             config_text=to_yaml(run.config),
-            qa_sha256=run.fingerprint["qa_sha256"],
+            digests={key: value for key, value in run.fingerprint.items() if key.endswith("_sha256")},
         )
         start_from = run.config.model.start_from
         # absent when a resumed run no longer needs it
@@ -153,10 +74,29 @@ def record_start(run: Run, resume_from: Path | None, command: Sequence[str]) -> 
 def find_checkpoint(config: Config, resume: str) -> Path | None:
     """Find the checkpoint to resume from: the newest intact one (`auto`), the one named, or None to start (`none`).
 
-    Raises InputError for a checkpoint of another config, and for a finished run whose checkpoints are gone, which would be
-    trained again over itself. Only the main process looks, and it reads each file once.
+    Raises InputError for a checkpoint of another config, for a finished run whose checkpoints are gone, which would be
+    trained again over itself, and for a checkpoint that another machine of the run does not find. Only the main process
+    looks, and it reads each file once.
     """
-    return on_main(lambda: _find_checkpoint(config, resume))
+    found = on_main(lambda: _find_checkpoint(config, resume))
+    if found is not None:
+        check_shared(found)
+    return found
+
+
+def check_shared(folder: Path) -> None:
+    """Raise InputError, on every process, if some process does not find the checkpoint that the main one has found."""
+    try:
+        with open_regular(folder / MANIFEST) as file:
+            content = file.read()
+    except (OSError, InputError):
+        content = None
+    seen = gather_object([(platform.node(), content)])
+    if others := sorted({host for host, other in seen if other != seen[0][1]}):
+        raise InputError(
+            f"{folder}: is missing or different on {', '.join(others)}, while {seen[0][0]} has it. Every machine of a run "
+            "reads it: put it on a disk that all of them share, or copy it to the same path on each machine."
+        )
 
 
 def _find_checkpoint(config: Config, resume: str) -> Path | None:
@@ -192,14 +132,18 @@ def _find_checkpoint(config: Config, resume: str) -> Path | None:
 def load_position(run: Run, checkpoint: Path) -> Position:
     """Load the optimizer and the loss scaler from a checkpoint, and return the position.
 
-    Raises InputError if data or precision are not those that the run began with.
+    Raises InputError if data, precision or released weights are not those that the run began with.
     """
     state = load_state(checkpoint, run.model, run.optimizer.optimizer)
+    unrecorded = [key for key in WEIGHT_DIGESTS if key in run.fingerprint and key not in state]
+    if unrecorded:
+        print_main(f"{checkpoint}: records no digest of the released weights, so changes of these are not noticed")
     for key, now in run.fingerprint.items():
-        if state.get(key) != now:
+        if key not in unrecorded and state.get(key) != now:
             raise InputError(
-                f"{checkpoint}: the run began with {key} {state.get(key)!r:.80}, now it is {now}: resuming would not "
-                "continue the same run. Restore what it began with, or start over with --resume none."
+                f"{checkpoint}: the run began with {key} {state.get(key)!r:.80}, now it is {now}"
+                f"{WEIGHT_DIGESTS.get(key, '')}: resuming would not continue the same run. Restore what it began with, or "
+                "start over with --resume none."
             )
     if state["step"] > run.total_steps:
         raise InputError(
@@ -224,8 +168,8 @@ def _keys(values: object) -> set[str] | None:
 
 def is_finished(run: Run, resume_from: Path | None) -> bool:
     """Return whether the run has finished already; if so, print its result."""
-    final = run.config.output_dir / "final"
-    if resume_from != run.config.output_dir / f"checkpoint-{run.total_steps}" or not final.exists():
+    final, last = run.config.output_dir / "final", run.config.output_dir / f"checkpoint-{run.total_steps}"
+    if resume_from is None or resume_from.resolve() != last.resolve() or not final.exists():
         return False
     if run.validation_set is not None and not (final / "scores.json").exists():
         return False  # it was interrupted while it was scored

@@ -26,7 +26,8 @@ from model import checkpoint_folder as folders
 from model.checkpoint_folder import latest_checkpoint, prune_checkpoints, recover, verify_folder, write_folder
 from tests.spy import spy
 from tests.toy_project import run_training, write_project
-from training import resume
+from training import resume, run_folder
+from training.processes import faults_of_all
 from training.provenance import git_commit
 from training.run import open_model, open_processors
 from training.state import Position
@@ -125,6 +126,7 @@ def test_a_kill_during_recovery_or_pruning_loses_nothing(tmp_path, work, no_flus
     """Recovery starts between the renames of a replacement; pruning removes old checkpoints."""
     for call in range(1, 1000):
         shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
         for step in (1, 2, 3):
             write_folder(tmp_path / f"checkpoint-{step}", files_with(str(step)))
         (tmp_path / "checkpoint-2").rename(tmp_path / ".checkpoint-2.replaced")
@@ -284,8 +286,9 @@ def test_the_last_intact_checkpoint_is_never_removed(tmp_path, damage):
 
 
 def test_pruning_a_linked_checkpoint_removes_only_the_link(tmp_path):
+    for name in ("elsewhere", "run"):
+        (tmp_path / name).mkdir()
     write_folder(tmp_path / "elsewhere" / "checkpoint-1", files_with("1"))
-    (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint-1").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
     write_folder(tmp_path / "run" / "checkpoint-2", files_with("2"))
     prune_checkpoints(tmp_path / "run", 1, pytest.fail)
@@ -299,7 +302,7 @@ def test_pruning_a_linked_checkpoint_removes_only_the_link(tmp_path):
 
 def hold_and_fork(run: Path, ready: int) -> None:
     """Hold the lock in a process with a forked worker, like the loader's, that outlives it."""
-    with resume.RunLock(run):
+    with run_folder.RunLock(run):
         worker = os.fork()
         if worker:
             os.write(ready, str(worker).encode())
@@ -316,12 +319,12 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
     worker = int(os.read(reader, 20))
     try:
         with pytest.raises(InputError, match=rf"{run}: another run writes there \(process {holder} on .*, since 2"):
-            resume.RunLock(run).__enter__()
+            run_folder.RunLock(run).__enter__()
         (run / ".checkpoint-1.partial").mkdir()
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         os.kill(worker, 0)  # still alive
-        with resume.RunLock(run):
+        with run_folder.RunLock(run):
             assert [path.name for path in run.iterdir()] == [".lock"], "a leftover of the killed run was not removed"
             assert json.loads((run / ".lock").read_text())["pid"] == os.getpid()
     finally:
@@ -335,8 +338,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / ".lock").symlink_to(tmp_path / "file")
     for folder in (tmp_path / "file", tmp_path / "linked"):
-        with pytest.raises(InputError, match=f"{folder}: cannot be written"):
-            resume.RunLock(folder).__enter__()
+        named = f"{folder}: cannot be written" if folder.is_file() else f"{folder}/.lock: is a symbolic link"
+        with pytest.raises(InputError, match=named):
+            run_folder.RunLock(folder).__enter__()
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -344,8 +348,8 @@ def test_a_disk_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(resume.fcntl, "lockf", no_locks)
-    with resume.RunLock(tmp_path):
+    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
+    with run_folder.RunLock(tmp_path):
         assert capsys.readouterr().out.count("start no second run") == 1
 
 
@@ -400,6 +404,39 @@ def test_two_processes_resume_from_the_same_checkpoint_or_both_stop(run, tmp_pat
     assert first["found"] == second["found"] == "checkpoint-1" and first["read"] > 0 and second["read"] == 0
     assert first["error"] == second["error"] and "no training state" in first["error"]
     assert capfd.readouterr().out.count("damaged checkpoint") == 1
+
+
+def test_a_checkpoint_that_another_machine_does_not_find_stops_both(run, tmp_path):
+    """Two machines without a shared disk: the second one has no checkpoint, or another one of the same step."""
+    second = tmp_path / "second" / "run"
+    shutil.copytree(run.output_dir, second)
+    write_folder(second / "checkpoint-2", files_with("of another run"))
+    shutil.rmtree(second / "checkpoint-1")
+
+    def work() -> None:
+        PartialState._reset_state()  # inherited from the process that was forked
+        rank = PartialState(cpu=True).process_index
+        if rank == 1:  # it sees another disk
+            patched = pytest.MonkeyPatch()
+            patched.setattr(
+                resume, "open_regular", lambda path: open(str(path).replace(str(run.output_dir), str(second)), "rb")
+            )
+            patched.setattr(resume.platform, "node", lambda: "the-second-machine")
+        messages = []
+        for name in ("checkpoint-1", "checkpoint-2"):
+            try:
+                resume.find_checkpoint(run, str(run.output_dir / name))
+            except InputError as error:
+                messages.append(str(error))
+        faults = faults_of_all([f"of {rank}", "of both"])
+        (tmp_path / f"{rank}.json").write_text(json.dumps({"messages": messages, "faults": faults}))
+
+    debug_launcher(work, num_processes=2)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(found["messages"]) == 2
+        assert all("is missing or different on the-second-machine" in message for message in found["messages"])
+        assert found["faults"] == ["of 0", "of both", "of 1"]
 
 
 class FakeRun(SimpleNamespace):
@@ -599,5 +636,6 @@ def test_a_loss_scaler_of_another_precision_is_refused(opened_run):
 def test_a_folder_with_an_odd_number_in_its_name_is_not_counted(tmp_path):
     (tmp_path / "previous-²").mkdir()
     (tmp_path / "metrics.jsonl").write_text("")
-    resume.move_aside(tmp_path)
+    (tmp_path / "run.json").write_text('[{"config_sha256": ""}]')
+    run_folder.move_aside(tmp_path)
     assert (tmp_path / "previous-1" / "metrics.jsonl").exists()

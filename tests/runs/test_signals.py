@@ -123,7 +123,10 @@ def test_a_sigterm_after_ctrl_c_does_not_stop_at_once(config, reference):
 # Before and after
 
 
-@pytest.mark.parametrize("number, line", [(INT, "interrupted\n"), (TERM, "terminated; the same command resumes\n")])
+TERMINATED = "terminated; the same command resumes (with --resume auto, the default)\n"
+
+
+@pytest.mark.parametrize("number, line", [(INT, "interrupted\n"), (TERM, TERMINATED)])
 @pytest.mark.parametrize(
     "place",
     [

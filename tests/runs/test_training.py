@@ -178,6 +178,61 @@ def test_resume_accepts_a_named_checkpoint_only_with_training_state(project, who
         run_training(project, f"output_dir={tmp_path / 'other'}", "--resume", str(whole / "final"))
 
 
+class StopsAtOnce:
+    """A StopRequest that a signal reaches in the first step."""
+
+    signal = 15
+
+    def __enter__(self) -> StopsAtOnce:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("resume", ["checkpoint-3", "none"])
+def test_the_message_of_a_stopped_run_names_a_command_that_continues_it(
+    project, whole, tmp_path, monkeypatch, capsys, resume
+):
+    """Also after going back to an earlier checkpoint: what came later moves aside, and nothing of it is used again."""
+    again = tmp_path / "run"
+    shutil.copytree(whole, again)
+    words = [f"output_dir={again}", "train.save_total_limit=1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "StopRequest", StopsAtOnce)
+        code = run_training(project, *words, "--resume", resume if resume == "none" else str(again / resume))
+    step = 1 if resume == "none" else 4
+    assert code == 128 + 15
+    assert (
+        f"stopped after step {step} of 6. It is saved; the same command with --resume auto" in capsys.readouterr().out
+    )
+    assert [path.name for path in again.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    aside = again / "previous-1"
+    assert {"checkpoint-6", "final", "best", "metrics.jsonl"} <= {path.name for path in aside.iterdir()}
+    assert not (again / "final").exists()
+    run_training(project, *words, "--resume", "auto")
+    assert f"resuming from {again / f'checkpoint-{step}'}" in capsys.readouterr().out
+    assert_equal_files(whole / "checkpoint-6", again / "checkpoint-6", [*WEIGHTS, "state.safetensors"])
+    assert without_times(rows(again)) == without_times(rows(whole)) == without_times(rows(aside))
+
+
+def test_another_config_is_named_before_its_data_are_prepared(project, whole, monkeypatch):
+    """The QA file would be rewritten for the other config."""
+    monkeypatch.setattr(training.open, "prepare_data", lambda *_, **__: pytest.fail("prepared data"))
+    with pytest.raises(InputError, match="train.lora_lr: 0.0005 -> 0.002"):
+        run_training(project, "train.lora_lr=2e-3")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check",), ("--resume", "none")])
+def test_a_foreign_folder_is_refused_before_work_begins(project, tmp_path, monkeypatch, arguments):
+    (tmp_path / "checkpoint-0").mkdir()
+    (tmp_path / "checkpoint-0" / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr(training.open, "prepare_data", lambda *_, **__: pytest.fail("prepared data"))
+    with pytest.raises(InputError, match="holds checkpoint-0, not written by a run"):
+        run_training(project, f"output_dir={tmp_path}", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0"]
+
+
 def test_resume_none_moves_only_the_files_of_a_run(project, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     short = ["train.max_steps=1", *QUICK, f"output_dir={tmp_path}", "--resume", "none"]
@@ -236,7 +291,7 @@ def test_every_step_counts_in_exactly_one_row(project, whole, tmp_path):
 
 
 def test_the_model_is_saved_before_it_is_scored(project, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise InputError("this image cannot be read")
 
     with monkeypatch.context() as patched:
@@ -313,6 +368,18 @@ def test_trackers_write_only_into_the_run_folder(project, tmp_path, monkeypatch)
         [row["loss"] for row in rows(tmp_path / "run")], rel=1e-6
     )
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*")) and not (tmp_path / "wandb").exists()
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(project, whole, tmp_path):
+    """Steps after the checkpoint are repeated, and so are their rows."""
+    words = (f"output_dir={tmp_path}", "train.report_to=tensorboard", "train.max_steps=4", *QUICK)
+    run_training(project, *words)
+    for name in ("checkpoint-4", "final"):
+        shutil.rmtree(tmp_path / name)
+    run_training(project, *words)
+    accumulator = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "vision-language-model"))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3, 4]
 
 
 def test_a_tracker_that_is_not_installed_is_named(project, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ def outcome(loss: float, targets: int, balance_loss: float, is_bad: bool = False
         grad_norm=0.5,
         targets=targets,
         is_bad=is_bad,
+        has_overflowed=False,
         replaced=0,
         stop_requested=False,
     )

@@ -233,6 +233,16 @@ def test_starting_all_stages_over_moves_the_old_run_aside(project, whole, again)
     assert (again / "previous-1" / "final").exists() and (again / "stages" / "text" / "previous-1" / "final").exists()
 
 
+def test_starting_all_stages_over_moves_nothing_if_data_are_wrong(project, again):
+    """The first stage's data are checked before the old run moves, too."""
+    gone = ["train.stages.text.data.sources.0.annotations=gone.json"]
+    gone += [f"train.stages.text.data.{key}_file={again / key}.jsonl" for key in ("qa", "validation")]
+    before = {path for path in again.rglob("*")}
+    with pytest.raises(InputError, match='stage "text": .*gone.json'):
+        run_training(project, f"output_dir={again}", "--resume", "none", *gone)
+    assert {path for path in again.rglob("*")} == before
+
+
 def test_stages_that_were_started_over_resume_where_they_were_interrupted(project, again, monkeypatch):
     """Nothing of the old run is found, in the later stages either."""
     words = [f"output_dir={again}", "train.language_model_lr=2e-3"]
