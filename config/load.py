@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from config.errors import InputError
+from config.files import open_regular
 from config.rules import (
     OF_ALL_STAGES,
     STAGE_SECTIONS,
@@ -37,7 +39,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
+            text = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file; name one with --config, for example config.yaml.") from None
     except (OSError, ValueError) as error:
@@ -116,19 +119,80 @@ FREE_KEYS = (
 ).split()
 
 
+# what may differ between a run and the checkpoint that it starts from (model.start_from), for every key that decides what
+# trained weights compute:
+#   refused   the trained weights would compute something else
+#   said      changed on purpose now and then; one line says so
+#   digest    a folder or hub name: its files are compared, not its name (training/provenance.py)
+#   adapter   compared with adapter_config.json, if the checkpoint has LoRA (model/checkpoint.py)
+#   free      not used by the new run, or not a part of what the model computes
+START_KEYS = {
+    "model.vision_tower": "digest",
+    "model.language_model": "digest",
+    "model.from_scratch.tokenizer": "free",  # the checkpoint's own is used
+    "model.from_scratch.vocab_size": "free",
+    "model.from_scratch.initializer_range": "free",
+    "model.from_scratch.architecture": "refused",
+    "model.from_scratch.hidden_size": "refused",
+    "model.from_scratch.num_hidden_layers": "refused",
+    "model.from_scratch.num_attention_heads": "refused",
+    "model.from_scratch.num_key_value_heads": "refused",
+    "model.from_scratch.intermediate_size": "refused",
+    "model.from_scratch.num_experts": "refused",
+    "model.from_scratch.num_experts_per_tok": "refused",
+    "model.from_scratch.moe_intermediate_size": "refused",
+    "model.from_scratch.shared_expert_intermediate_size": "refused",
+    "model.from_scratch.rope_theta": "refused",
+    "model.from_scratch.tie_word_embeddings": "refused",
+    "model.attention": "said",  # released models are causal, and mixed attention is trained on top of them
+    "model.vision_feature_layer": "refused",
+    "model.image_size": "said",  # DINO's positions extend to larger images, which are often used in a last stage
+    "model.projector": "refused",
+    "model.projector_hidden_size": "refused",
+    "model.num_queries": "refused",
+    "model.start_from": "free",
+    "lora.r": "adapter",
+    "lora.alpha": "adapter",
+    "lora.target_modules": "adapter",
+    "lora.dropout": "free",
+}
+
+
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """Return `key: old -> new` for every key that differs and changes what is learned."""
+    """Return `key: old -> new` for every key that differs and changes what is learned.
 
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not dataclasses.is_dataclass(value):
-            return {prefix: value}
-        parts = [flat(getattr(value, f.name), f"{prefix}.{f.name}".lstrip(".")) for f in dataclasses.fields(value)]
-        return {key: value for part in parts for key, value in part.items()}
+    A micro-batch and the accumulation may change together: their product is the number of samples in a step, which decides
+    the order of samples and the number of steps.
+    """
+    free = {key for key in _flat(old) if key in FREE_KEYS or f"{key.split('.')[0]}.*" in FREE_KEYS}
+    if _samples_per_step(old) == _samples_per_step(new):
+        free |= {"train.per_device_train_batch_size", "train.gradient_accumulation_steps"}
+    return [text for key, text in _differences(old, new).items() if key not in free]
 
-    before, after = flat(old), flat(new)
-    free = [key for key in before if key in FREE_KEYS or f"{key.split('.')[0]}.*" in FREE_KEYS]
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
+
+def _samples_per_step(config: Config) -> int:
+    """Return how many samples an optimizer step learns from, on all processes together."""
+    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+
+
+def start_differences(old: Config, new: Config, verdict: str) -> list[str]:
+    """Return `key: old -> new` for every key with that verdict in START_KEYS that differs between a checkpoint's config and
+    that of a run which starts from it."""
+    return [text for key, text in _differences(old, new).items() if START_KEYS.get(key) == verdict]
+
+
+def _differences(old: Config, new: Config) -> dict[str, str]:
+    before, after = _flat(old), _flat(new)
+    return {
+        key: f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in {**before, **after}
-        if before.get(key) != after.get(key) and key not in free
-    ]
+        if before.get(key) != after.get(key)
+    }
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of a config or a section."""
+    if not dataclasses.is_dataclass(value):
+        return {prefix: value}
+    parts = [_flat(getattr(value, f.name), f"{prefix}.{f.name}".lstrip(".")) for f in dataclasses.fields(value)]
+    return {key: value for part in parts for key, value in part.items()}

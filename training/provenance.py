@@ -1,18 +1,33 @@
-"""A run's provenance: what run.json records of each start. No environment variable is read, so no secret can get into it."""
+"""A run's provenance: what run.json records of each start, and the comparison with the checkpoint that a run starts from. No
+environment variable is read, so no secret can get into it."""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from config import Config, InputError, ModelConfig, load_config, start_differences
+from dataset.open import file_sha256
+from model.checkpoint import has_adapter
+from model.checkpoint_folder import read_json, verify_folder
+from training.processes import on_main, print_main
+
+# keys of a released config.json that do not change what the model computes
+_NOT_COMPUTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 PACKAGES = "torch transformers peft accelerate safetensors tokenizers numpy pillow".split()
 ROOT = Path(__file__).parent.parent
@@ -25,9 +40,10 @@ def start_entry(
     resumed_from: Path | None,
     processes: int,
     config_text: str,
-    qa_sha256: str,
+    digests: Mapping[str, str],
 ) -> dict:
-    """Return one start of a run as plain JSON values: time, command, step, versions, machine, digests of config and data."""
+    """Return one start of a run as plain JSON values: time, command, step, versions, machine, digests of config, data and
+    released weights. digests: SHA-256 by name."""
     return {
         "started": utc_now(),
         "command": list(command),
@@ -37,7 +53,7 @@ def start_entry(
         "git_commit": git_commit(ROOT),
         "machine": {**machine(), "processes": processes},
         "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
-        "qa_sha256": qa_sha256,
+        **digests,
     }
 
 
@@ -83,3 +99,126 @@ def git_commit(folder: Path) -> str | None:
         return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digests of what a run reads
+
+
+def equal_sha256(path: Path) -> str:
+    """Return a file's SHA-256. Raises InputError on every process if two processes have different files there."""
+    try:
+        mine = file_sha256(path)
+    except OSError as error:
+        mine = f"not readable ({error.strerror})"
+    every = gather_object([mine])
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            raise InputError(
+                f"{path}: process {rank} has another file there than process 0 ({other:.16} and {every[0]:.16}, SHA-256). "
+                "Every machine must read the same data; copy the file again."
+            )
+    return mine
+
+
+def released_digests(model: ModelConfig) -> dict[str, str]:
+    """Return {"vision_tower_sha256": ..., "language_model_sha256": ...}: digests of the released weights, each over its
+    safetensors files and config.json.
+
+    The main process reads every byte, as many files at once as there are processors. A new language model has no digest,
+    nor has a hub model without safetensors of its own. Raises InputError if a file cannot be read.
+    """
+    paths = {"vision_tower": model.vision_tower, "language_model": model.language_model}
+    found = {part: on_main(functools.partial(_released_sha256, path)) for part, path in paths.items() if path}
+    return {f"{part}_sha256": digest for part, digest in found.items() if digest is not None}
+
+
+def _released_sha256(path: str) -> str | None:
+    files = _weight_files(path)
+    if files is None:
+        return None
+    try:
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(file_sha256, files.values()))
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}).") from None
+    config = read_json(files["config.json"], "use another model")
+    kept = {key: value for key, value in config.items() if key not in _NOT_COMPUTING}
+    weights = [pair for pair in zip(files, hashes, strict=True) if pair[0] != "config.json"]
+    return hashlib.sha256(json.dumps([weights, kept], sort_keys=True).encode()).hexdigest()
+
+
+def _weight_files(path: str) -> dict[str, Path] | None:
+    """Return name -> file of a folder's, or a cached hub model's, config.json and safetensors. None if there are none."""
+
+    def find(name: str) -> Path | None:
+        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        found = cached_file(path, name, **options)
+        return None if found is None else Path(found)
+
+    names = [SAFE_WEIGHTS_NAME]
+    if find(SAFE_WEIGHTS_NAME) is None:
+        index = find(SAFE_WEIGHTS_INDEX_NAME)
+        names = [] if index is None else sorted(set(read_json(index, "use another model")["weight_map"].values()))
+    files = {name: file for name in ["config.json", *names] if (file := find(name)) is not None}
+    return files if names and len(files) == 1 + len(names) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint that a run starts from
+
+
+def compare_start(config: Config) -> None:
+    """Compare the config with that of the checkpoint in model.start_from, whose weights were trained for it: some keys must
+    be equal, others are printed if they differ (START_KEYS). Reads no weights.
+
+    Raises InputError. A folder that is not a checkpoint is left to `open_model`.
+    """
+    start = config.model.start_from
+    assert start is not None
+    try:
+        verify_folder(start, hashes=False)
+    except InputError:
+        return
+    trained = load_config(start / "config.yaml")
+    if different := start_differences(trained, config, "refused"):
+        raise InputError(
+            f"{start}: its weights were trained with other settings ({'; '.join(different[:4])}), so they would compute "
+            "something else. Set these keys as in its config.yaml, or start without it (model.start_from: null)."
+        )
+    for text in start_differences(trained, config, "said"):
+        print_main(f"{start}: its weights were trained with another setting ({text})")
+
+
+def compare_start_weights(config: Config, digests: Mapping[str, str]) -> None:
+    """Compare the released weights below this run with those below the checkpoint in model.start_from.
+
+    digests: of `released_digests`. Raises InputError if they differ, unless the checkpoint holds nothing of a language
+    model: a projector may be tried with another one. What an old checkpoint did not record is compared by name, and printed.
+    """
+    start = config.model.start_from
+    assert start is not None
+    trained, entry = load_config(start / "config.yaml").model, _last_start(start)
+    for part in ("vision_tower", "language_model"):
+        was, now, key = getattr(trained, part), getattr(config.model, part), f"{part}_sha256"
+        if None in (was, now):
+            continue  # a new language model's weights are all in the checkpoint
+        recorded = entry.get(key)
+        if recorded is None or key not in digests:
+            if was != now:
+                print_main(f"{start}: trained on top of {was}, and nothing records whether {now} has equal weights")
+        elif recorded != digests[key]:
+            holds = has_adapter(start) or (start / "language_model.safetensors").exists()
+            if part == "vision_tower" or holds:
+                raise InputError(
+                    f"{start}: trained on top of {was}, whose weights or config.json were not those of {now} "
+                    f"(model.{part}). Its weights would compute something else: give the folder that it was trained with."
+                )
+            print_main(f"{start}: its projector was trained for another language model (model.{part}: {was} -> {now})")
+
+
+def _last_start(checkpoint: Path) -> dict:
+    """Return the last entry of a checkpoint's run.json, empty if it has none."""
+    path = checkpoint / "run.json"
+    starts = read_json(path) if path.exists() else []
+    return starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}

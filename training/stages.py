@@ -21,7 +21,8 @@ from training.log import not_written, read_rows
 from training.open import check_run
 from training.prepare import look_ahead
 from training.processes import on_main, print_main
-from training.resume import NO_HISTORY, RunLock, move_aside, print_finished
+from training.resume import print_finished
+from training.run_folder import NO_HISTORY, RunLock, check_owner, move_aside
 
 Stages = tuple[StageConfig, ...]
 
@@ -40,11 +41,16 @@ def open_stages(config: Config, arguments: argparse.Namespace) -> Iterator[Itera
         return
     chosen = _chosen(stages, arguments)
     with RunLock(config.output_dir):
+        for stage in stages:
+            on_main(functools.partial(check_owner, stage.config.output_dir))
+        _learn_tokenizer(stages)
         if arguments.resume == "none" and arguments.stage is None:
+            for stage in stages:  # before anything moves
+                with _name_stage(stage):
+                    look_ahead(stage.config, starts_over=True)
             # all stages now: a run that is stopped in its first stage must not find the old run's later ones
             for folder in (config.output_dir, *(stage.config.output_dir for stage in stages)):
                 move_aside(folder)
-        _learn_tokenizer(stages)
         ended: list[int] = []
         yield _unfinished(stages, chosen, arguments, ended=ended)
         on_main(lambda: _publish(config))

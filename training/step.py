@@ -45,6 +45,7 @@ class Outcome:
     grad_norm: float  # before clipping
     targets: int
     is_bad: bool  # the loss or gradient was not finite, so the weights were not changed
+    has_overflowed: bool  # fp16: the scaled gradient did, so the weights were not changed and the scale is lowered
     replaced: int
     stop_requested: bool  # on any process
 
@@ -97,10 +98,13 @@ class Stepper:
         grad_norm = clip_grad_norm(self.parameters, self.max_grad_norm or math.inf)
         # With fp16, the scaler itself skips a step whose scaled gradient overflowed, and lowers its scale.
         is_bad = not math.isfinite(loss) or (scaler is None and not math.isfinite(grad_norm))
+        has_overflowed = False
         if not is_bad:
             self.optimizer.step()
-            # A scale below 1 cannot cause an overflow: the gradient itself is not finite.
-            is_bad = scaler is not None and self.optimizer.step_was_skipped and scaler.get_scale() < 1
+            if scaler is not None and self.optimizer.step_was_skipped:
+                # A scale below 1 cannot cause an overflow: the gradient itself is not finite.
+                is_bad = scaler.get_scale() < 1
+                has_overflowed = not is_bad
         elif scaler is not None:
             scaler.update()  # or it would refuse to unscale the next step
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,6 +114,7 @@ class Stepper:
             grad_norm=grad_norm,
             targets=losses.targets,
             is_bad=is_bad,
+            has_overflowed=has_overflowed,
             replaced=losses.replaced,
             stop_requested=stops > 0,
         )

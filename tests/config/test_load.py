@@ -5,24 +5,31 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from config import (
     DEFAULT_CONFIG,
     Config,
     InputError,
+    LoraConfig,
+    ModelConfig,
     ScratchConfig,
     SourceConfig,
     changed_keys,
     choose,
     load_config,
+    printable,
     run_script,
+    shortened,
     to_yaml,
 )
-from config.load import FREE_KEYS
+from config.load import FREE_KEYS, START_KEYS
 from config.typed_yaml import Switch, all_keys
 
 ROOT = DEFAULT_CONFIG.parent
@@ -199,6 +206,27 @@ def test_changed_keys_lists_only_what_changes_learning(path):
     ]
 
 
+def test_micro_batch_and_accumulation_are_free_if_a_step_keeps_its_samples(path):
+    def changed(size: int, accumulation: int) -> list[str]:
+        train = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        return changed_keys(
+            load_config(path), load_config(path, [f"train.{key}={value}" for key, value in train.items()])
+        )
+
+    old = load_config(path).train
+    samples = old.per_device_train_batch_size * old.gradient_accumulation_steps
+    assert changed(samples, 1) == changed(1, samples) == []
+    assert changed(samples, 2)[-1].startswith("train.gradient_accumulation_steps: ")
+
+
+def test_every_key_of_a_model_says_whether_a_run_may_start_from_another_value():
+    """A new key of `model` or `lora` needs a word in START_KEYS."""
+    keys = {f"model.{f.name}" for f in dataclasses.fields(ModelConfig)} - {"model.from_scratch"}
+    keys |= {f"model.from_scratch.{f.name}" for f in dataclasses.fields(ScratchConfig)}
+    assert set(START_KEYS) == keys | {f"lora.{f.name}" for f in dataclasses.fields(LoraConfig)}
+    assert set(START_KEYS.values()) == {"refused", "said", "digest", "adapter", "free"}
+
+
 def test_free_keys_are_config_keys():
     sections = [field.name + ".*" for field in dataclasses.fields(Config)]
     assert set(FREE_KEYS) <= {*all_keys(Config), *sections}
@@ -224,6 +252,33 @@ def test_run_script_exits_with_2_and_one_message_on_bad_input(capsys):
         with pytest.raises(SystemExit) as ended:
             run_script(lambda code=code: code)
         assert ended.value.code == code
+
+
+@given(st.text() | st.text("\x00\t\n\r\x1b\x7f\x9b\u2028\u202e\u2066\ud800aß图😀", max_size=9))
+def test_printable_text_has_no_control_characters_and_is_otherwise_unchanged(text):
+    for lines in (False, True):
+        shown = printable(text, lines=lines)
+        shown.encode()
+        assert not [one for one in shown if unicodedata.category(one) == "Cc" and not (lines and one in "\n\t")]
+        assert not {unicodedata.bidirectional(one) for one in shown} & {"LRO", "RLO", "LRE", "RLE", "RLI", "LRI"}
+        assert shown == text or "\\" in shown
+        assert printable(shown, lines=lines) == shown
+
+
+def test_a_message_cannot_command_the_terminal(capsys):
+    def fail():
+        raise InputError("a\n\x1b]52;c;cm0gLXJm\x07.png: gone\udc80")
+
+    with pytest.raises(SystemExit):
+        run_script(fail)
+    assert capsys.readouterr().err == "error: a\n\\x1b]52;c;cm0gLXJm\\x07.png: gone\\udc80\n"
+
+
+@pytest.mark.parametrize("length", [199, 200, 201, 100_000])
+def test_a_long_text_is_shortened(length):
+    text = shortened("b" + "x" * (length - 2) + "e")
+    assert len(text) < 240 and text[0] == "b" and text[-1] == "e"
+    assert len(text) == length or f"{length:,} characters" in text
 
 
 def test_a_closed_pipe_ends_a_script_without_traceback():

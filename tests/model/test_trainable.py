@@ -6,6 +6,7 @@ Run: python -m pytest tests/model/test_trainable.py
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import model.build
 from config import InputError, TrainableConfig
 from model.build import Built, save_processors
 from model.checkpoint import load_trained, save_trained, trained_bytes
 from model.checkpoint_folder import write_folder
-from model.trainable import WeightOrigins
+from model.fused_lora import fuse_lora, fused_layers
+from model.trainable import WeightOrigins, parameters_without_lora
 from tests.toy_language import write_qwen2, write_qwen3
+from tests.toy_model import LORA as LORA_SETTINGS
 from tests.toy_model import build_toy, scratch_config, train_config
 from tests.toy_towers import write_clip
 
@@ -283,3 +287,64 @@ def test_an_untrained_list_that_is_not_one_is_refused(folder, tmp_path):
         (tmp_path / "untrained.json").write_text(text)
         with pytest.raises(InputError, match=r"untrained\.json: not a list of a model's parts"):
             load_trained(built.model, built.origins, tmp_path)
+
+
+# --- LoRA on top of trained weights
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_lora_on_trained_weights_has_a_base_in_half_precision_and_equal_results(folder, tmp_path, monkeypatch, name):
+    """A run in bfloat16 trains the language model in float32, the next one adds LoRA: its frozen matrices are bfloat16, all
+    of them are fused, and the outputs are the same bits."""
+    bf16 = torch.bfloat16
+    first = build(folder, name, dtype=bf16, **FULL)
+    train(first)
+    stored = save(first, tmp_path / "first")[LM]
+    found = build(folder, name, start_from=tmp_path / "first", dtype=bf16).model
+    with monkeypatch.context() as patched:
+        patched.setattr(model.build, "halve_lora_base", lambda *_: None)
+        expected = build(folder, name, start_from=tmp_path / "first", dtype=bf16).model
+    kept = {EMBEDDINGS, *(key for key in stored if "norm" in key)}
+    dtypes = {key: p.dtype for key, p in parameters_without_lora(found.causal_lm).items()}
+    assert dtypes == {key: torch.float32 if key in kept else bf16 for key in stored}
+
+    ids = torch.randint(1, 200, (2, 12), generator=torch.Generator().manual_seed(3))
+    losses = []
+    for one in (expected, found):
+        with torch.autocast("cpu", bf16):
+            losses.append(one(input_ids=ids, labels=ids).answers)
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    gradients = [[p.grad for p in one.parameters() if p.grad is not None] for one in (expected, found)]
+    assert len(gradients[0]) > 20 and all(map(torch.equal, *gradients))
+    with torch.autocast("cpu", bf16):
+        count = fuse_lora(found.language_model)
+        assert fused_layers(found.language_model, bf16) == count == 14
+
+
+OTHER_LORA = {
+    "alpha": ({"alpha": 16.0}, "lora.alpha is 8.0, the config says 16.0"),
+    "rank": ({"r": 2}, "lora.r is 4, the config says 2"),
+    "modules of the same shapes": ({"target_modules": ("q_proj",)}, "lora.target_modules is"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_LORA)
+def test_another_lora_than_the_checkpoints_is_refused(folder, tmp_path, case):
+    values, message = OTHER_LORA[case]
+    own = replace(LORA_SETTINGS, target_modules=("o_proj",))
+    words = {"train": train_config()}
+    save(build_toy(folder, lora=own, **words), tmp_path / "first")
+    build_toy(folder, lora=replace(own, dropout=0.5), start_from=tmp_path / "first", **words)
+    with pytest.raises(InputError, match=rf"adapter_config\.json: another LoRA than the config's: {message}"):
+        build_toy(folder, lora=replace(own, **values), start_from=tmp_path / "first", **words)
+
+
+@pytest.mark.parametrize("key, value", [("use_rslora", True), ("alpha_pattern", {"q_proj": 64}), ("bias", "all")])
+def test_a_checkpoint_whose_lora_scales_otherwise_is_refused(folder, tmp_path, key, value):
+    """The config has no such key, but another program may have written the checkpoint."""
+    save(build(folder), tmp_path / "first")
+    path = tmp_path / "first" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=f"another LoRA than the config's: {key} is"):
+        build(folder, start_from=tmp_path / "first")

@@ -33,6 +33,7 @@ import train
 import training.held_out
 import training.log
 import training.memory
+import training.open
 import training.run
 from config import InputError, load_config, run_script
 from dataprocess.process_image import prepare_from_config
@@ -261,7 +262,30 @@ def test_the_fp16_scaler_continues_after_a_bad_step(project, monkeypatch):
             outcomes.append(stepper.clip_and_step(losses))
     # the two losses halve the scale from 8 to 2; then the gradients halve it to 1, and below
     assert [outcome.is_bad for outcome in outcomes] == [False, True, True, False, False, True, True, True, True]
+    assert [number for number, outcome in enumerate(outcomes) if outcome.has_overflowed] == [4]
     assert all(torch.isfinite(parameter).all() for parameter in parameters)
+
+
+def test_a_step_that_the_fp16_scaler_skips_is_listed(project, tmp_path, monkeypatch):
+    start = training.open._start_accelerator
+
+    def with_scaler(config):
+        accelerator, precision = start(config)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        accelerator.unscale_gradients = lambda wrapped: accelerator.scaler.unscale_(wrapped.optimizer)
+        return accelerator, precision
+
+    monkeypatch.setattr(training.open, "_start_accelerator", with_scaler)
+    damage_the_gradient(monkeypatch, {3})  # the second micro-batch of step 2
+    run_training(project, f"output_dir={tmp_path}", "train.max_steps=3", "train.save_steps=1", *QUICK)
+    (listed,) = rows(tmp_path, "skipped")
+    assert (listed["step"], listed["reason"], len(listed["records"])) == (2, "fp16_overflow", 4)
+    assert [row["skipped_steps"] for row in rows(tmp_path)] == [0, 1, 0] and rows(tmp_path)[1]["loss"] is not None
+    before, after = (tensors(tmp_path / f"checkpoint-{number}", WEIGHTS) for number in (1, 2))
+    assert_equal(before, after)
+    assert [json.loads((tmp_path / f"checkpoint-{n}" / "state.json").read_text())["bad_steps"] for n in (1, 2, 3)] == [
+        0
+    ] * 3
 
 
 def build(project: Path, *overrides: str) -> VisionLanguageModel:

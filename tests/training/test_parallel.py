@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -30,8 +31,10 @@ from model.generate import Prompt, generate
 from tests.toy_batches import CPU
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe
 from tests.toy_model import build_toy, train_config
+from tests.toy_project import fresh_accelerate
 from tests.toy_towers import write_clip
 from training.parallel import check_equal_weights, clip_grad_norm, sum_gradients
+from training.provenance import equal_sha256
 from training.sharding import gathered_for_inference, gathered_for_saving, idle_batch, laid_out_as, shard
 from training.state import load_state, save_state
 
@@ -181,6 +184,7 @@ def work(folder: Path) -> None:
     rank = dist.get_rank()
     check_sum_of_gradients(rank)
     check_that_different_weights_are_named(folder, rank)
+    check_that_different_data_are_named(folder, rank)
     for kind in KINDS:
         copies = train(folder, "copies", kind)
         held: list = [None, None]
@@ -231,6 +235,19 @@ def check_that_different_weights_are_named(folder: Path, rank: int) -> None:
         InputError, match="process 1 holds other weights than process 0: 1 tensors, such as vision_tower"
     ):
         check_equal_weights(model)
+
+
+def check_that_different_data_are_named(folder: Path, rank: int) -> None:
+    """Each machine may have its own copy of a file. A file that one of them lacks counts as another one."""
+    for name, content in {"equal": "same", "other": f"of {rank}"}.items():
+        (folder / f"{name}{rank}").write_text(content)
+    (folder / "missing0").write_text("here")
+    with fresh_accelerate():
+        PartialState(cpu=True)
+        assert len(equal_sha256(folder / f"equal{rank}")) == 64
+        for name in ("other", "missing"):
+            with pytest.raises(InputError, match=f"{name}{rank}: process 1 has another file there than process 0"):
+                equal_sha256(folder / f"{name}{rank}")
 
 
 def check_bf16(folder: Path) -> None:
