@@ -180,9 +180,9 @@ def count_bytes(shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
     tokens, width = shapes.batch * shapes.length, shapes.new.hidden_size
     kept, casts = kept_for_backward(shapes, checkpointing=False)
     kept_less, _ = kept_for_backward(shapes, checkpointing=True)
-    # a chunk of logits and its softmax, the head's matrix in half precision, the gradients of that matrix and of the hidden
-    # states, both once more where they are multiplied by the loss's factor
-    head = 2 * CHUNK_BYTES + (HALF.itemsize + 8) * shapes.vocabulary * width + 8 * tokens * width
+    # a chunk of logits and its softmax, the head's matrix in half precision and its gradient, the gradient of the hidden
+    # states and its copy in half precision
+    head = 2 * CHUNK_BYTES + (HALF.itemsize + 4) * (shapes.vocabulary + tokens) * width
     items = {f"weights: {title}": size for title, size in weights.items()} | {
         "gradients": trained,
         "AdamW: mean and mean square": 2 * trained,

@@ -45,6 +45,13 @@ class PromptEncoder(Protocol):
     def encode_prompt(self, turns: Sequence[tuple[str, Sequence[Any]]]) -> list[int]: ...
 
 
+def prompt_fits(
+    chat: PromptEncoder, turns: Sequence[tuple[str, Sequence]], max_tokens: int | None, new_tokens: int
+) -> bool:
+    """Return whether the prompt of `turns` and `new_tokens` more fit into `max_tokens`; None: no limit."""
+    return max_tokens is None or len(chat.encode_prompt(turns)) + new_tokens <= max_tokens
+
+
 class Answer(NamedTuple):
     text: str  # without special tokens and surrounding blanks
     seconds: float  # its share of the batch's time
@@ -69,6 +76,7 @@ class Answerer:
     chat: its `encode_prompt` turns a request's turns into ids.
     read_pixels: image file -> [3,H,W]; called from several threads.
     autocast: returns the context in which the model runs.
+    max_tokens: of a prompt and its answer, beyond which the model fails; None: no limit.
     options: transformers' generation options (max_new_tokens, num_beams, ...).
     """
 
@@ -79,11 +87,16 @@ class Answerer:
         chat: PromptEncoder,
         read_pixels: Callable[[Path], Tensor],
         autocast: Callable[[], AbstractContextManager],
+        max_tokens: int | None = None,
         **options: Any,
     ):
         self.model, self.tokenizer, self.chat, self.read_pixels = model, tokenizer, chat, read_pixels
-        self.autocast = autocast
+        self.autocast, self.max_tokens = autocast, max_tokens
         self.options = {"do_sample": False, **options}
+
+    def fits(self, turns: Sequence[tuple[str, Sequence]]) -> bool:
+        """Return whether the prompt of `turns` and the longest answer fit into `max_tokens`."""
+        return prompt_fits(self.chat, turns, self.max_tokens, new_tokens=self.options.get("max_new_tokens", 0))
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
         """Answer all requests as one batch and return the texts. Raises ImageError if an image cannot be read."""

@@ -2,7 +2,7 @@
 
 Each image passes the vision tower once, however many prompts show it. A prefix that several prompts share, up to the end of
 their images, passes the language model once: its keys and values are copied to every row, and only the rest of each prompt
-is read row by row. An image takes hundreds of tokens, a question about it a dozen.
+is read row by row. An image takes hundreds of tokens, a question about it a dozen. With a sliding window, nothing is shared.
 
 Shapes: B prompts, L tokens, M images of N tokens each, D the language model's width.
 """
@@ -38,7 +38,9 @@ def generate(
     lm = model.causal_lm
     features = None if pixel_values is None else model.encode_images(pixel_values)  # [M, N, D]
     prefixes = None
-    if options.get("num_beams", 1) == 1:  # beam search needs a cache that transformers has made itself
+    # Beam search needs a cache that transformers has made itself. In a sliding window, the padding between a prefix and a
+    # rest would take the place of tokens.
+    if options.get("num_beams", 1) == 1 and not getattr(lm.config, "sliding_window", None):
         prefixes = _shared_prefixes(prompts, lm.config, options.get("max_new_tokens", 0))
     inputs: dict[str, Any]
     if prefixes is None:

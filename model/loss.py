@@ -86,11 +86,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     continue
                 grad = logits.sub_(log_sum).exp_()  # the softmax
                 grad.scatter_add_(1, ids, torch.full_like(log_sum, -1.0))
-                grad = grad.to(hidden.dtype)
+                unit = _unit_of_rows(grad, ids) if hidden.dtype == torch.float16 else None
+                grad = (grad if unit is None else grad.div_(unit)).to(hidden.dtype)
                 if hidden_grad is not None:
-                    hidden_grad[start : start + size] = grad @ matrix
+                    product = grad @ matrix
+                    hidden_grad[start : start + size] = product if unit is None else product.float().mul_(unit)
                 if weight_grad is not None:
-                    weight_grad += grad.T @ chunk
+                    _add_weight_gradient(weight_grad, grad, chunk, unit=unit)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -98,8 +100,44 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple:
+        # in place, so that a head that trains has one gradient of its size; torch refuses a second backward
         grads = [
-            None if grad is None else (grad * factor).to(dtype)
+            None if grad is None else grad.mul_(factor).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *grads, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# float16's smallest number is 6e-8, and a token that is almost right has smaller probabilities than that for the rest of the
+# vocabulary. Each row of the softmax's gradient is therefore divided by a unit of its own before it is rounded, and the
+# products are multiplied by it, both in float32. The incoming factor is a loss scale, but it is known too late: in the
+# backward, when the logits are gone.
+
+FP16_LARGEST = 16.0  # of a row in its unit; a product may add up to 4,094 times as much
+
+
+def _unit_of_rows(grad: Tensor, ids: Tensor) -> Tensor:
+    """Return [n, 1], powers of two. The largest absolute value of a row is the target's, which is the sum of the others."""
+    return _power_of_two(grad.gather(1, ids).neg_().clamp_(min=2.0**-24) / FP16_LARGEST)
+
+
+def _power_of_two(value: Tensor) -> Tensor:
+    """Return the smallest powers of two that are not below `value`, by which a division is exact."""
+    return value.log2().ceil_().exp2_()
+
+
+def _add_weight_gradient(total: Tensor, grad: Tensor, chunk: Tensor, unit: Tensor | None) -> None:
+    """Add grad^T chunk to `total` [V, D], so many of its rows at a time that a product takes CHUNK_BYTES.
+
+    grad [n, V]: each row divided by its `unit` [n, 1], if there is one. chunk: [n, D].
+    """
+    inverse = None
+    if unit is not None:
+        # the largest possible sum of the n rows becomes 2^15, half of float16's largest number
+        inverse = _power_of_two(FP16_LARGEST * unit.sum() * chunk.abs().amax().float().clamp_(min=2.0**-24) / 2.0**15)
+        chunk = (chunk.float() * (unit / inverse)).to(chunk.dtype)
+    size = chunk_rows(total.shape[1])
+    for start in range(0, len(total), size):
+        product = grad[:, start : start + size].T @ chunk
+        total[start : start + size] += product if inverse is None else product.float().mul_(inverse)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cuda
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from qwen.cpu_attention import causal_documents
 
 PACKED_SDPA = "packed_sdpa"
+NO_GROUPS = nn.Module()  # stands for an attention layer whose keys are repeated already; the library would repeat them
 
 
 def packed_sdpa(
@@ -42,7 +44,12 @@ def packed_sdpa(
     lengths: tokens of each document in the one row (B is 1), in total L; `attention_mask` is ignored then.
     masks: for each document the mask from `document_masks`; None for causal attention.
     """
+    groups = query.shape[1] // key.shape[1]
+    shares_keys = can_share_keys(query, key, value, dropout=dropout)
     if lengths is None:
+        if attention_mask is None and groups > 1 and query.shape[2] > 1 and not shares_keys:
+            key, value = (_repeat(tensor, groups) for tensor in (key, value))
+            module = NO_GROUPS
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -54,11 +61,11 @@ def packed_sdpa(
     outputs = []
     # split, not slices: its backward writes each gradient once; each slice's backward would fill a whole row
     documents = zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    groups = query.shape[1] // key.shape[1]
     for number, (queries, keys, values) in enumerate(documents):
         mask = _band(queries, sliding_window) if masks is None else masks[number]
-        if mask is not None and groups > 1:  # GPU kernels take a mask or heads that share keys, not both
-            keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
+        shared = mask is None and shares_keys  # GPU kernels take a mask or heads that share keys, not both
+        if not shared and groups > 1:
+            keys, values = _repeat(keys, groups), _repeat(values, groups)
         attended = F.scaled_dot_product_attention(
             queries,
             keys,
@@ -67,10 +74,28 @@ def packed_sdpa(
             dropout_p=dropout,
             is_causal=mask is None,
             scale=scaling,
-            enable_gqa=mask is None,
+            enable_gqa=shared,
         )
         outputs.append(attended.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
+
+
+def can_share_keys(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Return whether torch has a fast kernel for causal attention in which several heads of queries share one of keys.
+
+    On a GPU only the flash and cuDNN kernels take such heads, and they need half precision and compute capability 8.0.
+    Without them torch would use plain products, which hold all scores of a head at once; with repeated keys, it uses the
+    memory-efficient kernel.
+    """
+    if query.device.type != "cuda":
+        return True
+    params = cuda.SDPAParams(query, key, value, None, dropout, True, True)  # no mask, causal, with shared heads
+    return cuda.can_use_flash_attention(params) or cuda.can_use_cudnn_attention(params)
+
+
+def _repeat(tensor: Tensor, groups: int) -> Tensor:
+    """Return [B,K,L,d] with every head `groups` times: [B,K*groups,L,d]."""
+    return tensor.repeat_interleave(groups, dim=1)
 
 
 def document_masks(images: Tensor, lengths: Sequence[int]) -> list[Tensor]:

@@ -30,8 +30,8 @@ class _CausalDocuments(torch.autograd.Function):
     """Plain matrix products, one block of queries at a time.
 
     The memory kept for the backward is linear in T: the backward computes the probabilities again. Products have the
-    input's dtype; scores and softmax are float32. The contributions of several blocks to a key's gradient are summed in
-    float32, which torch's kernel for CPUs does not do.
+    input's dtype; scores, their scale and softmax are float32. The contributions of several blocks to a key's gradient
+    are summed in float32, which torch's kernel for CPUs does not do.
     """
 
     @staticmethod
@@ -57,16 +57,15 @@ class _CausalDocuments(torch.autograd.Function):
         dkey, dvalue = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (key, value))
         mask = _later_keys(query)
         for rows, columns in _blocks(ctx.lengths):
-            scaled, wide = _probabilities(query[:, rows], key[:, columns], scale=ctx.scale, mask=mask)
+            grouped, wide = _probabilities(query[:, rows], key[:, columns], scale=ctx.scale, mask=mask)
             dout = _group(gradient[:, rows], len(key))
             dwide = torch.bmm(dout, value[:, columns].transpose(1, 2)).float()
             dvalue[:, columns] += torch.bmm(wide.to(dtype).transpose(1, 2), dout)
             # a private name of torch: the softmax's backward without its autograd node
-            dscores = torch._softmax_backward_data(dwide, wide, -1, torch.float32).to(dtype)
+            dscores = torch._softmax_backward_data(dwide, wide, -1, torch.float32).mul_(ctx.scale).to(dtype)
             _ungroup_into(dquery[rows], torch.bmm(dscores, key[:, columns]))
-            dkey[:, columns] += torch.bmm(dscores.transpose(1, 2), scaled)
-        dquery = dquery.mul_(ctx.scale).transpose(0, 1)
-        return dquery, dkey.to(dtype), dvalue.to(dtype), None, None
+            dkey[:, columns] += torch.bmm(dscores.transpose(1, 2), grouped)
+        return dquery.transpose(0, 1), dkey.to(dtype), dvalue.to(dtype), None, None
 
 
 def _blocks(lengths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
@@ -85,15 +84,16 @@ def _later_keys(like: Tensor) -> Tensor:
 
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scaled query [K,g*n,d] and the attention probabilities [K,g*n,c] in float32.
+    """Return the grouped query [K,g*n,d] and the attention probabilities [K,g*n,c] in float32.
 
     query [H,n,d]: the last n of the c tokens of key [K,c,d]. mask: from `_later_keys`.
     """
     count, before = query.shape[1], key.shape[1] - query.shape[1]
-    scaled = _group(query, len(key)) * scale
-    scores = torch.bmm(scaled.float(), key.float().transpose(1, 2))
+    grouped = _group(query, len(key))
+    # scaled in float32: rounded to bfloat16, a query would lose precision unless `scale` is a power of two
+    scores = torch.bmm(grouped.float() * scale, key.float().transpose(1, 2))
     scores.view(len(key), -1, count, key.shape[1])[..., before:] += mask[:count, :count]
-    return scaled, scores.softmax(dim=-1)
+    return grouped, scores.softmax(dim=-1)
 
 
 def _group(tensor: Tensor, groups: int) -> Tensor:

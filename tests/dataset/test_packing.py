@@ -5,6 +5,7 @@ Run: python -m pytest tests/dataset/test_packing.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from itertools import chain, product
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -226,6 +228,24 @@ def test_a_sample_does_not_depend_on_the_samples_beside_it(folders, language_mod
     torch.testing.assert_close(one[7:19], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["causal", "mixed"])
+def test_training_a_packed_row_waits_for_no_value_of_the_device(folders, kind, monkeypatch):
+    """On the meta device, whose tensors have no values: reading one fails here, and on a GPU it would wait for all queued
+    work."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # the meta device has no autocast
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    built = build_toy(folders, "qwen2", train=train_config(), attention=kind)
+    batch = collate(samples_of(image_token_id(built.tokenizer)), PAD, packed=True)
+    built.model.to("meta")
+    losses = built.model(**batch.model_inputs(torch.device("meta")))
+    losses.answers.backward()
+    assert losses.answers.device.type == "meta"
+    with pytest.raises(ValueError, match="image tokens per row: .80., 80 in total; image features: 4 images of 16"):
+        built.model(
+            **batch.model_inputs(torch.device("meta")) | {"pixel_values": torch.empty(4, 3, 28, 28, device="meta")}
+        )
+
+
 # --- transformers' own model as the reference
 
 
@@ -316,22 +336,71 @@ def test_qwen_v1s_limit_applies_to_a_sample_and_not_to_the_row(tmp_path):
         model(input_ids=torch.ones(1, 33).long(), lengths=[16, 17], use_cache=False)
 
 
+# --- which kernel of torch a GPU can use
+
+
+@pytest.mark.parametrize("flash, cudnn", [(True, False), (False, True), (False, False)])
+def test_heads_share_keys_only_where_a_kernel_takes_them(monkeypatch, flash, cudnn):
+    """torch itself says which kernel takes an input on this GPU; its answers are replaced here."""
+    asked = []
+    for name, answer in (("flash", flash), ("cudnn", cudnn)):
+        monkeypatch.setattr(
+            torch.backends.cuda,
+            f"can_use_{name}_attention",
+            lambda params, answer=answer: asked.append(params) or answer,
+        )
+    with FakeTensorMode():
+        query, key = torch.empty(1, 4, 9, 16, device="cuda"), torch.empty(1, 2, 9, 16, device="cuda")
+        assert attention.can_share_keys(query, key, key, dropout=0.1) == (flash or cudnn)
+    assert all((one.enable_gqa, one.is_causal, one.dropout, one.attn_mask) == (True, True, 0.1, None) for one in asked)
+    assert attention.can_share_keys(torch.empty(1, 4, 9, 16), torch.empty(1, 2, 9, 16), None, dropout=0.0)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_keys_are_repeated_for_a_kernel_that_cannot_share_them(folders, monkeypatch, packed):
+    """In float32 or on an older GPU. The memory-efficient kernel takes as many heads of keys as of queries, and no
+    `enable_gqa`; with it, torch would hold all scores. Loss and gradients are the same."""
+    built, calls = build(folders, "qwen2"), []
+    built.model.double()
+    samples = samples_of(image_token_id(built.tokenizer))
+    batch = collate(samples, PAD, packed=True) if packed else collate(samples[:1], PAD)  # one row, which has no mask
+    own = F.scaled_dot_product_attention
+
+    def spy(query, key, value, **options):
+        if options["is_causal"]:  # not the encoder's
+            calls.append((query.shape[1], key.shape[1], value.shape[1], options.get("enable_gqa", False)))
+        return own(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    expected = values(built, batch)
+    assert set(calls) == {(4, 2, 2, True)}
+    calls.clear()
+    monkeypatch.setattr(attention, "can_share_keys", lambda *_, **__: False)
+    assert_same(values(built, batch), expected)
+    assert set(calls) == {(4, 4, 4, False)}
+
+
 # --- attention in bfloat16 on a CPU, which has its own implementation
 
 
-@pytest.mark.parametrize("lengths", [(1, 5, 3), (128, 129, 1), (300, 127), (256,)])
+@pytest.mark.parametrize(
+    "lengths, width",
+    [((1, 5, 3), 16), ((128, 129, 1), 16), ((256,), 16), *(((300, 127), width) for width in (64, 80, 128))],
+)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_attention_in_bfloat16_is_as_exact_as_torchs(lengths, heads, monkeypatch):
+@pytest.mark.parametrize("spread", [1.0, 4.0])  # of the scores
+def test_attention_in_bfloat16_is_as_exact_as_torchs(lengths, width, heads, spread, monkeypatch):
     """Compare the output and the gradients of queries, keys and values with float64, for documents shorter and longer than a
-    block, with the strides that a model's tensors have."""
+    block, with the strides that a model's tensors have, and widths whose scale is a power of two and is not."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, sum(lengths), count, 16) for count in (heads[0], heads[1], heads[1], heads[0])]
+    shapes = [(1, sum(lengths), count, width) for count in (heads[0], heads[1], heads[1], heads[0])]
     values = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    values[0] *= spread
 
     def run(dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [value.to(dtype).transpose(1, 2).detach().requires_grad_() for value in values[:3]]
-        out, _ = packed_sdpa(None, *inputs, None, lengths=lengths, scaling=0.3)
-        assert out.shape == (1, sum(lengths), heads[0], 16)
+        out, _ = packed_sdpa(None, *inputs, None, lengths=lengths, scaling=width**-0.5)
+        assert out.shape == (1, sum(lengths), heads[0], width)
         return [out, *torch.autograd.grad(out, inputs, values[3].to(dtype))]
 
     exact, calls = run(torch.float64), []
@@ -343,7 +412,7 @@ def test_attention_in_bfloat16_is_as_exact_as_torchs(lengths, heads, monkeypatch
     torchs = run(torch.bfloat16)
     for found, other, wanted in zip(ours, torchs, exact, strict=True):
         error, others = ((tensor.double() - wanted).norm() / wanted.norm().clamp(min=1e-9) for tensor in (found, other))
-        assert error <= 1.25 * others + 1e-3 and error < 0.01, (error, others)
+        assert error <= 1.3 * others and error < 0.01, (error, others)
 
 
 def torchs_attention(query, key, value, lengths, scale) -> torch.Tensor:

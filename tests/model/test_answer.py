@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -30,12 +32,20 @@ from visual.images import ImageError
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """family -> a new vision-language model whose LoRA is not zero and which never generates a stop token."""
+    """family -> a new vision-language model whose LoRA is not zero and which never generates a stop token. sliding_window:
+    tokens that its layers attend to, from Qwen2's second layer on."""
     folders = {family: write(tmp_path_factory.mktemp(family)) for family, write in WRITERS.items()}
 
-    def load(family):
-        lm = qwen.load_language_model(folders[family])
-        qwen.attach_tokenizer(lm, qwen.load_tokenizer(folders[family]))
+    def load(family, sliding_window=None):
+        folder = folders[family]
+        if sliding_window is not None:
+            folder = Path(shutil.copytree(folder, tmp_path_factory.mktemp(family) / "window"))
+            config = json.loads((folder / "config.json").read_text()) | {"max_window_layers": 1}
+            config.pop("layer_types", None)
+            config |= {"use_sliding_window": True, "sliding_window": sliding_window}
+            (folder / "config.json").write_text(json.dumps(config))
+        lm = qwen.load_language_model(folder)
+        qwen.attach_tokenizer(lm, qwen.load_tokenizer(folder))
         lm.generation_config.eos_token_id = None
         torch.manual_seed(0)
         lm = get_peft_model(lm, LoraConfig(r=4, target_modules=qwen.lora_target_modules(lm, ["all-linear"])))
@@ -108,6 +118,18 @@ def test_prefixes_are_not_shared_if_that_saves_nothing(load, shapes):
         found = generate(vlm, prompts, pixels, max_new_tokens=NEW).tolist()
     assert read[0] == (len(prompts), max(len(prompt.ids) for prompt in prompts))
     assert found == one_at_a_time(vlm, prompts, pixels)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])  # a window in the second layer, in all layers
+def test_answers_in_a_sliding_window_equal_those_of_one_prompt_at_a_time(load, family):
+    """The window is shorter than a prompt, and padding between a shared prefix and the questions would be in it."""
+    vlm, pixels = load(family, sliding_window=6), random_images(3)
+    prompts = make_prompts(vlm, SHARED["heads of different lengths"])
+    found = generate(vlm, prompts, pixels, max_new_tokens=NEW).tolist()
+    assert found == one_at_a_time(vlm, prompts, pixels)
+    assert found != generate(load(family), prompts, pixels, max_new_tokens=NEW).tolist(), (
+        "the window makes a difference"
+    )
 
 
 def test_beam_search_equals_that_of_each_prompt_alone(load):

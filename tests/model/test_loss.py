@@ -5,12 +5,16 @@ Run: python -m pytest tests/model/test_loss.py
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from model import loss as module
@@ -169,7 +173,86 @@ def test_a_large_loss_scale_does_not_overflow_the_heads_gradient_in_half_precisi
     assert error(grad / 2.0**20, expected) < 1e-2
 
 
+def almost_right(vocabulary: int, loss: float) -> tuple[Tensor, nn.Linear, Tensor]:
+    """Return hidden [32, 16], a head and targets for which a token's loss is about `loss`, and the other tokens share the
+    rest of the probability evenly. Every number is one of float16's."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(8, (32,), generator=generator)
+    lm_head = nn.Linear(16, vocabulary, bias=False)
+    hidden = torch.zeros(32, 16)
+    with torch.no_grad():
+        lm_head.weight.zero_()[:8, :8] = torch.eye(8)
+        lm_head.weight[8:, 8:] = 1 / 8 + 0.001 * torch.randn(vocabulary - 8, 8, generator=generator)
+        lm_head.weight.copy_(lm_head.weight.half())
+        hidden[:, 8:] = 1.0
+        hidden[torch.arange(32), targets] = math.log(vocabulary / loss) + 1
+    return hidden.half().float().requires_grad_(), lm_head, targets
+
+
+@pytest.mark.parametrize("loss", [0.2, 0.004, 0.001])
+@pytest.mark.parametrize("scale", [2.0**16, 1.0])
+def test_gradients_of_small_losses_are_exact_in_float16(loss, scale):
+    """At a GradScaler's first scale, and without one. Each probability but the target's is about 1e-7 at a loss of 0.001;
+    float16's smallest number is 6e-8, so such a probability would be rounded by half of itself."""
+    given = almost_right(10_000, loss)
+    found_loss, *expected = exact(*given)
+    assert float(found_loss) / 32 == pytest.approx(loss, rel=0.1)
+
+    def scaled(function) -> list[float]:
+        with torch.autocast("cpu", torch.float16):
+            value = function(*given)
+        grads = torch.autograd.grad(value * (scale / 7), (given[0], given[1].weight))
+        return [error(grad / scale, wanted) for grad, wanted in zip(grads, expected, strict=True)]
+
+    ours, usual = scaled(summed_cross_entropy), scaled(plain)
+    assert max(ours) < 2e-3 and all(a <= 1.1 * b for a, b in zip(ours, usual, strict=True)), (ours, usual)
+
+
+def test_float16_gradients_of_many_rows_with_one_target_do_not_overflow(monkeypatch):
+    """Each of 6,400 rows of a chunk adds nearly 1 times a hidden state of 30 to the same row of the head's gradient."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 6400 * 40)
+    hidden = (30 + torch.randn(6400, WIDTH, generator=torch.Generator().manual_seed(0))).half().float().requires_grad_()
+    lm_head = nn.Linear(WIDTH, 40, bias=False)
+    given = hidden, lm_head.half().float(), torch.zeros(6400, dtype=torch.long)
+    assert chunk_rows(40) == 6400
+    expected = exact(*given)[2] * 7
+    with torch.autocast("cpu", torch.float16):
+        grad = torch.autograd.grad(summed_cross_entropy(*given), lm_head.weight)[0]
+    assert expected.abs().max() > 2 * torch.finfo(torch.float16).max and error(grad, expected) < 2e-3
+
+
 # --- memory
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors made within the context, each storage once, and their largest sum at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, positional=(), named=None):
+        made = function(*positional, **(named or {}))
+        given = {a.untyped_storage()._cdata for a in tree_leaves((positional, named)) if isinstance(a, Tensor)}
+        self.storages = {key: one for key, one in self.storages.items() if not one[0].expired()}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_head_that_trains_takes_one_gradient_and_one_copy(dtype):
+    """In forward and backward together: a float32 gradient of the head's size, the head's copy in half precision, chunks."""
+    lm_head, hidden = nn.Linear(1024, 2048, bias=False), torch.randn(192, 1024)
+    size, chunk = 4 * lm_head.weight.numel(), 4 * 64 * 2048
+    with Live() as live, torch.autocast("cpu", dtype, enabled=dtype is not None):
+        summed_cross_entropy(hidden, lm_head, torch.arange(192)).backward()
+    assert lm_head.weight.grad is not None
+    copies = (0 if dtype is None else size / 2) + 6 * hidden.numel()  # and the hidden states' copy and gradient
+    assert size < live.most <= size + copies + 3 * chunk, (live.most / size, copies / size, chunk / size)
 
 
 class Largest(TorchDispatchMode):
