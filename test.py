@@ -5,12 +5,14 @@
     python test.py --qa FILE [--checkpoint DIR] [--output DIR]
 
 A checkpoint's folder is all that is needed; the default is the final/ of config.yaml's run. Writes answers.jsonl and
-answers.html (with --qa also scores.json) into --output, by default <run>/answers.
+answers.html (with --qa also scores.json) into --output, by default <run>/answers. Models that the checkpoint names by hub
+name are read from the local cache; missing ones are downloaded if config.yaml names them too, or with --allow-download.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,7 +27,8 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
+from config import DEFAULT_CONFIG, Config, InputError, load_config, printable, run_script
+from config.files import open_new, refuse_link, write_whole
 from dataset.checks.records import check_file
 from dataset.conversation import question_parts
 from dataset.loader import make_loader
@@ -34,26 +37,29 @@ from evaluation.page import write_page
 from evaluation.score import Question, is_correct, questions_of, score, score_table
 from evaluation.validation import Validation, sum_losses
 from model.answer import Answerer, Request
-from model.build import Built, autocast, resolve_precision
+from model.build import Built, autocast, hub_access, hub_models, resolve_precision
 from model.checkpoint_folder import verify_folder
 from training.memory import explain_out_of_memory
-from training.run import chat_format, open_answerer, open_model, open_processors, open_qa_file
+from training.run import chat_format, max_length, open_answerer, open_model, open_processors, open_qa_file
 from training.speed import packing
 from visual.images import ImageError, list_images
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    config, checkpoint = open_checkpoint(arguments)
+    config, checkpoint, own_models = open_checkpoint(arguments)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     images = None if arguments.qa or arguments.no_image else find_images(arguments.images or config.test.images)
     qa = QAFile(Path(arguments.qa)) if arguments.qa else None
+    if not arguments.output:
+        refuse_link(checkpoint.parent / "answers")
     output = make_folder(Path(arguments.output) if arguments.output else checkpoint.parent / "answers")
     device = PartialState().device
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
-    built = open_model(config, precision, open_processors(config, checkpoint), checkpoint=checkpoint)
+    with hub_access(config.model, own_models, arguments.allow_download):
+        built = open_model(config, precision, open_processors(config, checkpoint), checkpoint=checkpoint)
     built.model.to(device).eval()
     answerer = open_answerer(config, built, precision, device=device)
     title, table = "Answers", ""
@@ -68,12 +74,13 @@ def main(argv: list[str] | None = None) -> int:
             answerer, images, questions, batch_size=config.test.batch_size, output=output
         )
     about = f"{len(rows)} answers by {checkpoint}"
-    write_page(output / "answers.html", title, about, rows=rows, unreadable=unreadable, table=table)
+    with writing(output / "answers.html") as page:
+        write_page(page, title, about, rows=rows, unreadable=unreadable, table=table)
     if unreadable and not rows:
         raise InputError(
             f"none of the {len(unreadable)} images can be read; {output / 'unreadable.jsonl'} gives the reasons."
         )
-    print(f"{output / 'answers.jsonl'}\n{output / 'answers.html'}")
+    print(printable(f"{output / 'answers.jsonl'}\n{output / 'answers.html'}", lines=True))
     return 0
 
 
@@ -86,6 +93,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-image", action="store_true", help="ask the questions without any image")
     parser.add_argument("--qa", help="a QA file: ask its questions, compare with its answers")
     parser.add_argument("--output", help="folder for answers.jsonl and answers.html (default: <run>/answers)")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="download the hub's models that the checkpoint names"
+    )
     parser.add_argument("rest", nargs="*", metavar="IMAGE_OR_FOLDER | key=value")
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = []
@@ -105,15 +115,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path]:
-    """Return (the config to answer with, the checkpoint).
+def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path, set[str]]:
+    """Return (the config to answer with, the checkpoint, the hub's models that the user named).
 
     The model is the checkpoint's. The `test` section is config.yaml's if the checkpoint was found through it.
     """
+    typed = {word.partition("=")[2] for word in arguments.overrides}
     if arguments.checkpoint:
         checkpoint = Path(arguments.checkpoint).resolve()
         verify_folder(checkpoint)
-        return require_models(load_config(checkpoint / "config.yaml", arguments.overrides)), checkpoint
+        return require_models(load_config(checkpoint / "config.yaml", arguments.overrides)), checkpoint, typed
     current = load_config(arguments.config, arguments.overrides)
     checkpoint = current.output_dir / "final"
     if not checkpoint.exists():
@@ -123,7 +134,7 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path]:
     verify_folder(checkpoint)
     others = [word for word in arguments.overrides if not word.startswith("test.")]
     trained = require_models(load_config(checkpoint / "config.yaml", others))
-    return dataclasses.replace(trained, test=current.test), checkpoint
+    return dataclasses.replace(trained, test=current.test), checkpoint, typed | hub_models(current.model)
 
 
 def require_models(config: Config) -> Config:
@@ -162,6 +173,15 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Name `path`, which the block writes, in an error of the disk."""
+    try:
+        yield path
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name another folder with --output.") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions about images
 
@@ -182,7 +202,9 @@ def answer_questions(
         for image, question in asked
     )
     answers = tqdm(answerer.stream(requests, batch_size), total=len(asked), unit="answer")
-    with open(output / "answers.jsonl", "w", encoding="utf-8") as file:
+    with writing(output / "answers.jsonl") as path:
+        file = open_new(path)
+    with file:
         for (image, question), answer in zip(asked, answers, strict=True):
             if isinstance(answer, ImageError):
                 if not unreadable or unreadable[-1]["image"] != str(image):  # one line an image
@@ -195,11 +217,12 @@ def answer_questions(
                 "seconds": round(answer.seconds, 4),
             }
             rows.append(row)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            tqdm.write(f"{'' if image is None else f'{image.name}: '}{question}  ->  {answer.text}")
+            with writing(path):
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+            tqdm.write(printable(f"{'' if image is None else f'{image.name}: '}{question}  ->  {answer.text}"))
     for entry in unreadable:
-        print(f"not read: {entry['problem']}")
+        print(f"not read: {printable(entry['problem'])}")
     if unreadable:
         write_rows(output / "unreadable.jsonl", unreadable)
     else:
@@ -221,7 +244,8 @@ def named_in_utf8(images: Sequence[Path], unreadable: list[dict]) -> Iterator[Pa
 
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
     """Write rows as JSON Lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with writing(path):
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,9 +257,11 @@ def score_questions(
 ) -> tuple[list[dict], str]:
     """Ask the questions of a QA file, with their images and with swapped ones; write answers.jsonl and scores.json.
 
-    Returns (rows of answers.jsonl, the printed table).
+    Questions that do not fit into the language model are left out and counted. Returns (rows of answers.jsonl, the printed
+    table).
     """
-    questions = questions_of(qa, range(len(qa)))  # empty if the file holds texts alone, which still have a loss
+    found = questions_of(qa, range(len(qa)))  # empty if the file holds texts alone, which still have a loss
+    questions = [question for question in found if answerer.fits(question.turns)]
     seconds: list[list[float]] = []  # of the questions with their own images, then of those with swapped ones
 
     def ask(asked: Sequence[Question]) -> list[str]:
@@ -244,7 +270,7 @@ def score_questions(
         seconds.append([answer.seconds for answer in answers])
         return [answer.text for answer in answers]
 
-    scores, answers = score(questions, ask, config.seed)
+    scores, answers = score(questions, ask, seed=config.seed, left_out=len(found) - len(questions))
     scores |= validation.values
     rows = [
         {
@@ -260,7 +286,8 @@ def score_questions(
         for question, answer, taken in zip(questions, answers, seconds[0], strict=True)
     ]
     write_rows(output / "answers.jsonl", rows)
-    (output / "scores.json").write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with writing(output / "scores.json") as path:
+        write_whole(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     table = "\n".join([score_table(scores), *(f"{name} {value:.4f}" for name, value in validation.values.items())])
     print(table)
     return rows, table
@@ -270,15 +297,15 @@ def validate(qa: QAFile, config: Config, built: Built, precision: str) -> Valida
     """Measure loss and accuracy on the answers of all records of a QA file that data.max_length leaves a use for."""
     if not len(qa):
         raise InputError(f"{qa.path}: holds no records; expected one QA record a line.")
-    limit, size, device = config.data.max_length, config.test.batch_size, built.model.causal_lm.device
+    limit, size, device = max_length(config, built), config.test.batch_size, built.model.causal_lm.device
     chat = chat_format(config, built)
     checked = check_file(qa.path, chat=chat, max_length=limit, sample_size=0, seed=config.seed)
     if checked.unfit_records:
         count = len(checked.unfit_records)
-        print(f"note: {count} records are longer than data.max_length ({limit}) allows; the loss leaves them out")
+        print(f"note: {count} records are longer than {limit} tokens allow; the loss leaves them out")
     dataset = open_qa_file(config, built, qa.path, left_out=checked.unfit_records)
     if not len(dataset.kept):
-        raise InputError(f'{qa.path}: no record fits into "data.max_length" ({limit}); allow more.')
+        raise InputError(f"{qa.path}: no record fits into {limit} tokens; allow more (data.max_length).")
     starts = range(0, len(dataset.kept), size)
     keys = ([(0, int(index)) for index in dataset.kept[start : start + size]] for start in starts)
     loader = make_loader(dataset, keys, built.tokenizer.pad_token_id, packed=packing(config).is_on)

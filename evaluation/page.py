@@ -9,6 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from config.files import write_whole
 from dataset.html_page import html_page
 from visual.images import read_image
 
@@ -34,7 +35,7 @@ pre { background: #fff; padding: 1rem; border-radius: 10px; overflow-x: auto; }
 def write_page(
     path: Path, title: str, about: str, rows: Sequence[dict], unreadable: Sequence[dict] = (), table: str = ""
 ) -> None:
-    """Write the page to `path`.
+    """Write the page to `path`, replacing a link of that name. Raises OSError.
 
     rows: {"image": its path or None, "question", "answer"}, and with a reference also {"reference", "correct"};
     consecutive rows about one image share its thumbnail. unreadable: {"image", "problem"}. table: preformatted text.
@@ -51,7 +52,7 @@ def write_page(
     if unreadable:
         items = "".join(f"<li>{html.escape(str(entry['problem']))}</li>" for entry in unreadable)
         body.append(f"<h2>Not read</h2><ul>{items}</ul>")
-    path.write_text(html_page(title, style=_STYLE, body="".join(body)), encoding="utf-8")
+    write_whole(path, html_page(title, style=_STYLE, body="".join(body)))
 
 
 def _article(image: str | None, asked: Sequence[dict]) -> str:

@@ -1,21 +1,28 @@
 """Score answers to the questions of a QA file, with and without the right images.
 
 Each accuracy comes with a *blind* accuracy: that of the same questions asked about swapped images. The difference between
-the two comes from the images. Knows no model: a function that answers is passed in.
+the two comes from the images. Images are told apart by content, so a copy under another name is the same image. Knows no
+model: a function that answers is passed in.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import random
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from config import printable
 from dataset.language import language_of
 from dataset.qa_file import QAFile
 from dataset.record import Image, Part, parts_of
+from visual.images import ImageError, image_bytes
+
+SEARCHED = 1000  # other questions' images that are considered for a swap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +83,58 @@ def is_correct(answer: str, reference: str) -> bool:
 
 def swap_images(questions: Sequence[Question], seed: int) -> list[Question | None]:
     """Return the same questions, each with the images of another question of the same type and number of images, so that
-    only what the images show changes. None for a question without images, and where all questions of its kind have the
-    same ones."""
-    groups: dict[tuple, list[int]] = defaultdict(list)
+    only what the images show changes. No image of a question is among its swapped ones, under any name. None for a question
+    without images, and where no other question of its kind has such images."""
+    content = functools.cache(_content)
+    groups: dict[tuple, dict[tuple, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, question in enumerate(questions):
-        groups[question.type, len(question.images)].append(i)
+        contents = tuple(content(path) for path in question.images)
+        groups[question.type, len(question.images)][contents].append(i)
     swapped: list[Question | None] = [None] * len(questions)
     for (_, count), members in groups.items():
-        images = sorted({questions[i].images for i in members})
-        if count == 0 or len(images) < 2:
+        if count == 0:
             continue
-        random.Random(seed).shuffle(images)
-        following = dict(zip(images, images[1:] + images[:1], strict=True))
-        for i in members:
-            swapped[i] = dataclasses.replace(questions[i], images=following[questions[i].images])
+        paths = {contents: min(questions[i].images for i in found) for contents, found in members.items()}
+        order = sorted(paths, key=paths.__getitem__)
+        random.Random(seed).shuffle(order)
+        for contents, other in _disjoint(order).items():
+            for i in members[contents]:
+                swapped[i] = dataclasses.replace(questions[i], images=paths[other])
     return swapped
 
 
-def score(questions: Sequence[Question], answers: Answers, seed: int) -> tuple[dict, list[str]]:
+def _disjoint(order: Sequence[tuple]) -> dict[tuple, tuple]:
+    """Return for each tuple a following one of the circle `order` that shares no element with it: the first that no tuple
+    before it got, else the first. Tuples without one among the next SEARCHED are left out."""
+    found: dict[tuple, tuple] = {}
+    taken: set[tuple] = set()
+    for i, mine in enumerate(order):
+        images = frozenset(mine)
+        following = (order[(i + step) % len(order)] for step in range(1, min(len(order), SEARCHED + 1)))
+        others = (other for other in following if images.isdisjoint(other))
+        first = next(others, None)
+        if first is None:
+            continue
+        found[mine] = first if first not in taken else next((other for other in others if other not in taken), first)
+        taken.add(found[mine])
+    return found
+
+
+def _content(path: Path) -> object:
+    """Return what identifies an image's content; the path of a file that cannot be read."""
+    try:
+        return hashlib.blake2b(image_bytes(path), digest_size=16).digest()
+    except ImageError:
+        return str(path)
+
+
+def score(questions: Sequence[Question], answers: Answers, seed: int, left_out: int = 0) -> tuple[dict, list[str]]:
     """Ask the questions with their images and with swapped ones. Returns (scores, the answers about their own images).
 
+    left_out: how many questions more there are, which do not fit into the language model.
     scores: {"n", "accuracy", "blind", "by_type": {type: the same three}, "by_language": ..., "by_type_and_language": ...}.
-    accuracy and blind are in [0, 1]; None if no question counts, for blind if no image could be swapped.
+    accuracy and blind are in [0, 1]; None if no question counts, for blind if no image could be swapped. Where they are not
+    0, scores also has "left_out" and "not_swapped", the number of questions with images that blind does not count.
     """
     given = answers(questions)
     swapped = {i: question for i, question in enumerate(swap_images(questions, seed)) if question is not None}
@@ -128,11 +165,14 @@ def score(questions: Sequence[Question], answers: Answers, seed: int) -> tuple[d
         "by_language": summaries(lambda q: q.language),
         "by_type_and_language": summaries(lambda q: q.type and f"{q.type}/{q.language}"),
     }
+    not_swapped = sum(bool(question.images) for question in questions) - len(swapped)
+    scores |= {name: count for name, count in (("left_out", left_out), ("not_swapped", not_swapped)) if count}
     return scores, given
 
 
 def score_table(scores: dict) -> str:
-    """Return the scores as a table: one line for each type, with its English and Chinese questions, then one for all."""
+    """Return the scores as a table: one line for each type, with its English and Chinese questions, then one for all; and
+    a line about the questions that do not count, if any."""
 
     def cell(entry: dict | None, key: str) -> str:
         return "-" if not entry or entry[key] is None else f"{100 * entry[key]:.1f}"
@@ -141,10 +181,13 @@ def score_table(scores: dict) -> str:
     both = scores["by_type_and_language"]
     for name, entry in scores["by_type"].items():
         languages = [cell(both.get(f"{name}/{language}"), "accuracy") for language in ("en", "zh")]
-        rows.append((name, str(entry["n"]), cell(entry, "accuracy"), cell(entry, "blind"), *languages))
+        rows.append((printable(name), str(entry["n"]), cell(entry, "accuracy"), cell(entry, "blind"), *languages))
     languages = [cell(scores["by_language"].get(language), "accuracy") for language in ("en", "zh")]
     rows.append(("all", str(scores["n"]), cell(scores, "accuracy"), cell(scores, "blind"), *languages))
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6))]) for row in rows
-    )
+    lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6))]) for row in rows]
+    if count := scores.get("left_out"):
+        lines.append(f"questions left out, because they do not fit into the language model with their answers: {count}")
+    if count := scores.get("not_swapped"):
+        lines.append(f"questions not in blind, because no others of their kind have other images: {count}")
+    return "\n".join(lines)

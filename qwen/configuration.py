@@ -7,9 +7,10 @@ Source of the names: configuration_qwen.py and modeling_qwen.py, which Qwen publ
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Self
 
-from transformers import Qwen2Config
+from transformers import PreTrainedConfig, Qwen2Config
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from config import InputError
@@ -104,3 +105,16 @@ def translate(v1: dict) -> dict:
         "rope_parameters": {"rope_type": "default", "rope_theta": v1["rotary_emb_base"]},
         "attention_dropout": v1.get("attn_dropout_prob", 0.0),
     }
+
+
+def longest_input(path: str | Path) -> int | None:
+    """Return the number of tokens beyond which the language model of a folder or hub name fails; None without such a limit.
+
+    Only Qwen v1 has one, `seq_length`. A config that cannot be read gives None: loading the model then reports why.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(path))
+    except (OSError, ValueError):
+        return None
+    length = config.get("seq_length")
+    return length if config.get("model_type") == QWenConfig.model_type and type(length) is int else None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2MoeConfig, Qwen3Conf
 
 from config import ScratchConfig, choose
 from qwen.attention import PACKED_SDPA
+from qwen.checked_config import check_sizes
 from qwen.modeling import EXPERTS, LANGUAGE_MODELS
 
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig}
@@ -56,6 +57,7 @@ def new_language_model(
         # The weights of the chosen experts are scaled to sum to 1. A single expert keeps its probability instead: it would
         # always be 1, and the router could not learn.
         config.norm_topk_prob = config.num_experts_per_tok > 1
+    check_sizes(config, "model.from_scratch: ", "Make it smaller, or use another checkpoint.")
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:

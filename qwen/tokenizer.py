@@ -1,12 +1,16 @@
 """Tokenizers of the Qwen family: loading, the image token, and encoding text that never becomes a special token.
 
-The prompt format is not known here; it belongs to the conversation code.
+The prompt format is not known here; it belongs to the conversation code. A tokenizer.json may come from a stranger: its
+rules may take for ever, fill the memory, or turn typed text into a special token. Each is refused by name.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import functools
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,9 @@ STOP_TOKENS = ["<|im_end|>", "<|endoftext|>"]  # both end an answer
 CHAT_TOKENS = ["<|im_start|>", *STOP_TOKENS]
 IMAGE_TOKENS = ["<|image_pad|>", "<|extra_0|>"]  # the first one in the vocabulary is used
 
+# How much longer a tokenizer's rules may make a text. Released ones need less than 70.
+MAX_GROWTH = 256
+
 # The special tokens of Qwen v1 in the order of their ids, which start after the vocabulary's (tokenization_qwen.py).
 QWEN1_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 
@@ -34,7 +41,8 @@ def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokeni
     `qwen.tiktoken` of a Qwen v1 folder is read directly; any other folder is read by AutoTokenizer, never with remote
     code. The image token is `<|image_pad|>` if the vocabulary has it, else `<|extra_0|>` (v1), else `<|image_pad|>` is
     added. AutoTokenizer gives the same ids for a folder written by `save_pretrained`.
-    Text is normalised to NFC, as Qwen does. InputError if the path cannot be read or is not a Qwen tokenizer.
+    Text is normalised to NFC, as Qwen does. InputError if the path cannot be read or is not a Qwen tokenizer, or if its
+    rules multiply text or turn the spelling of a special token into that token.
     """
     path = str(path)
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +52,9 @@ def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokeni
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise nearly anything on damaged files
+        except BaseException as error:  # transformers and tokenizers raise nearly anything on damaged files
+            if not (isinstance(error, Exception) or _is_panic(error)):
+                raise
             reason = (str(error).splitlines() or [""])[0]
             advice = ' Set "model.from_scratch.vocab_size" to learn one from the run\'s data.' if any_kind else ""
             raise InputError(
@@ -66,6 +76,9 @@ def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokeni
         _add_special(tokenizer, IMAGE_TOKENS[:1])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<|endoftext|>"
+    _refuse_growth(tokenizer, path)
+    for token in _special_tokens(tokenizer, len(tokenizer)).values():
+        encode_text(tokenizer, token)  # raises if it is not encoded as its characters
     return tokenizer
 
 
@@ -82,13 +95,84 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Encode text without added tokens: "<|im_end|>" or "<think>" in the text is encoded as its characters."""
+    """Encode text without added tokens: "<|im_end|>" or "<think>" in the text is encoded as its characters.
+
+    InputError: the tokenizer's rules turn the text into a special token, or fail on it.
+    """
     # `split_special_tokens` is not enough: some added tokens ("<think>", "<tool_call>") are not special. A tokenizer built
     # from the same parts has no added tokens. It shares the vocabulary, so building it takes microseconds.
     backend = tokenizer.backend_tokenizer
     bare = Tokenizer(backend.model)
     bare.normalizer, bare.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    return bare.encode(text, add_special_tokens=False).ids
+    try:
+        ids = bare.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        if type(error) is not Exception and not _is_panic(error):  # the library's errors have no class of their own
+            raise
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: fails on the text {text[:40]!r} ({str(error):.200}); use the "
+            "tokenizer of a released model."
+        ) from None
+    special = _special_tokens(tokenizer, len(tokenizer))
+    if not special.keys().isdisjoint(ids):
+        found = next(special[index] for index in ids if index in special)
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path}: turns the text {text[:40]!r} into the special token {found!r:.40}, which "
+            "no text may become; use the tokenizer of a released model."
+        )
+    return ids
+
+
+@functools.lru_cache(maxsize=4)
+def _special_tokens(tokenizer: PreTrainedTokenizerFast, size: int) -> dict[int, str]:
+    """Return id -> token of the tokens that no text may become: the special ones, except the one that stands for unknown
+    characters. size: of the tokenizer with all added tokens, because it can grow."""
+    backend = tokenizer.backend_tokenizer
+    special = {index: token.content for index, token in backend.get_added_tokens_decoder().items() if token.special}
+    unknown = {str(tokenizer.unk_token), getattr(backend.model, "unk_token", None)}
+    special = {index: token for index, token in special.items() if token not in unknown}
+    for token in (*CHAT_TOKENS, *IMAGE_TOKENS):  # never the unknown token
+        if (index := backend.token_to_id(token)) is not None:
+            special[index] = token
+    return special
+
+
+def _refuse_growth(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    """Raise InputError if the rules of the tokenizer can make a text more than MAX_GROWTH times as long."""
+    backend = tokenizer.backend_tokenizer
+    rules = [part.__getstate__() for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
+    for parts in (rules, [] if backend.decoder is None else [backend.decoder.__getstate__()]):
+        growth = math.prod(_growth(json.loads(part)) for part in parts)
+        if growth > MAX_GROWTH:
+            raise InputError(
+                f"tokenizer {path}: its rules (normalizer, pre_tokenizer, decoder) make a text up to {growth:,.0f} times as "
+                f"long, more than {MAX_GROWTH}; use the tokenizer of a released model."
+            )
+
+
+def _growth(rule: dict) -> float:
+    """Return at most how many times as long a rule of tokenizer.json makes a text, without Unicode's own forms."""
+    kind = rule.get("type")
+    if kind == "Sequence":
+        steps = [step for name in ("normalizers", "pretokenizers", "decoders") for step in rule.get(name, [])]
+        return math.prod(map(_growth, steps))
+    if kind == "Replace":
+        literal = rule["pattern"].get("String")
+        if literal:
+            return max(1.0, len(rule["content"]) / len(literal))
+        return 1.0 + len(rule["content"])  # a regular expression may match between any two characters
+    if kind == "Prepend":
+        return 1.0 + len(rule["prepend"])
+    if kind == "Precompiled":  # a trie's size (4 bytes), the trie, and the replacements, each with a NUL at its end
+        table = base64.b64decode(rule["precompiled_charsmap"])
+        start = 4 + int.from_bytes(table[:4], "little")
+        return max(1.0, max(map(len, table[start:].split(b"\0"))))
+    return 2.0 if kind in ("ByteLevel", "Metaspace") else 1.0
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Return whether `error` is a panic of the tokenizers library, whose class has a name but cannot be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def _has(path: str, name: str) -> str | None:

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from config import InputError, choose, how_to_convert
+from visual.encoder_config import read_config, refuse_too_few_weights
 from visual.processor import load_image_processor
 
 # Private names of transformers used in this package, to be checked at upgrades:
@@ -219,7 +220,8 @@ def load_vision_tower(
     InputError: the encoder is not in ENCODERS; weights are quantised, missing, unexpected or have another shape; and the
     errors of transformers, VisionTower and load_image_processor.
     """
-    encoder = _encoder_of(path)
+    encoder, config = _encoder_of(path)
+    refuse_too_few_weights(path, config)
     if image_size is None:
         image_size = load_image_processor(path).image_size
     try:
@@ -237,8 +239,12 @@ def load_vision_tower(
             f"{path}: the encoder's weights cannot be read ({_first_line(error)}); "
             f"get a complete folder with model.safetensors. {how_to_convert(path)}"
         ) from error
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{path}: the encoder cannot be loaded ({_first_line(error)}).") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises nearly anything on a config that it does not expect
+        raise InputError(
+            f"{path}: the encoder cannot be loaded ({_first_line(error):.300}); download the folder again."
+        ) from error
     faults = {
         "missing": report["missing_keys"],
         "unexpected": [key for key in report["unexpected_keys"] if not _NOT_VISION.match(key)],
@@ -255,9 +261,7 @@ def load_vision_tower(
 
 def num_image_tokens(path: str | Path, image_size: int | None = None) -> int:
     """Return `num_image_tokens` of the tower that `load_vision_tower` would load, without reading its weights."""
-    encoder = _encoder_of(path)
-    assert encoder.model.config_class is not None
-    config = encoder.model.config_class.from_pretrained(path)
+    encoder, config = _encoder_of(path)
     patch_size = _side(config.patch_size, "patch_size in the encoder's config.json")
     image_size = _checked_size(
         image_size or load_image_processor(path).image_size, encoder, config, patch_size=patch_size
@@ -265,12 +269,13 @@ def num_image_tokens(path: str | Path, image_size: int | None = None) -> int:
     return (image_size // patch_size) ** 2
 
 
-def _encoder_of(path: str | Path) -> Encoder:
+def _encoder_of(path: str | Path) -> tuple[Encoder, PretrainedConfig]:
+    """Return the family and the checked config of the encoder in a folder or hub repository."""
     try:
         values, _ = PretrainedConfig.get_config_dict(path)
-        if not values:
-            raise OSError("config.json not found")
-    except OSError as error:
+        if not values or not isinstance(values, dict):
+            raise OSError("config.json not found, or without keys")
+    except (OSError, TypeError, ValueError, AttributeError, RecursionError) as error:  # a file that holds no keys
         raise InputError(
             f"vision_tower {path}: not a folder with a config.json, and not a hub model that can be reached "
             f"({_first_line(error)}); check the path or the name."
@@ -286,9 +291,11 @@ def _encoder_of(path: str | Path) -> Encoder:
             f'vision_tower {path}: no "model_type" in config.json; add it with the encoder\'s family, one of '
             f"{', '.join(ENCODERS)}."
         )
-    if model_type in _REFUSED:
+    if str(model_type) in _REFUSED:
         raise InputError(f'vision_tower {path}: model_type "{model_type}" {_REFUSED[model_type]}.')
-    return choose(ENCODERS, model_type, f"model_type of vision_tower {path}")
+    encoder = choose(ENCODERS, str(model_type), f"model_type of vision_tower {path}")
+    assert encoder.model.config_class is not None
+    return encoder, read_config(path, values, encoder.model.config_class)
 
 
 def _depth(feature_layer: int, layers: int) -> int:

@@ -85,7 +85,9 @@ def load_image_processor(path: str | Path, image_size: int | None = None) -> Ima
     """
     try:
         found, _ = BaseImageProcessor.get_image_processor_dict(path)
-    except OSError as error:
+        if not isinstance(found, dict):
+            raise OSError("expected keys and values")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: preprocessor_config.json not found or cannot be read ({error}); "
             "copy it from the source of the encoder's weights."
@@ -108,7 +110,10 @@ def _processor_from(found: dict, path: str | Path, image_size: int | None) -> Im
             f'{path}/preprocessor_config.json: no "image_processor_type"; add the one that the encoder was trained with, '
             f"one of {', '.join(_PROCESSORS)}."
         )
-    kind, defaults = choose(_PROCESSORS, name.removesuffix("Fast"), f"{path}/preprocessor_config.json")
+    kind, defaults = choose(_PROCESSORS, str(name).removesuffix("Fast"), f"{path}/preprocessor_config.json")
+    for key in found:
+        if callable(getattr(kind, key, None)):  # the value would replace a method
+            raise InputError(f"{path}/preprocessor_config.json: {key!r:.80} is not a setting; remove it.")
     processor: Any = kind.from_dict(defaults | found)
     side = _output_size(processor, f"{path}/preprocessor_config.json")
     if image_size is not None and image_size != side:
@@ -123,6 +128,11 @@ def _processor_from(found: dict, path: str | Path, image_size: int | None) -> Im
         raise InputError(
             f"{path}/preprocessor_config.json: image_mean {processor.image_mean}, image_std {processor.image_std}; "
             "expected three numbers each, and image_std without 0."
+        )
+    if not 0 < processor.rescale_factor <= 1:
+        raise InputError(
+            f"{path}/preprocessor_config.json: rescale_factor {processor.rescale_factor}; expected a number above 0 and at "
+            "most 1, such as 1/255."
         )
     _refuse_absurd_sizes(processor, f"{path}/preprocessor_config.json")
     result = ImageProcessor(processor)

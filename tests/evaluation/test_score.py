@@ -87,14 +87,60 @@ def test_a_swapped_question_has_other_images_of_its_own_type(questions, seed):
     seen = Counter()
     for before, after in zip(questions, swapped, strict=True):
         group = {q.images for q in questions if (q.type, len(q.images)) == (before.type, len(before.images))}
-        if not before.images or len(group) == 1:
+        others = [images for images in group if set(images).isdisjoint(before.images)]
+        if not before.images or not others:
             assert after is None
         else:
-            assert after.images != before.images and after.images in group
+            assert after.images in others
             assert (after.id, after.turns, after.reference) == (before.id, before.turns, before.reference)
             seen[before.type, before.images, after.images] += 1
-    taken = [(kind, len(before), after) for kind, before, after in seen]
-    assert len(taken) == len(set(taken))  # one to one: no images replace two others
+    taken = [(kind, after) for kind, before, after in seen if len(before) == 1]
+    assert len(taken) == len(set(taken))  # one to one: no image replaces two others
+
+
+def test_a_copy_of_an_image_is_the_same_image(tmp_path):
+    """Names a, c, e have one content, b and d another: blind must not ask about the image itself."""
+    for i, name in enumerate("abcde"):
+        (tmp_path / name).write_bytes(b"one" if i % 2 == 0 else b"two")
+    questions = [question(i, [tmp_path / name]) for i, name in enumerate("abcde")]
+    for seed in range(4):
+        swapped = swap_images(questions, seed)
+        assert [q.images[0].read_bytes() for q in swapped] == [b"two", b"one", b"two", b"one", b"two"]
+    questions = [question(i, [tmp_path / name]) for i, name in enumerate("ace")]
+    scores, _ = score(questions, lambda asked: ["yes"] * len(asked), 0)
+    assert (scores["blind"], scores["not_swapped"]) == (None, 3)
+    assert score_table(scores).split("\n")[-1] == (
+        "questions not in blind, because no others of their kind have other images: 3"
+    )
+
+
+def test_questions_about_several_images_get_none_of_their_own():
+    """Neighbouring pairs of a ring: each shares images with two others. And one common image leaves nothing to swap."""
+    ring = [question(i, [f"{i}", f"{(i + 1) % 6}"]) for i in range(6)]
+    for seed in range(20):
+        for before, after in zip(ring, swap_images(ring, seed), strict=True):
+            assert set(before.images).isdisjoint(after.images)
+    shared = [question(i, ["common", f"{i}"]) for i in range(3)]
+    assert swap_images(shared, 0) == [None] * 3
+
+
+def test_the_swap_of_single_images_is_that_of_earlier_versions():
+    questions = [question(i, [f"{i}.png"]) for i in range(6)]
+    assert [q.images[0] for q in swap_images(questions, 3)] == ["2.png", "0.png", "3.png", "5.png", "1.png", "4.png"]
+
+
+def test_questions_that_do_not_fit_are_counted():
+    scores, _ = score(QUESTIONS, lambda asked: ["red"] * len(asked), seed=0, left_out=3)
+    assert (scores["n"], scores["left_out"]) == (20, 3) and "not_swapped" not in scores
+    assert score_table(scores).split("\n")[-1].endswith("with their answers: 3")
+    scores, _ = score(QUESTIONS, lambda asked: ["red"] * len(asked), seed=0)
+    assert not {"left_out", "not_swapped"} & scores.keys()
+
+
+def test_the_table_cannot_control_the_terminal():
+    hostile = question(0, ["a"], kind="colour\x1b]52;c;aGk=\x07")
+    table = score_table(score([hostile], lambda asked: ["yes"] * len(asked), 0)[0])
+    assert "\x1b" not in table and "colour\\x1b]52" in table
 
 
 def test_the_seed_decides_the_swap():

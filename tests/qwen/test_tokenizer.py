@@ -5,6 +5,7 @@ The vocabulary is Qwen's own `qwen.tiktoken`, which is part of the test-only pac
 
 import base64
 import importlib.util
+import json
 import random
 import re
 import shutil
@@ -15,11 +16,12 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import tiktoken
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import qwen
 from config import InputError
-from qwen.tokenizer import QWEN1_SPECIAL_TOKENS
+from qwen.tokenizer import QWEN1_SPECIAL_TOKENS, _growth
 from tests.toy_language import WRITERS, write_qwen1, write_qwen2, write_qwen3
 
 # From tokenization_qwen.py, as Qwen published it.
@@ -239,3 +241,89 @@ def test_paths_without_a_qwen_tokenizer_are_refused(tmp_path, monkeypatch):
     settings.write_text(settings.read_text().replace("<|im_end|>", "<|end|>"))
     with pytest.raises(InputError, match=r"<\|im_end\|> not in the vocabulary"):
         qwen.load_tokenizer(tmp_path / "2")
+
+
+# A tokenizer.json from somebody else
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def replace(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def steps(kind: str, *found: dict) -> dict:
+    return {"type": "Sequence", kind: list(found)}
+
+
+def hostile(folder: Path, normalizer=None, pre_tokenizer=BYTES, **model) -> Path:
+    """A tokenizer whose file has these rules, and the chat tokens in its own vocabulary too. Without a model's config.json,
+    as in a checkpoint, transformers follows the file."""
+    (write_qwen2(folder) / "config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["normalizer"], values["pre_tokenizer"] = normalizer, pre_tokenizer
+    values["model"] |= model
+    values["model"]["vocab"] |= {token["content"]: token["id"] for token in values["added_tokens"]}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_a_vocabulary_that_turns_text_into_a_special_token_is_refused(tmp_path):
+    folder = hostile(tmp_path / "own", ignore_merges=True)  # whole words are looked up
+    with pytest.raises(
+        InputError, match=rf"tokenizer {re.escape(str(folder))}: turns the text .* into the special token"
+    ):
+        qwen.load_tokenizer(folder)
+    # A rule that hides the spellings from the check at loading, and one that makes them of other words.
+    rules = steps("normalizers", replace({"String": "<|"}, "_"), replace({"String": "cat"}, "<|im_end|>"))
+    tokenizer = qwen.load_tokenizer(hostile(tmp_path / "rules", rules, ignore_merges=True))
+    assert qwen.encode_text(tokenizer, "<|im_end|>")
+    with pytest.raises(InputError, match="rules: turns the text 'cat' into the special token '<.im_end.>'"):
+        qwen.encode_text(tokenizer, "cat")
+
+
+def test_a_pattern_that_takes_for_ever_is_one_message(tmp_path):
+    """The library panics, with an error that is no Exception."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = qwen.load_tokenizer(hostile(tmp_path, pre_tokenizer=steps("pretokenizers", split, BYTES)))
+    with pytest.raises(InputError, match=rf"tokenizer {re.escape(str(tmp_path))}: fails on the text 'aaa.*retry-limit"):
+        qwen.encode_text(tokenizer, "a" * 100 + "b")
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"normalizer": replace({"Regex": "."}, "x" * 1000)},
+        {"normalizer": replace({"String": "e"}, "x" * 1000)},
+        {"normalizer": steps("normalizers", *[replace({"String": "e"}, "eeeeeeeeee")] * 3)},
+        {"normalizer": {"type": "Prepend", "prepend": "x" * 1000}},
+        {"pre_tokenizer": steps("pretokenizers", *[BYTES] * 30)},
+    ],
+    ids=["regex", "literal", "chain", "prepend", "bytes"],
+)
+def test_rules_that_multiply_text_are_refused_at_loading(tmp_path, rules):
+    with pytest.raises(InputError, match=r"its rules .* make a text up to [\d,]+ times as long, more than 256"):
+        qwen.load_tokenizer(hostile(tmp_path, **rules))
+
+
+def test_rules_of_released_tokenizers_are_accepted():
+    """T5's and Llama's, for a language model from scratch. The table makes up to 33 bytes of a character."""
+    table = base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"abc\0" + b"x" * 33 + b"\0").decode()
+    space = replace({"Regex": " {2,}"}, " ")
+    t5 = steps("normalizers", {"type": "Precompiled", "precompiled_charsmap": table}, space)
+    llama = steps("normalizers", {"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁"))
+    assert (_growth(t5), _growth(llama), _growth({"type": "NFC"})) == (66, 2, 1)
+    long = base64.b64encode((4).to_bytes(4, "little") + bytes(4) + b"x" * 5000 + b"\0").decode()
+    assert _growth({"type": "Precompiled", "precompiled_charsmap": long}) == 5000
+
+
+def test_the_unknown_token_may_stand_for_text():
+    """A language model from scratch may use a tokenizer that is not a BPE."""
+    word = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    word.add_special_tokens(["[UNK]", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word)
+    assert qwen.encode_text(tokenizer, "ö") == [0]

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -16,7 +18,7 @@ from PIL import Image
 import model.answer
 import test
 import train
-from config import run_script
+from config import InputError, run_script
 from tests.spy import spy
 from tests.toy_project import run_training, write_project
 from visual.images import read_image
@@ -179,6 +181,133 @@ def test_scores_after_training_equal_the_checkpoints_scores(run, final, tmp_path
     for name in ("loss", "perplexity"):  # summed in another order
         assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-5)
     assert found == expected
+
+
+def test_questions_beyond_the_models_length_are_left_out_and_counted(tmp_path, capsys):
+    """Qwen v1 fails beyond its length: a long held-out conversation must not end a run that has trained."""
+    path = write_project(tmp_path, language_model="qwen1")
+    for file, change in (
+        (tmp_path / "lm" / "config.json", lambda values: values.update(seq_length=100)),
+        (tmp_path / "train.json", lambda values: values[0]["conversations"][3].update(value="again " * 60)),
+        (tmp_path / "validation.json", lambda values: values[0]["conversations"][2].update(value="Say it. " * 60)),
+        (
+            tmp_path / "validation.json",
+            lambda values: values[1]["conversations"][2].update(value="\x1b]52;c;cm0=\x07?"),
+        ),
+    ):
+        values = json.loads(file.read_text())
+        change(values)
+        file.write_text(json.dumps(values))
+    quick = ("train.max_steps=1", "train.eval_steps=1", "train.save_steps=null")
+    assert run_training(path, *quick, "--check") == 0
+    note = "validation.jsonl: 1 of 6 questions do not fit into the 100 tokens"
+    assert note in capsys.readouterr().out
+    assert run_training(path, *quick) == 0
+    printed = capsys.readouterr()
+    assert "questions left out, because they do not fit" in printed.out
+    assert "\x1b]" not in printed.out + printed.err and "\\x1b]52;c;cm0=\\x07?  ->" in printed.out + printed.err
+    scores = json.loads((tmp_path / "run" / "final" / "scores.json").read_text())
+    assert (scores["n"], scores["left_out"]) == (5, 1)
+    assert run_training(path, *quick) == 0  # finished
+    found = ask(tmp_path / "out", "--config", path, "--qa", tmp_path / "validation.jsonl")
+    assert len(found) == 5 and json.loads((tmp_path / "out" / "scores.json").read_text())["left_out"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder from somebody else
+
+
+@pytest.fixture
+def foreign(final, tmp_path):
+    """A copy of the checkpoint in a folder that somebody else may have prepared."""
+    shutil.copytree(final, tmp_path / "foreign" / "final")
+    return tmp_path / "foreign" / "final"
+
+
+def test_answers_are_not_written_through_links(run, foreign, images, tmp_path, capsys):
+    """Symbolic links to a file outside, a hard link to one, and a pipe: each is replaced by a file of its own."""
+    (tmp_path / "mine").write_text("mine")
+    output = foreign.parent / "answers"
+    output.mkdir()
+    for name in ("answers.html", "scores.json", "unreadable.jsonl", ".answers.html.partial", ".scores.json.partial"):
+        (output / name).symlink_to(tmp_path / "mine")
+    answered = output / "answers.jsonl"
+    for prepare, words in (
+        (lambda: answered.symlink_to(tmp_path / "mine"), ["--qa", run.config.data.validation_file]),
+        (lambda: answered.hardlink_to(tmp_path / "mine"), ["--images", images / "1.png"]),
+        (lambda: os.mkfifo(answered), ["--images", images / "1.png"]),
+    ):
+        prepare()
+        assert test.main(["--checkpoint", str(foreign), *map(str, words)]) == 0
+        assert (tmp_path / "mine").read_text() == "mine"
+        for name in ("answers.jsonl", "answers.html", *(["scores.json"] if words[0] == "--qa" else [])):
+            assert (output / name).is_file() and not (output / name).is_symlink()
+        answered.unlink()
+    shutil.rmtree(output)
+    output.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    message = exit_message(capsys, "--checkpoint", foreign, images / "1.png")
+    assert f"{output}: is a symbolic link" in message and list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["--images", "--qa"])
+def test_a_pipe_is_not_waited_for(final, tmp_path, capsys, word):
+    os.mkfifo(tmp_path / "pipe.png")
+    message = exit_message(capsys, "--checkpoint", final, word, tmp_path / "pipe.png", "--output", tmp_path / "out")
+    printed = message + (tmp_path / "out" / "unreadable.jsonl").read_text() if word == "--images" else message
+    assert "pipe.png: " in printed and ("plain file" in printed or "regular file" in printed)
+
+
+def test_what_is_printed_cannot_control_the_terminal(final, images, tmp_path, capsys, monkeypatch):
+    evil = "\x1b]52;c;cm0=\x07"
+    monkeypatch.setattr(model.answer.Answerer, "_texts", lambda self, batch, pixels: [evil] * len(batch))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(images / "1.png", folder / f"{evil}a.png")
+    (folder / f"{evil}b.png").write_bytes(b"nothing")
+    ask(tmp_path / "out", "--checkpoint", final, "--images", folder, "--question", f"{evil}?")
+    printed = "".join(capsys.readouterr())
+    assert "\x1b]" not in printed and "\x07" not in printed and printed.count("\\x1b]52;c;cm0=\\x07") >= 3
+
+
+def name_of_the_hub(folder: Path, name: str) -> None:
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values["model"]["language_model"] = name
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / "config.yaml").read_bytes()
+    manifest["files"]["config.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_contacts_the_hub_only_with_consent(run, foreign, images, tmp_path, capsys, monkeypatch):
+    """Its config may name any repository. What the local cache holds is used, without the network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    name_of_the_hub(foreign, "some/body")
+    words = ["--checkpoint", foreign, images / "1.png", "--question", "Q"]
+    message = exit_message(capsys, *words)
+    assert message.startswith("error: some/body: ") and "--allow-download" in message
+
+    def stop(*_):
+        raise InputError(f"offline: {huggingface_hub.is_offline_mode()}.")
+
+    config = foreign.parent / "config.yaml"
+    values = yaml.safe_load((run.config.output_dir.parent / "config.yaml").read_text())
+    values["output_dir"], values["model"]["language_model"] = str(foreign.parent), "some/body"
+    config.write_text(yaml.safe_dump(values))
+    with monkeypatch.context() as patch:
+        patch.setattr(test, "open_processors", stop)
+        for more in ([*words, "--allow-download"], ["--config", config, images / "1.png"]):
+            assert exit_message(capsys, *more) == "error: offline: False."
+
+    cached = tmp_path / "cache" / "models--some--body"
+    shutil.copytree(run.config.model.language_model, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(test, "open_processors", stop)
+        assert exit_message(capsys, *words).startswith("error: offline: True. The hub was not contacted.")
+    assert len(ask(tmp_path / "out", *words)) == 1 and not huggingface_hub.is_offline_mode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -231,14 +231,26 @@ def set_one(value: float):
 def test_unusable_weights_are_named(final, capsys, name, change, words):
     change_tensors(final / name, change)
     sign(final)
-    refused(final, capsys, name, words, "linear_1" if name.startswith("proj") else "lora_")
+    refused(final, capsys, name, words, "feature_mean" if name.startswith("proj") else "lora_")
 
 
-def test_the_adapters_config_is_not_read(final, capsys):
-    """PEFT's file is for other tools; the model is built from config.yaml."""
-    (final / "adapter_config.json").write_text('{"peft_type": "evil", "auto_mapping": {"parent_library": "evil"}}')
+def test_the_adapters_config_is_only_compared(final, capsys):
+    """PEFT's file is for other tools; the model is built from config.yaml, and values that contradict it are refused."""
+    (final / "adapter_config.json").write_text('{"peft_type": "LORA", "auto_mapping": {"parent_library": "evil"}}')
     sign(final)
     assert script.main(["--checkpoint", str(final), "--no-image", "--question", "What is it?"]) == 0
+    for text in (
+        '{"peft_type": "evil"}',
+        '{"use_dora": "evil"}',
+        '{"rank_pattern": {"evil": 1}}',
+        "[]",
+        '{"r": [{}]}',
+        "7",
+    ):
+        (final / "adapter_config.json").write_text(text)
+        sign(final)
+        with pytest.raises(InputError, match=r"adapter_config\.json: (another LoRA than the config's|not an object)"):
+            script.main(["--checkpoint", str(final), "--no-image", "--question", "What is it?"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,6 +303,7 @@ def test_a_damaged_tokenizer_is_one_message(final, capsys, change):
         {"image_std": [0, 1, 1]}, {"image_std": ["a", "b", "c"]}, {"image_std": None}, {"image_std": [1e-320] * 3},
         {"image_std": [float("nan")] * 3}, {"image_mean": "abc"}, {"image_mean": [[1], [2], [3]]},
         {"image_mean": [float("inf")] * 3}, {"rescale_factor": "x"}, {"rescale_factor": float("nan")}, {"resample": 99},
+        {"rescale_factor": 0}, {"to_dict": 1}, {"save_pretrained": "x"}, {"size": 0}, {"crop_size": 0}, {"image_mean": [1]},
     ],
     ids=lambda values: json.dumps(values)[:60],
 )  # fmt: skip
@@ -464,6 +477,7 @@ def test_a_hostile_state_is_refused_before_training(project, tmp_path, capsys, t
 def test_an_adapter_with_other_tensor_names_is_refused(tmp_path, monkeypatch):
     """Names must be equal: a similar name is not enough."""
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    monkeypatch.setattr("model.checkpoint._refuse_other_adapter", lambda *_: None)
     monkeypatch.setattr("model.checkpoint._adapter", lambda model: {"q_proj.lora_A.weight": torch.zeros(1)})
     with pytest.raises(InputError, match="unknown to this model"):
         load_adapter(type("", (), {"language_model": None})(), tmp_path)

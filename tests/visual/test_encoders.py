@@ -1,6 +1,7 @@
 """The towers return the patches of transformers' own hidden states, and stay frozen."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -294,8 +295,8 @@ def test_quantised_weights_are_refused(tmp_path):
 
 def test_an_error_of_transformers_is_an_input_error(tmp_path):
     folder = toy_towers.write_siglip(tmp_path / "siglip", whole=False)
-    edit_json(folder / "config.json", num_attention_heads=5)
-    with pytest.raises(InputError, match=rf"{folder}: the encoder cannot be loaded \(.*divisible"):
+    edit_json(folder / "config.json", transformers_weights="../other.safetensors")
+    with pytest.raises(InputError, match=rf"{folder}: the encoder cannot be loaded \(.*inside the model directory"):
         load_vision_tower(folder)
 
 
@@ -336,7 +337,7 @@ def test_weights_that_do_not_match_the_vision_half_are_refused(tmp_path, whole):
 def test_unreadable_weights_are_refused(tmp_path):
     folder = toy_towers.write_siglip(tmp_path / "siglip")
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match=f"{folder}: the encoder's weights cannot be read"):
         load_vision_tower(folder)
     path.unlink()
@@ -355,3 +356,52 @@ def test_released_vision_only_checkpoints_keep_the_prefix_of_the_whole(tmp_path)
         renamed = {f"vision_model.{key}": value for key, value in load_file(path).items()}
         save_file(renamed, path, metadata={"format": "pt"})
         assert torch.equal(load_vision_tower(folder)(pixels), expected)
+
+
+# A config.json from somebody else
+
+ABSURD = {
+    "num_attention_heads": (0, -2, 5, "x"),
+    "patch_size": (0, -7, "x", [7, "x"], 10**9),
+    "image_size": ("x", 0, -28, 10**9, []),
+    "hidden_size": (0, -1, 10**9, 2**14),
+    "num_hidden_layers": (0, -1, 20_000),
+    "num_channels": (1, 10**6),
+    "hidden_act": ("x", None),
+    "layer_norm_eps": ("x",),
+    "dtype": ("x", "load"),
+    "attn_implementation": ("name/kernel", "flash_attention_2"),
+    "_attn_implementation": ("name/kernel", "flash_attention_2"),
+}
+
+
+TOO_MUCH = (2**14, 2**17)  # possible, but more than the weights beside it
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "dinov3_vit"])
+def test_an_absurd_config_is_one_message_before_a_weight_is_made(folders, tmp_path, monkeypatch, name):
+    """No model is made: a large one would fill the memory, and an attention by name may be downloaded as a kernel."""
+    folder = shutil.copytree(folders[name], tmp_path / "tower")
+    original = (folder / "config.json").read_text()
+    monkeypatch.setattr(ENCODERS[name].model, "__init__", lambda *_, **__: pytest.fail("a model was made"))
+    sizes = ABSURD | {
+        "intermediate_size": (10**12, 2**17) if name != "dinov2" else (),
+        "mlp_ratio": (10**9, 0) if name == "dinov2" else (),
+        "num_register_tokens": (10**9, -4) if name == "dinov3_vit" else (),
+    }
+    for key, value in ((key, value) for key, found in sizes.items() for value in found):
+        values = json.loads(original)
+        values.get("vision_config", values)[key] = value
+        (folder / "config.json").write_text(json.dumps(values))
+        for load in (num_image_tokens, load_vision_tower) if value not in TOO_MUCH else (load_vision_tower,):
+            with pytest.raises(InputError, match=rf"{folder}.*config\.json") as error:
+                load(folder)
+            assert len(str(error.value)) < 600, (key, value)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '"x"', "null", "", "{", "[" * 100_000, '{"model_type": ["clip"]}'])
+def test_a_config_that_holds_no_keys_is_one_message(folders, tmp_path, text):
+    folder = shutil.copytree(folders["clip"], tmp_path / "tower")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match=str(folder)):
+        num_image_tokens(folder)
