@@ -50,7 +50,10 @@ def llava_twin(ours: VisionLanguageModel, attention: str = "sdpa") -> nn.Module:
     copies = (plain.model.vision_tower, plain.model.multi_modal_projector, plain.model.language_model, plain.lm_head)
     parts = (tower, ours.projector, ours.causal_lm.model, ours.causal_lm.lm_head)
     for theirs, part in zip(copies, parts, strict=True):
-        theirs.load_state_dict(part.state_dict())
+        weights = part.state_dict()
+        if part is ours.projector:  # uncalibrated: its buffers change nothing
+            weights = {name: value for name, value in weights.items() if name not in dict(part.named_buffers())}
+        theirs.load_state_dict(weights)
         assert [p.requires_grad for p in theirs.parameters()] == [p.requires_grad for p in part.parameters()]
     return model.train()
 

@@ -101,6 +101,7 @@ class StageConfig:
 class TrainConfig:
     trainable: TrainableConfig = TrainableConfig()
     freeze_random: tuple[Literal["projector", "language_model", "embeddings"], ...] = ()
+    projector_start: Literal["words", "calibrated", "random"] = "words"
     projector_lr: float | None = bounds(None, low=0.0)
     lora_lr: float | None = bounds(None, low=0.0)
     language_model_lr: float | None = bounds(None, low=0.0)

@@ -23,22 +23,32 @@ class Sums(NamedTuple):
     right: float = 0.0  # targets that were the most likely token
     balance: float = 0.0  # each batch's balance loss times its tokens
     tokens: float = 0.0
+    # of the batches with two different images or more, in which images can be swapped
+    own: float = 0.0  # cross entropy with the own images
+    swapped: float = 0.0  # cross entropy with swapped ones
+    paired: float = 0.0  # targets
 
     def plus(self, other: Sequence[float]) -> Sums:
         return Sums(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
 class Validation(NamedTuple):
-    """Means per supervised token. balance_loss: None without experts."""
+    """Means per supervised token.
+
+    balance_loss: None without experts. image_adds: how much larger the loss is if the images are swapped among the records
+    of a batch; None if there are no two images to swap. 0 means that the answers do not depend on the image.
+    """
 
     loss: float
     token_accuracy: float
     balance_loss: float | None
+    image_adds: float | None = None
 
     @classmethod
     def of_sums(cls, sums: Sums, has_experts: bool) -> Validation:
         balance = sums.balance / sums.tokens if has_experts else None
-        return cls(sums.loss / sums.targets, sums.right / sums.targets, balance)
+        image_adds = (sums.swapped - sums.own) / sums.paired if sums.paired else None
+        return cls(sums.loss / sums.targets, sums.right / sums.targets, balance, image_adds)
 
     @property
     def perplexity(self) -> float:
@@ -62,20 +72,43 @@ def sum_losses(
     autocast: Callable[[], contextlib.AbstractContextManager],
     encoder: Callable[[Batch], Tensor | None] | None = None,
 ) -> Sums:
-    """Sum losses and counts over `batches`.
+    """Sum losses and counts over `batches`, with the own images and with swapped ones.
 
     model: in eval mode. autocast: makes the context to compute in. encoder: see `Batch.model_inputs`.
     """
     sums = Sums()
     for batch in batches:
         with autocast():
-            losses = model(**batch.model_inputs(device, encoder))
-        sums = sums.plus(_batch_sums(batch, losses))
+            inputs = batch.model_inputs(device, encoder)
+            if (pixels := inputs.pop("pixel_values", None)) is not None:
+                inputs["patch_features"] = model.patch_features(pixels)  # once for both
+            losses = model(**inputs)
+            features = inputs.get("patch_features")
+            others = None if features is None else swap_images(features)
+            swapped = None if others is None else model(**inputs | {"patch_features": others})
+        sums = sums.plus(_batch_sums(batch, losses, swapped))
     return sums
 
 
-def _batch_sums(batch: Batch, losses: Losses) -> tuple[float, ...]:
+def swap_images(features: Tensor) -> Tensor | None:
+    """Give each image the features of another image: [M, N, Dv] -> [M, N, Dv]. Images with equal features are one
+    image: a copy does not count as another image. None if all are the same."""
+    if len(features) < 2:
+        return None
+    _, kinds = features.flatten(1).unique(dim=0, return_inverse=True)
+    rows = kinds.tolist()
+    count = max(rows) + 1
+    if count < 2:
+        return None
+    first_row = {kind: row for row, kind in reversed(list(enumerate(rows)))}
+    return features[[first_row[(kind + 1) % count] for kind in rows]]
+
+
+def _batch_sums(batch: Batch, losses: Losses, swapped: Losses | None) -> tuple[float, ...]:
     assert losses.right is not None  # it is None only while gradients are enabled
     tokens = batch.num_tokens
     balance = 0.0 if losses.balance is None else float(losses.balance) * tokens
-    return float(losses.answers), batch.num_targets, float(losses.right), balance, tokens
+    sums = float(losses.answers), batch.num_targets, float(losses.right), balance, tokens
+    if swapped is None:
+        return *sums, 0.0, 0.0, 0.0
+    return *sums, sums[0], float(swapped.answers), batch.num_targets

@@ -5,22 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
 import qwen
-from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error
+from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error, printable
 from model.checkpoint import has_adapter, load_adapter, load_trained, refuse_other_sizes
 from model.checkpoint_folder import verify_folder
 from model.model import VisionLanguageModel
 from model.projector import build_projector, num_image_tokens
-from model.trainable import WeightOrigins, add_lora, set_trainable
+from model.trainable import WeightOrigins, add_lora, halve_lora_base, set_trainable
 from qwen.attention import PACKED_SDPA
 from visual.encoders import load_vision_tower
 from visual.encoders import num_image_tokens as num_patches
@@ -37,6 +39,7 @@ class Processors:
     tokenizer: PreTrainedTokenizerFast
     image_processor: ImageProcessor
     num_image_tokens: int  # that one image takes
+    max_tokens: int | None = field(default=None, kw_only=True)  # longest input of the language model; None: no limit
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -57,6 +60,7 @@ class Built(Processors):
 
     model: VisionLanguageModel
     origins: WeightOrigins
+    is_projector_new: bool  # its weights are random, not a checkpoint's
 
 
 def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Processors:
@@ -82,7 +86,12 @@ def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Proce
             )
         image_processor = saved
     patches = num_patches(model.vision_tower, model.image_size)
-    return Processors(tokenizer, image_processor, num_image_tokens(model.projector, patches, model.num_queries))
+    return Processors(
+        tokenizer,
+        image_processor,
+        num_image_tokens(model.projector, patches, model.num_queries),
+        max_tokens=None if model.language_model is None else qwen.longest_input(model.language_model),
+    )
 
 
 def build_model(
@@ -98,8 +107,8 @@ def build_model(
     """Load encoder and language model in `dtype`, make the projector, add LoRA, fill in the weights that
     `settings.start_from` (a verified checkpoint) has trained, and enable what `train.trainable` says, in float32.
 
-    A language model from scratch is float32 as a whole, because no released weights exist beside the checkpoint's. Raises
-    InputError for whatever is missing or does not fit.
+    What of the language model was trained before, or began from scratch, is float32 too, except for the matrices below LoRA.
+    Raises InputError for whatever is missing or does not fit.
     """
     transformers.utils.logging.disable_progress_bar()
     checkpoint, new = settings.start_from, settings.from_scratch
@@ -141,11 +150,14 @@ def build_model(
         load_adapter(model, checkpoint)
     torch.set_rng_state(generator_state)
 
+    is_projector_new = "projector" in origins.random
     set_trainable(model, train.trainable)
+    if model.has_lora:
+        halve_lora_base(model, dtype)
     origins = origins.after_training(model, train.trainable)
     if random := sorted(origins.random - set(train.freeze_random), reverse=True):
         raise frozen_error(random[0], getattr(train.trainable, random[0]))
-    return Built(**vars(processors), model=model.train(), origins=origins)
+    return Built(**vars(processors), model=model.train(), origins=origins, is_projector_new=is_projector_new)
 
 
 def checkpoint_activations(model: VisionLanguageModel) -> None:
@@ -186,3 +198,51 @@ def save_processors(processors: Processors, folder: Path) -> None:
     """Write tokenizer/ and image_processor/ into `folder`, for `load_processors(..., checkpoint=folder)`."""
     processors.tokenizer.save_pretrained(folder / "tokenizer")
     processors.image_processor.save(folder / "image_processor")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+def hub_models(model: ModelConfig) -> set[str]:
+    """Return the hub names among the models that the config names. Folders are absolute paths."""
+    named = (model.vision_tower, model.language_model)
+    return {str(name) for name in named if name is not None and not os.path.isabs(name)}
+
+
+@contextlib.contextmanager
+def hub_access(model: ModelConfig, own_models: Set[str], allow_download: bool) -> Iterator[None]:
+    """Let the block contact the hub only if the user has named every model (`own_models`) or allows the download. Else the
+    block reads folders and the local cache, because a checkpoint from somebody else may name any repository.
+
+    Raises InputError if a model is missing that may not be downloaded.
+    """
+    names = hub_models(model)
+    missing = ", ".join(sorted(name for name in names if not _is_cached(name)))
+    if allow_download or (names and names <= own_models):
+        if missing:
+            print(f"downloading from the hub: {printable(missing)}")
+        yield
+        return
+    advice = "Add --allow-download, or give a folder: model.vision_tower=FOLDER or model.language_model=FOLDER."
+    if missing:
+        raise InputError(
+            f"{missing}: the checkpoint was trained on top of this model of the hub, which is not on this machine. {advice}"
+        )
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # what the environment variable of that name sets
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} The hub was not contacted. {advice}" if names else str(error)) from error
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def _is_cached(name: str) -> bool:
+    """Return whether the local cache holds the config and weights of the hub's model `name`."""
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not a name that the hub allows
+        return False
+    return isinstance(found, str) and any(Path(found).parent.glob("*.safetensors"))

@@ -34,6 +34,12 @@ from model.trainable import WeightOrigins, parameters_without_lora, saved_parts
 
 UNTRAINED = "untrained.json"
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# keys of adapter_config.json that do not change what trained LoRA weights compute
+ADAPTER_FREE = (
+    "auto_mapping base_model_name_or_path corda_config eva_config inference_mode init_lora_weights loftq_config "
+    "lora_dropout lora_ga_config peft_version revision runtime_config task_type"
+).split()
+LORA_KEYS = {"r": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules"}
 
 
 def save_trained(model: VisionLanguageModel, origins: WeightOrigins, folder: Path) -> None:
@@ -64,7 +70,10 @@ def load_trained(model: VisionLanguageModel, origins: WeightOrigins, folder: Pat
     Raises InputError unless every tensor of every file has a parameter of its name and shape, and is finite.
     """
     path = folder / "projector.safetensors"
-    _fill(model.projector.state_dict(), read_tensors(path), path, every_key=True)
+    tensors = read_tensors(path)
+    # a checkpoint from before projectors had buffers: its projector takes features as they are
+    tensors |= {name: value for name, value in model.projector.named_buffers() if name not in tensors}
+    _fill(model.projector.state_dict(), tensors, path, every_key=True)
     trained = dict(origins.trained)
     for name, part in saved_parts(model).items():
         path = folder / f"{name}.safetensors"
@@ -104,11 +113,39 @@ def _read_untrained(folder: Path) -> frozenset[str]:
 
 
 def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
-    """Load LoRA's weights from a checkpoint into a model that has the same LoRA."""
+    """Load LoRA's weights from a checkpoint into a model that has the same LoRA.
+
+    Raises InputError for another rank, scaling or set of layers, which may have the same shapes, and for weights that do not
+    fit.
+    """
+    _refuse_other_adapter(model, folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
     tensors = read_tensors(path)
     _compare(tensors, _adapter(model), path, every_key=True)
     set_peft_model_state_dict(model.language_model, tensors)
+
+
+def _refuse_other_adapter(model: VisionLanguageModel, path: Path) -> None:
+    """Raise InputError unless `path` describes the model's own LoRA. Keys that one version of PEFT lacks are skipped."""
+    found, config = read_json(path), model.language_model.peft_config["default"].to_dict()
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not an object with LoRA's settings; use another checkpoint.")
+    expected = json.loads(json.dumps(config, default=list))  # as PEFT writes it; it keeps names in sets
+    different = [
+        f"{LORA_KEYS.get(key, key)} is {_plain(found[key])!r:.80}, the config says {_plain(value)!r:.80}"
+        for key, value in sorted(expected.items())
+        if key in found and key not in ADAPTER_FREE and _plain(found[key]) != _plain(value)
+    ]
+    if different:
+        raise InputError(
+            f"{path}: another LoRA than the config's: {'; '.join(different)}. Its weights would compute something else; "
+            "give the values of the checkpoint."
+        )
+
+
+def _plain(value: object) -> object:
+    """Return a list sorted, for PEFT's sets of names have no order, and anything else as it is."""
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def has_adapter(folder: Path) -> bool:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -181,6 +182,10 @@ class CompiledQwen3RMSNorm(CompiledNorm, Qwen3RMSNorm):
     """Compiled norm of Qwen3."""
 
 
+class CompiledLlamaRMSNorm(CompiledNorm, LlamaRMSNorm):
+    """Compiled norm of Llama."""
+
+
 class CompiledQwen2MoeRMSNorm(CompiledNorm, Qwen2MoeRMSNorm):
     """Compiled norm of Qwen2-MoE."""
 
@@ -192,6 +197,7 @@ class CompiledQwen3MoeRMSNorm(CompiledNorm, Qwen3MoeRMSNorm):
 _NORMS = {
     Qwen2RMSNorm: CompiledQwen2RMSNorm,
     Qwen3RMSNorm: CompiledQwen3RMSNorm,
+    LlamaRMSNorm: CompiledLlamaRMSNorm,
     Qwen2MoeRMSNorm: CompiledQwen2MoeRMSNorm,
     Qwen3MoeRMSNorm: CompiledQwen3MoeRMSNorm,
 }
@@ -202,7 +208,7 @@ _NORMS = {
 
 
 def use_liger(causal_lm: PreTrainedModel) -> bool:
-    """Use Liger's kernels for norms, SwiGLU and rotary embedding in a Qwen language model on a GPU; not for the loss.
+    """Use Liger's kernels for norms, SwiGLU and rotary embedding in a dense language model on a GPU; not for the loss.
 
     Returns False if liger_kernel is not installed. Liger also changes transformers' modules for models made later.
     """
@@ -210,7 +216,8 @@ def use_liger(causal_lm: PreTrainedModel) -> bool:
         from liger_kernel import transformers as liger
     except ImportError:
         return False
-    family = "qwen3" if causal_lm.config.model_type == "qwen3" else "qwen2"
+    kind = causal_lm.config.model_type
+    family = kind if kind in ("qwen3", "llama") else "qwen2"  # Qwen v1 has Qwen2's layers
     apply = getattr(liger, f"apply_liger_kernel_to_{family}")
     apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=causal_lm)
     return True

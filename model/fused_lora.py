@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
@@ -21,7 +22,7 @@ from model.elementwise import Elementwise
 
 # Internals of other libraries used here, to check when upgrading:
 # peft.tuners.lora.Linear: base_layer, lora_A, lora_B, lora_dropout, lora_variant, scaling, active_adapters,
-# disable_adapters, merged; transformers' Qwen2MLP and Qwen3MLP: gate_proj, up_proj, down_proj, config.hidden_act.
+# disable_adapters, merged; transformers' Qwen2MLP, Qwen3MLP and LlamaMLP: gate_proj, up_proj, down_proj, config.hidden_act.
 
 
 def fuse_lora(language_model: nn.Module) -> int:
@@ -39,6 +40,12 @@ def fuse_lora(language_model: nn.Module) -> int:
     return len(layers)
 
 
+def fused_layers(language_model: nn.Module, dtype: torch.dtype) -> int:
+    """Return how many linear layers with LoRA compute as one function in `dtype`; the others compute as PEFT does. Call it
+    within the run's autocast, after `fuse_lora`."""
+    return sum(_plain(module, dtype) is not None for module in language_model.modules())
+
+
 class FusedLoraLinear(lora.Linear):
     """PEFT's linear layer, with base and LoRA in one autograd function."""
 
@@ -54,7 +61,7 @@ class FusedLoraLinear(lora.Linear):
 
 
 class FusedMLP(nn.Module):
-    """Mixin before Qwen2's or Qwen3's feed-forward block: down(silu(gate(x)) * up(x)) with LoRA in one autograd function."""
+    """Mixin before a dense feed-forward block: down(silu(gate(x)) * up(x)) with LoRA in one autograd function."""
 
     gate_proj: Any
     up_proj: Any
@@ -82,7 +89,11 @@ class FusedQwen3MLP(FusedMLP, Qwen3MLP):
     """Fused block of Qwen3."""
 
 
-_MLPS = {Qwen2MLP: FusedQwen2MLP, Qwen3MLP: FusedQwen3MLP}
+class FusedLlamaMLP(FusedMLP, LlamaMLP):
+    """Fused block of Llama."""
+
+
+_MLPS = {Qwen2MLP: FusedQwen2MLP, Qwen3MLP: FusedQwen3MLP, LlamaMLP: FusedLlamaMLP}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

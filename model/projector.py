@@ -1,9 +1,9 @@
 """Projectors: patch features -> image features in the language model's width, and how many tokens each kind makes of an
 image. Knows no encoder and no language model.
 
-A projector is a class with `__init__(in_features, hidden_size, out_features)`, where hidden_size None means its own default;
-`num_tokens(num_patches)`, which needs no weights; and `forward`, [M, N, in_features] -> [M, K, out_features], where K is
-num_tokens(N).
+A projector is a Projector with `__init__(in_features, hidden_size, out_features)`, where hidden_size None means its own
+default; `num_tokens(num_patches)`, which needs no weights; and `project`, [M, N, in_features] -> [M, K, out_features], where
+K is num_tokens(N).
 
 Shapes: M images, N patches an image (a square grid, row by row), K image tokens an image, Q queries.
 """
@@ -25,7 +25,55 @@ PLACE_SCALE = 2.0  # amplitude of the resampler's positions: its first attention
 HEAD_SIZE = 64  # of the resampler's attention; the widths of common encoders are multiples of it
 
 
-class MLPProjector(nn.Module):
+class Projector(nn.Module):
+    """Base of the projectors: standardised features in, image features as large as text embeddings out.
+
+    Encoders differ: a feature's size is 0.15 in one and 3 in another, and a large part of it is a mean that all images
+    share. So do the embeddings of language models. Learning rates would mean something else for each pair, and with small
+    features or a large mean the output would hardly depend on the image for a long time. `calibrate` therefore measures the
+    run's own images once, before the first step. The three buffers are saved with the weights; both operations are linear,
+    so an export folds them into the layers before and after.
+
+    forward: [M, N, in_features] -> [M, K, out_features]
+    """
+
+    feature_mean: Tensor  # [in_features]
+    feature_std: Tensor  # [in_features]
+    output_scale: Tensor  # []
+
+    def __init__(self, in_features: int, hidden_size: int | None, out_features: int, **sizes: int) -> None:
+        super().__init__()
+        self.register_buffer("feature_mean", torch.zeros(in_features))
+        self.register_buffer("feature_std", torch.ones(in_features))
+        self.register_buffer("output_scale", torch.ones(()))
+
+    @staticmethod
+    def num_tokens(num_patches: int) -> int:
+        return num_patches
+
+    def project(self, features: Tensor) -> Tensor:
+        """[M, N, in_features], standardised -> [M, K, out_features], before scaling."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.project((features - self.feature_mean) / self.feature_std) * self.output_scale
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor, output_rms: float) -> None:
+        """Set the buffers: features of these images get mean 0 and standard deviation 1 in each dimension; what the initial
+        weights make of them gets the root mean square `output_rms`, that of the text embeddings.
+
+        features: [M, N, in_features]. A dimension that hardly varies is not enlarged beyond a thousand times the others.
+        """
+        vectors = features.float().flatten(0, -2)
+        std, mean = torch.std_mean(vectors, dim=0, correction=0)
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std.clamp(min=max(1e-3 * float(std.square().mean().sqrt()), 1e-12)))
+        self.output_scale.fill_(1.0)
+        self.output_scale.fill_(output_rms / float(self(features.float()).float().square().mean().sqrt()))
+
+
+class MLPProjector(Projector):
     """Linear, GELU, Linear, for each patch alone: the projector of LLaVA-1.5.
 
     Names and order are those of transformers' `LlavaMultiModalProjector`, so an export only renames tensors. hidden_size
@@ -34,16 +82,28 @@ class MLPProjector(nn.Module):
     forward: [M, N, in_features] -> [M, N, out_features]
     """
 
+    patches_per_token = 1  # vectors that linear_1 takes side by side
+
+    def __init__(self, in_features: int, hidden_size: int | None, out_features: int):
+        super().__init__(in_features, hidden_size, out_features)
+        hidden_size = hidden_size or out_features
+        self.linear_1 = nn.Linear(self.patches_per_token * in_features, hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden_size, out_features)
+
+    def project(self, features: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear inside another projector. [..., in_features] -> [..., out_features]"""
+
     def __init__(self, in_features: int, hidden_size: int | None, out_features: int):
         super().__init__()
         hidden_size = hidden_size or out_features
         self.linear_1 = nn.Linear(in_features, hidden_size)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(hidden_size, out_features)
-
-    @staticmethod
-    def num_tokens(num_patches: int) -> int:
-        return num_patches
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(self.act(self.linear_1(features)))
@@ -65,8 +125,7 @@ class PixelShuffle(MLPProjector):
     forward: [M, N, in_features] -> [M, N / 4, out_features], row by row
     """
 
-    def __init__(self, in_features: int, hidden_size: int | None, out_features: int):
-        super().__init__(4 * in_features, hidden_size, out_features)
+    patches_per_token = 4
 
     @staticmethod
     def num_tokens(num_patches: int) -> int:
@@ -80,13 +139,13 @@ class PixelShuffle(MLPProjector):
             )
         return num_patches // 4
 
-    def forward(self, features: Tensor) -> Tensor:
+    def project(self, features: Tensor) -> Tensor:
         half = math.isqrt(features.shape[1]) // 2
         squares = features.unflatten(1, (half, 2, half, 2)).transpose(2, 3)  # [M, row, column, 2, 2, in]
-        return super().forward(squares.flatten(3).flatten(1, 2))
+        return super().project(squares.flatten(3).flatten(1, 2))
 
 
-class Resampler(nn.Module):
+class Resampler(Projector):
     """A fixed number of tokens for any number of patches: learned queries attend to the patches by multi-head cross
     attention, then the MLP makes a token of each.
 
@@ -100,7 +159,7 @@ class Resampler(nn.Module):
     """
 
     def __init__(self, in_features: int, hidden_size: int | None, out_features: int, num_queries: int = NUM_QUERIES):
-        super().__init__()
+        super().__init__(in_features, hidden_size, out_features)
         self.head_size = math.gcd(in_features, HEAD_SIZE)
         self.queries = nn.Parameter(0.02 * torch.randn(num_queries, in_features))
         self.norm_patches = nn.LayerNorm(in_features)
@@ -109,7 +168,7 @@ class Resampler(nn.Module):
         self.value = nn.Linear(in_features, in_features, bias=False)
         self.output = nn.Linear(in_features, in_features)
         self.norm = nn.LayerNorm(in_features)
-        self.mlp = MLPProjector(in_features, hidden_size, out_features)
+        self.mlp = MLP(in_features, hidden_size, out_features)
         for matrix in (self.query, self.value, self.output):
             nn.init.xavier_uniform_(matrix.weight)  # as torch.nn.MultiheadAttention does
         with torch.no_grad():
@@ -119,7 +178,7 @@ class Resampler(nn.Module):
     def num_tokens(num_patches: int, num_queries: int = NUM_QUERIES) -> int:
         return num_queries
 
-    def forward(self, features: Tensor) -> Tensor:
+    def project(self, features: Tensor) -> Tensor:
         side, width = math.isqrt(features.shape[1]), features.shape[2]
         patches = self.norm_patches(features)
         positions = functools.partial(grid_positions, side=side, width=width, device=features.device)
@@ -162,8 +221,6 @@ def grid_positions(rows: int, columns: int, *, side: int, width: int, device: to
     down, right = waves(rows).repeat_interleave(columns, dim=0), waves(columns).repeat(rows, 1)
     return PLACE_SCALE * torch.cat([down, right], dim=1)[:, :width]
 
-
-Projector = MLPProjector | Resampler
 
 PROJECTORS: dict[str, type[Projector]] = {
     "mlp": MLPProjector,

@@ -7,7 +7,7 @@ Importing this package registers the model type `qwen` (Qwen v1) with transforme
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from qwen.configuration import WEIGHTS, QWenConfig
+from qwen.configuration import WEIGHTS, QWenConfig, longest_input
 from qwen.lora import lora_target_modules
 from qwen.modeling import (
     LANGUAGE_MODELS,
@@ -36,6 +36,7 @@ __all__ = [
     "image_token_id",
     "load_language_model",
     "load_tokenizer",
+    "longest_input",
     "lora_target_modules",
     "new_language_model",
     "set_image_attention",

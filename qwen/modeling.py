@@ -1,5 +1,5 @@
-"""The language models: transformers' Qwen2 and Qwen3, dense or mixture of experts, with image features; and Qwen v1, which
-is based on Qwen2.
+"""The language models: transformers' Qwen2 and Qwen3, dense or mixture of experts, and Llama, with image features; and Qwen
+v1, which is based on Qwen2.
 
 A family is one entry of LANGUAGE_MODELS and two short classes. They have transformers' class names, so that a saved folder
 names the usual architecture and other tools load it. Attention, cache, `generate`, quantisation and PEFT are the
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3
@@ -24,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from config import InputError, choose, how_to_convert, is_hub_name
 from qwen.attention import PACKED_SDPA
+from qwen.checked_config import check_config
 from qwen.configuration import QWenConfig
 from qwen.injection import ImageGeneration, ImageInjection
 from qwen.tokenizer import STOP_TOKENS, image_token, image_token_id
@@ -67,6 +69,16 @@ class Qwen3MoeForCausalLM(ImageGeneration, modeling_qwen3_moe.Qwen3MoeForCausalL
     """Qwen3-MoE."""
 
     base_class = Qwen3MoeModel
+
+
+class LlamaModel(ImageInjection, modeling_llama.LlamaModel):
+    """Llama's layout with ChatML prompts, such as SmolLM2."""
+
+
+class LlamaForCausalLM(ImageGeneration, modeling_llama.LlamaForCausalLM):
+    """Llama's layout with ChatML prompts, such as SmolLM2."""
+
+    base_class = LlamaModel
 
 
 class QWenModel(Qwen2Model):
@@ -147,6 +159,7 @@ LANGUAGE_MODELS = {
     "qwen3": Qwen3ForCausalLM,
     "qwen2_moe": Qwen2MoeForCausalLM,
     "qwen3_moe": Qwen3MoeForCausalLM,
+    "llama": LlamaForCausalLM,
 }
 
 
@@ -184,7 +197,8 @@ def load_language_model(
                 f"language model {path}: config.json has a quantization_config, but quantised weights (AWQ, GPTQ, FP8, "
                 "...) are not supported. Use the unquantised release of the model."
             )
-        model_class = choose(LANGUAGE_MODELS, config["model_type"], f"language model {path}, model_type")
+        model_class: Any = choose(LANGUAGE_MODELS, config["model_type"], f"language model {path}, model_type")
+        check_config(path, config, model_class.config_class)
         loaded: Any = model_class.from_pretrained(
             path,
             dtype="auto" if dtype is None else dtype,
@@ -197,7 +211,7 @@ def load_language_model(
         model, report = loaded  # a pair with output_loading_info, against its annotation
     except (OSError, SafetensorError) as error:
         raise InputError(f"language model {path}: cannot be read. {_reason(error)} {how_to_convert(path)}") from error
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"language model {path}: cannot be loaded. {_reason(error)}") from error
     mismatched = [
         f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]

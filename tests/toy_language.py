@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AddedToken,
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -161,12 +163,19 @@ def write_qwen3_moe(folder, seed: int = 0) -> Path:
     return _write_modern(folder, Qwen3MoeForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
 
 
+def write_llama(folder, seed: int = 0, tied: bool = True) -> Path:
+    """SmolLM2: Llama's layout with ChatML tokens and tied embeddings; TinyLlama: the same, untied."""
+    config = LlamaConfig(tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, **_sizes())
+    return _write_modern(folder, LlamaForCausalLM, config, CHAT_TOKENS, seed)
+
+
 WRITERS = {
     "qwen": write_qwen1,
     "qwen2": write_qwen2,
     "qwen3": write_qwen3,
     "qwen2_moe": write_qwen2_moe,
     "qwen3_moe": write_qwen3_moe,
+    "llama": write_llama,
 }
 
 

@@ -81,6 +81,7 @@ def config_values() -> dict:
         "model": {"vision_tower": "tower", "language_model": "lm"},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
         "train": {
+            "projector_start": "calibrated",  # "words" takes a second
             "projector_lr": 1e-3,
             "lora_lr": 5e-4,
             "max_steps": 6,

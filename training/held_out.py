@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from config import printable
 from dataset.loader import make_loader
 from evaluation.score import Question, questions_of, score, score_table
 from evaluation.validation import Sums, Validation, sum_losses
@@ -20,6 +21,7 @@ from training.run import Run
 from training.sharding import gathered_for_inference
 from visual.images import ImageError, verify_image
 
+IMAGE_ADDS_NOTHING = 0.01  # fraction of the held-out loss below which swapped images are as good as the own ones
 SHOWN_SAMPLES = 4  # questions that are answered at each evaluation
 
 
@@ -32,20 +34,35 @@ def evaluate(run: Run) -> None:
     model = run.model.eval()
     with gathered_for_inference(model):
         found = validate(run, run.config.train.eval_samples)
-        questions = held_out_questions(run, SHOWN_SAMPLES)[:SHOWN_SAMPLES]
+        questions = [q for q in held_out_questions(run, SHOWN_SAMPLES) if run.answerer.fits(q.turns)][:SHOWN_SAMPLES]
         answers = run.answerer.answer([Request(q.turns, q.images) for q in questions]) if questions else []
     model.train()
     samples = [
         {"id": q.id, "question": q.text, "answer": answer, "reference": q.reference}
         for q, answer in zip(questions, answers, strict=True)
     ]
-    lines = [f"  {s['question']}  ->  {s['answer']}   (reference: {s['reference']})" for s in samples]
+    texts = [{name: printable(text) for name, text in sample.items()} for sample in samples]
+    lines = [f"  {s['question']}  ->  {s['answer']}   (reference: {s['reference']})" for s in texts]
     if run.accelerator.is_main_process:
-        tqdm.write("\n".join([f"step {step}: held-out loss {found.loss:.4f}", *lines]))
+        tqdm.write("\n".join([f"step {step}: held-out loss {found.loss:.4f}{image_text(found)}", *lines]))
     run.log.validation(step, run.epoch(step), found.values, samples=samples)
     if found.loss < run.position.lowest_val_loss:
         run.position.lowest_val_loss = found.loss
         write_best(run, found.loss)
+
+
+def image_text(found: Validation) -> str:
+    """Return what a line about the held-out loss says of the images, with a warning if they add nothing."""
+    if found.image_adds is None:
+        return ""
+    text = f", {found.loss + found.image_adds:.4f} with swapped images"
+    if found.image_adds > IMAGE_ADDS_NOTHING * found.loss:
+        return text
+    return (
+        f"{text}\n  warning: the answers do not depend on the image. If it stays so: train the projector alone first "
+        "(train.stages), raise train.projector_lr, try another model.vision_feature_layer, let train.projector_start be "
+        "words, and look at the data (python -m dataset.show): do the questions need the image?"
+    )
 
 
 def validate(run: Run, count: int | None) -> Validation:
@@ -86,14 +103,16 @@ def held_out_questions(run: Run, count: int | None) -> list[Question]:
 
 def score_held_out(run: Run) -> dict | None:
     """Ask the held-out questions, with their images and with swapped ones; print the table and return the scores. None
-    if the run has no validation file."""
+    if the run has no validation file. Questions that do not fit into the language model are left out and counted."""
     if run.validation_set is None:
         return None
-    questions = held_out_questions(run, run.config.train.score_samples)
+    found = held_out_questions(run, run.config.train.score_samples)
+    questions = [question for question in found if run.answerer.fits(question.turns)]
     print_main(f"asking {len(questions)} held-out questions, with their images and with swapped ones")
     run.model.eval()
     with gathered_for_inference(run.model):
-        scores, _ = score(questions, functools.partial(answer_shared, run), run.config.seed)
+        left_out = len(found) - len(questions)
+        scores, _ = score(questions, functools.partial(answer_shared, run), seed=run.config.seed, left_out=left_out)
         with torch.no_grad():
             scores |= validate(run, run.config.train.score_samples).values
     print_main(score_table(scores))

@@ -18,25 +18,27 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, b
 from config import STAGES_FOLDER, Config, InputError, to_yaml
 from dataprocess.train_tokenizer import learn_if_missing
 from dataset.checks.findings import Findings
-from dataset.open import file_sha256, sample_order
+from dataset.open import sample_order
 from dataset.order import split_step
 from model.build import PRECISIONS, Built, autocast, resolve_precision
 from model.model import VisionLanguageModel
 from model.trainable import param_groups, trainable_table
+from training.calibrate import start_projector
 from training.log import RunLog
 from training.parallel import check_equal_weights
 from training.prepare import check_checkpoints, check_data, prepare_data
-from training.processes import on_main, print_main
+from training.processes import faults_of_all, on_main, print_main
+from training.provenance import compare_start, compare_start_weights, equal_sha256, released_digests
 from training.resume import (
-    RunLock,
+    check_shared,
     find_checkpoint,
     is_finished,
     load_position,
     lowest_val_loss,
-    move_aside,
     record_start,
 )
 from training.run import Run, open_answerer, open_model, open_processors, open_qa_file
+from training.run_folder import RunLock, check_owner, go_back, move_aside
 from training.sharding import shard
 from training.speed import apply_speed_choices, attention, attention_name, choices_table
 from training.state import Position
@@ -58,8 +60,8 @@ def open_run(config: Config, arguments: argparse.Namespace) -> Iterator[Run | No
         if arguments.resume != "none" and is_finished(run, resume_from):
             yield None
         else:
+            _start_training(run, resume_from, named=arguments.resume not in ("auto", "none"))
             _start_trackers(run)
-            _start_training(run, resume_from)
             yield run
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -116,8 +118,13 @@ def _assemble(
     """Prepare and check the data, build the model. Returns (the checkpoint to resume from, the run)."""
     findings = Findings(config.output_dir / "findings.jsonl")
     resume_from = processors = built = left_out = None
-    with findings.collect():
-        resume_from = find_checkpoint(config, arguments.resume)
+    on_main(lambda: check_owner(config.output_dir))
+    # before data are prepared: a checkpoint of another config must not lose its QA file
+    resume_from = find_checkpoint(config, arguments.resume)
+    if resume_from is None and config.model.start_from is not None:
+        check_shared(config.model.start_from)
+        with findings.collect():
+            on_main(lambda: compare_start(config))
     if arguments.check:
         check_checkpoints(config.output_dir, findings)
     # a resumed run keeps the records that it began with, even if image files have changed
@@ -127,6 +134,7 @@ def _assemble(
         print_main(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
     with findings.collect():
         processors = open_processors(config, resume_from)
+    findings.faults = faults_of_all(findings.faults)
     if accelerator.is_main_process:
         left_out = check_data(config, processors, findings, thorough=arguments.check)
         findings.save()
@@ -141,9 +149,13 @@ def _assemble(
                 config, precision, processors, checkpoint=resume_from, attn_implementation=attention_name(flash)
             )
             router_loss_factor(config, built.model)  # raises for a coefficient without experts
+    findings.faults = faults_of_all(findings.faults)
     findings.stop()
     assert built is not None and flash is not None and left_out is not None
-    run = _run(config, accelerator, precision, built=built, left_out=left_out)
+    digests = released_digests(config.model)
+    if resume_from is None and config.model.start_from is not None:
+        on_main(lambda: compare_start_weights(config, digests))
+    run = _run(config, accelerator, precision, built=built, left_out=left_out, digests=digests)
     print_main(trainable_table(run.model, config.train))
     print_main(choices_table(apply_speed_choices(run, flash)))
     print_main(
@@ -154,10 +166,18 @@ def _assemble(
 
 
 def _run(
-    config: Config, accelerator: Accelerator, precision: str, built: Built, left_out: dict[Path, np.ndarray]
+    config: Config,
+    accelerator: Accelerator,
+    precision: str,
+    *,
+    built: Built,
+    left_out: dict[Path, np.ndarray],
+    digests: dict[str, str],
 ) -> Run:
-    """Open the data and put the run together. left_out: file -> its records that cannot be used."""
+    """Open the data and put the run together. left_out: file -> its records that cannot be used. digests: of the released
+    weights. Raises InputError if processes have different data."""
     train, data = config.train, config.data
+    qa_sha256, *_ = [equal_sha256(path) for path in (data.qa_file, data.validation_file) if path is not None]
     train_set = open_qa_file(config, built, data.qa_file, left_out=left_out[data.qa_file])
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     epoch_limit = None if train.steps_per_epoch is None else train.steps_per_epoch * samples_per_step
@@ -176,16 +196,21 @@ def _run(
         validation_records=validation_records,
         answerer=open_answerer(config, built, precision, device=accelerator.device),
         fingerprint={
-            "qa_sha256": file_sha256(data.qa_file),
+            "qa_sha256": qa_sha256,
             "records": len(train_set.kept),
             "precision": precision,
+            **digests,
         },
     )
 
 
-def _start_training(run: Run, resume_from: Path | None) -> None:
-    """Move the model to its device, make the optimizer, load the position, open the log."""
+def _start_training(run: Run, resume_from: Path | None, named: bool) -> None:
+    """Move the model to its device, make the optimizer, load the position, open the log.
+
+    named: `resume_from` is the user's choice; later results in the run's folder then move aside.
+    """
     config, accelerator, model = run.config, run.accelerator, run.model
+    start_projector(run)
     check_equal_weights(model)
     if config.train.fsdp:
         shard(model, accelerator.device, PRECISIONS[run.precision])
@@ -193,6 +218,8 @@ def _start_training(run: Run, resume_from: Path | None) -> None:
     groups = [group | {"base_lr": group["lr"]} for group in param_groups(model, config.train)]
     run.optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0))
     run.position = load_position(run, resume_from) if resume_from else Position()
+    if resume_from is not None and named:
+        go_back(config.output_dir, resume_from, run.position.step)
     record_start(run, resume_from, sys.argv)
     run.log = RunLog(
         config.output_dir,
@@ -231,7 +258,10 @@ def router_loss_factor(config: Config, model: VisionLanguageModel) -> float:
 
 
 def _start_trackers(run: Run) -> None:
-    """Start TensorBoard in <run>/tensorboard and wandb in <run>/wandb."""
+    """Start TensorBoard in <run>/tensorboard and wandb in <run>/wandb.
+
+    TensorBoard then hides the rows of an earlier start whose steps are repeated. In wandb each start is a run of its own.
+    """
     if not run.config.train.report_to:
         return
     folder = run.config.output_dir
@@ -242,7 +272,8 @@ def _start_trackers(run: Run) -> None:
         name = f"{group}-{folder.name}"
     wandb = {"dir": str(folder), "name": name, "group": group}
     values = _flatten(yaml.safe_load(to_yaml(run.config)))
-    run.accelerator.init_trackers("vision-language-model", values, {"wandb": wandb})
+    tensorboard = {"purge_step": run.position.step + 1} if run.position.step else {}
+    run.accelerator.init_trackers("vision-language-model", values, {"wandb": wandb, "tensorboard": tensorboard})
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

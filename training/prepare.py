@@ -16,10 +16,13 @@ from dataset.checks.records import Checked, check_file, check_leakage
 from dataset.checks.report import describe, notes, refused_rows
 from dataset.checks.sample import check_images, check_labels
 from dataset.conversation import ChatFormat
+from dataset.qa_file import QAFile
+from evaluation.score import questions_of
+from model.answer import prompt_fits
 from model.build import Processors
 from model.checkpoint_folder import verify_folder
 from training.processes import on_main, print_main
-from training.run import chat_format, open_processors
+from training.run import chat_format, max_length, open_processors
 
 # records whose images are decoded and whose labels are read back: at every start, and with --check
 START_SAMPLE, CHECK_SAMPLE = 64, 2000
@@ -40,9 +43,13 @@ def prepare_data(config: Config, *, resumes: bool, check: bool) -> None:
             print_main(refused_rows(config.data.qa_file.with_suffix(".refused.jsonl")), end="")
 
 
-def look_ahead(config: Config) -> None:
-    """Check a later stage's data before an earlier stage trains. Raises InputError for faults; notes are printed later."""
-    prepare_data(config, resumes=any(config.output_dir.glob("checkpoint-*")), check=False)
+def look_ahead(config: Config, starts_over: bool = False) -> None:
+    """Check a later stage's data before an earlier stage trains. Raises InputError for faults; notes are printed later.
+
+    starts_over: the stage begins again, although its folder may hold checkpoints.
+    """
+    resumes = not starts_over and any(config.output_dir.glob("checkpoint-*"))
+    prepare_data(config, resumes=resumes, check=False)
     findings, processors = Findings(config.output_dir / "findings.jsonl"), None
     with findings.collect():
         processors = open_processors(config)
@@ -77,8 +84,9 @@ def check_data(
     what the files hold. quiet: print no notes. Returns for each file the records that are left out because data.max_length
     leaves no use for them; they are counted, and listed in a file of the run.
     """
-    data, chat = config.data, None
+    data, chat, limit = config.data, None, config.data.max_length
     if processors is not None:
+        limit = max_length(config, processors)
         with findings.collect():
             chat = chat_format(config, processors)
     held_out, left_out = None, {}
@@ -97,7 +105,7 @@ def check_data(
         checked = check_file(
             path,
             chat=chat,
-            max_length=data.max_length,
+            max_length=limit,
             sample_size=CHECK_SAMPLE if thorough else START_SAMPLE,
             seed=config.seed,
             is_held_out=is_held_out,
@@ -110,7 +118,9 @@ def check_data(
             held_out = checked
         lines += _add_findings(config, checked, findings)
         lines += [f"note: {note}" for note in notes(checked, data.max_refused, thorough)]
-        left_out[path], more = _leave_out(config, checked, findings)
+        left_out[path], more = _leave_out(config, checked, findings, limit=limit)
+        if is_held_out and chat is not None and processors is not None and not checked.fault:
+            more += _note_long_questions(config, path, chat, left_out=left_out[path], max_tokens=processors.max_tokens)
         for line in [] if quiet else lines + more:
             print_main(line)
     return left_out
@@ -120,12 +130,12 @@ def _check_sample(
     config: Config, checked: Checked, processors: Processors | None, chat: ChatFormat | None, thorough: bool
 ) -> list[str]:
     """Decode the images and read back the labels of a sample. Returns the description of the file if `thorough`."""
-    max_length = config.data.max_length
+    limit = config.data.max_length if processors is None else max_length(config, processors)
     num_images = check_images(checked)
     lengths = None
     if chat is not None and processors is not None:
-        lengths = check_labels(checked, chat, processors.decode, max_length=max_length)
-    return [describe(checked, lengths, num_images, max_length=max_length) + "\n"] if thorough else []
+        lengths = check_labels(checked, chat, processors.decode, max_length=limit)
+    return [describe(checked, lengths, num_images, max_length=limit) + "\n"] if thorough else []
 
 
 def _add_findings(config: Config, checked: Checked, findings: Findings) -> list[str]:
@@ -144,9 +154,12 @@ def _add_findings(config: Config, checked: Checked, findings: Findings) -> list[
     return [f"note: {name}: {len(checked.bad_images)} records with unreadable images are replaced by others: {listing}"]
 
 
-def _leave_out(config: Config, checked: Checked, findings: Findings) -> tuple[np.ndarray, list[str]]:
-    """Find the records that data.max_length leaves no use for: list them in a file of the run, or add a finding if they
-    are too many. Returns (these records, notes)."""
+def _leave_out(config: Config, checked: Checked, findings: Findings, limit: int) -> tuple[np.ndarray, list[str]]:
+    """Find the records of which `limit` tokens leave no use: list them in a file of the run, or add a finding if they are
+    too many. Returns (these records, notes)."""
+    allows = (
+        "data.max_length allows" if limit == config.data.max_length else f"the language model takes ({limit} tokens)"
+    )
     path, count = checked.path, len(checked.unfit)
     records = np.array(checked.unfit_records, np.int64)
     same_folder = config.output_dir == path.parent  # the list of what preparing refused is there
@@ -162,6 +175,22 @@ def _leave_out(config: Config, checked: Checked, findings: Findings) -> tuple[np
         findings.rows.extend(checked.unfit)
         return records, []
     checked.unfit.write(listing)
-    return records, [
-        f"note: {path.name}: {count} records are longer than data.max_length allows and are left out: {listing}"
+    return records, [f"note: {path.name}: {count} records are longer than {allows} and are left out: {listing}"]
+
+
+def _note_long_questions(
+    config: Config, path: Path, chat: ChatFormat, left_out: np.ndarray, max_tokens: int | None
+) -> list[str]:
+    """Return a note about the held-out questions that the language model cannot be asked, because it fails beyond
+    `max_tokens`."""
+    if max_tokens is None:
+        return []
+    qa, new_tokens = QAFile(path), config.test.max_new_tokens
+    questions = questions_of(qa, np.setdiff1d(np.arange(len(qa)), left_out).tolist())
+    count = sum(not prompt_fits(chat, question.turns, max_tokens, new_tokens=new_tokens) for question in questions)
+    if not count:
+        return []
+    return [
+        f"note: {path.name}: {count} of {len(questions)} questions do not fit into the {max_tokens} tokens that the "
+        f"language model takes, with test.max_new_tokens ({new_tokens}); scores and samples leave them out"
     ]

@@ -145,15 +145,26 @@ def open_processors(config: Config, checkpoint: Path | None = None) -> Processor
     return load_processors(config.model, checkpoint)
 
 
+def max_length(config: Config, processors: Processors) -> int:
+    """Return the number of tokens at which samples are cut: data.max_length, or less where the language model fails
+    beyond fewer."""
+    length, limit = config.data.max_length, processors.max_tokens
+    return length if limit is None else min(length, limit)
+
+
 def chat_format(config: Config, processors: Processors) -> ChatFormat:
     """Return the prompt format for the tokenizer, the encoder and the projector.
 
-    Raises InputError if data.max_length does not even hold one image.
+    Raises InputError if data.max_length, or the language model's limit, does not even hold one image.
     """
-    if processors.num_image_tokens >= config.data.max_length:
+    limit = max_length(config, processors)
+    if processors.num_image_tokens >= limit:
+        found = (
+            f'"data.max_length" is {limit}' if limit == config.data.max_length else f"the language model takes {limit}"
+        )
         raise InputError(
-            f'"data.max_length" is {config.data.max_length}, but one image alone takes '
-            f"{processors.num_image_tokens} tokens with this encoder and projector; allow more."
+            f"{found}, but one image alone takes {processors.num_image_tokens} tokens with this encoder and projector; "
+            f"{'allow more' if limit == config.data.max_length else 'use a projector with fewer tokens, or another model'}."
         )
     return ChatFormat(
         encode_text=functools.partial(qwen.encode_text, processors.tokenizer),
@@ -174,6 +185,7 @@ def open_answerer(config: Config, built: Built, precision: str, device: torch.de
         chat_format(config, built),
         read_pixels=functools.partial(read_pixels, built.image_processor),
         autocast=autocast(precision, device),
+        max_tokens=built.max_tokens,
         max_new_tokens=config.test.max_new_tokens,
         num_beams=config.test.num_beams,
     )
@@ -185,7 +197,7 @@ def open_qa_file(
     """Open a QA file's samples as the model gets them. left_out: the records that cannot be used."""
     return open_dataset(
         path,
-        config.data,
+        dataclasses.replace(config.data, max_length=max_length(config, processors)),
         chat_format(config, processors),
         read_pixels=functools.partial(read_pixels, processors.image_processor),
         seed=config.seed,

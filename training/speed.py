@@ -21,11 +21,11 @@ from config import Config, InputError
 from dataset.loader import QADataset
 from model.build import PRECISIONS, Built, autocast, checkpoint_activations
 from model.elementwise import compile_elementwise, use_liger
-from model.fused_lora import fuse_lora
+from model.fused_lora import fuse_lora, fused_layers
 from qwen.attention import PACKED_SDPA
 from training.cached_features import CachedEncoder
 from training.memory import activation_bytes_per_token, size_text
-from training.processes import print_main
+from training.processes import on_main, print_main
 from training.run import Run
 from visual.feature_cache import FeatureCache, cache_folder, expected_bytes
 
@@ -62,7 +62,7 @@ def apply_speed_choices(run: Run, flash: Choice) -> list[Choice]:
     kernels = liger_kernels(config, run.built, device)
     compiles = elementwise_compiler(config, run.built, device, total_steps=run.total_steps, has_liger=kernels.is_on)
     if fuses.is_on:
-        fuse_lora(model.language_model)
+        fuses = fuse(fuses, run)
     if kernels.is_on:
         use_liger(model.causal_lm)
     if compiles.is_on:
@@ -135,6 +135,17 @@ def fused_lora(config: Config, built: Built) -> Choice:
     return _as_configured(name, word) or Choice(name, "on", "replaces PEFT's separate casts and additions")
 
 
+def fuse(choice: Choice, run: Run) -> Choice:
+    """Fuse the language model's LoRA. Returns the choice as it is carried out: off if no layer can be fused."""
+    count = fuse_lora(run.model.language_model)
+    with autocast(run.precision, run.accelerator.device)():
+        fused = fused_layers(run.model.language_model, PRECISIONS[run.precision])
+    if fused == count:
+        return choice
+    why = f"{fused} of {count} linear layers; the others are not plain layers in {run.precision}"
+    return Choice(choice.name, "on" if fused else "off", why)
+
+
 def liger_kernels(config: Config, built: Built, device: torch.device) -> Choice:
     """Choose whether norms, rotary embedding and activation are Liger's kernels."""
     name, word = "liger_kernels", config.train.liger_kernels
@@ -189,11 +200,19 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
     if word == "off":
         return Choice(name, "off", "as configured"), None
     beside = config.data.qa_file.parent
-    if word == "auto" and not os.access(beside, os.W_OK):
-        return Choice(name, "off", f"{beside} cannot be written"), None
     folder = cache_folder(config.data.qa_file, tower, run.built.image_processor, dtype=dtype)
     cache = FeatureCache(folder, tower.num_image_tokens, tower.hidden_size, dtype=dtype)
-    stored = cache.nbytes if folder.exists() else 0
+
+    def open_cache() -> int | None:
+        """Repair the cache, and return the bytes in it; None if the folder cannot be written."""
+        if word == "auto" and not os.access(beside, os.W_OK):
+            return None
+        cache.repair()
+        return cache.nbytes if folder.exists() else 0
+
+    stored = on_main(open_cache)
+    if stored is None:
+        return Choice(name, "off", f"{beside} cannot be written"), None
     size = expected_bytes(sum(map(_count_images, run.datasets)), tower, dtype)
     free = shutil.disk_usage(beside).free
     epochs = run.total_steps * run.samples_per_step / run.order.pass_length

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 
 from config import IGNORE_INDEX
 from dataset.batch import collate
-from evaluation.validation import Sums, Validation, sum_losses
+from evaluation.validation import Sums, Validation, sum_losses, swap_images
 from model.loss import balance_loss, count_right
 from tests.toy_batches import CPU, PAD, samples_of
 from tests.toy_language import write_qwen2_moe
 from tests.toy_model import build_toy, train_config
 from tests.toy_towers import write_clip
+from training.held_out import image_text
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,38 @@ def test_the_balance_loss_is_float32_whatever_dtype_the_routers_have(model):
     with torch.autocast("cpu", torch.bfloat16):
         found = balance_loss((logits, logits), None, config)
     assert found.dtype == torch.float32 and float(found) == float(balance_loss((logits.float(),) * 2, None, config))
+
+
+# Swapped images
+
+
+def test_images_are_swapped_among_different_ones():
+    red, green, blue = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    features = torch.stack([red, green, red, blue, green])
+    swapped = swap_images(features)
+    assert all(not torch.equal(new, old) for new, old in zip(swapped, features, strict=True))
+    assert torch.equal(swapped[0], swapped[2]) and torch.equal(swapped[1], swapped[4])
+    assert swap_images(torch.stack([red, red])) is None and swap_images(features[:0]) is None
+
+
+def test_what_images_add_is_the_loss_with_swapped_ones_minus_that_with_the_own(model):
+    samples = samples_of(model.causal_lm.config.image_token_id)
+    batch = collate(samples, PAD, packed=False)
+    found = Validation.of_sums(sum_losses(model, [batch], device=CPU, autocast=contextlib.nullcontext), True)
+    with torch.no_grad():
+        features = model.patch_features(batch.pixel_values)
+        inputs = batch.model_inputs(CPU) | {"pixel_values": None, "patch_features": features}
+        own, swapped = (model(**inputs | {"patch_features": one}).answers for one in (features, swap_images(features)))
+    assert found.image_adds == pytest.approx(float(swapped - own) / batch.num_targets, rel=1e-4)
+    assert found.values["image_adds"] == found.image_adds != 0
+
+
+def test_a_model_that_does_not_read_its_images_is_warned_about(model, monkeypatch):
+    samples = samples_of(model.causal_lm.config.image_token_id)
+    monkeypatch.setattr(model.projector.linear_2.weight, "data", torch.zeros_like(model.projector.linear_2.weight))
+    batch = collate(samples, PAD, packed=True)
+    found = Validation.of_sums(sum_losses(model, [batch], device=CPU, autocast=contextlib.nullcontext), True)
+    assert found.image_adds == 0
+    assert "warning: the answers do not depend on the image" in image_text(found)
+    assert image_text(found._replace(image_adds=0.5)) == f", {found.loss + 0.5:.4f} with swapped images"
+    assert image_text(found._replace(image_adds=None)) == ""

@@ -26,6 +26,9 @@ IN, OUT, SIDE = 128, 24, 4  # two attention heads
 TOKENS = {"mlp": 16, "low_rank_mlp": 16, "pixel_shuffle": 4, "resampler": 32}  # of 4 x 4 patches
 
 
+BUFFERS = {"feature_mean", "feature_std", "output_scale"}  # measured before the first step
+
+
 def make(kind: str, in_features: int = IN, **options) -> nn.Module:
     """Build a projector whose weights are all random, also those of the norms."""
     torch.manual_seed(0)
@@ -74,13 +77,53 @@ def test_the_middle_width_is_as_configured_and_each_kind_has_a_default():
 
 @pytest.mark.parametrize("kind", ["mlp", "low_rank_mlp", "pixel_shuffle"])
 def test_the_names_of_an_mlps_tensors_are_llavas(kind):
-    assert set(make(kind).state_dict()) == {f"linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias")}
+    assert {name for name, _ in make(kind).named_parameters()} == {
+        f"linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_an_image_does_not_depend_on_the_others_of_the_batch(kind):
     projector, features = make(kind), patches()
     torch.testing.assert_close(projector(features)[1:2], projector(features[1:2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_a_calibrated_projector_sees_all_encoders_alike(kind):
+    """Features of another size, with a large common mean and unequal dimensions, give the same tokens as plain ones."""
+    plain, other, features = make(kind), make(kind), patches(images=20)
+    generator = torch.Generator().manual_seed(2)
+    size, mean = 0.01 + torch.rand(IN, generator=generator), 5 * torch.randn(IN, generator=generator)
+    plain.calibrate(features, output_rms=0.02)
+    other.calibrate(features * size + mean, output_rms=0.02)
+    torch.testing.assert_close(other(features * size + mean), plain(features), rtol=1e-3, atol=1e-5)
+    assert plain(features).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+
+
+def test_calibration_does_not_enlarge_a_constant_feature_without_bound():
+    features = patches(images=20)
+    features[..., 0] = 3.0
+    features[..., 1] = 0.0
+    projector = make("mlp")
+    projector.calibrate(features, output_rms=1.0)
+    assert projector.feature_std.min() >= 1e-4
+    assert projector(features).isfinite().all()
+
+
+def test_both_operations_fold_into_the_layers():
+    features, projector = 4 + 0.2 * patches(images=20), make("mlp")
+    projector.calibrate(features, output_rms=0.1)
+    folded, projector, features = make("mlp").double(), projector.double(), features.double()
+    with torch.no_grad():
+        folded.linear_1.weight.copy_(projector.linear_1.weight / projector.feature_std)
+        folded.linear_1.bias.copy_(projector.linear_1.bias - folded.linear_1.weight @ projector.feature_mean)
+        folded.linear_2.weight.copy_(projector.linear_2.weight * projector.output_scale)
+        folded.linear_2.bias.copy_(projector.linear_2.bias * projector.output_scale)
+    torch.testing.assert_close(folded(features), projector(features))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +135,7 @@ def test_a_token_of_pixel_shuffle_joins_four_neighbours_in_reading_order():
     side, projector = 6, make("pixel_shuffle", 8)
     features = patches(side=side, width=8)
     mlp = MLPProjector(4 * 8, None, OUT)
-    mlp.load_state_dict(projector.state_dict())
+    mlp.load_state_dict(dict(projector.named_parameters()), strict=False)
     expected = []
     for row in range(0, side, 2):
         for column in range(0, side, 2):
@@ -240,7 +283,7 @@ def test_gradients_reach_every_weight_and_query(kind):
 KINDS = {"low_rank_mlp": [], "pixel_shuffle": [], "resampler": ["model.num_queries=3"]}
 TOY_TOKENS = {"low_rank_mlp": 16, "pixel_shuffle": 4, "resampler": 3}
 PATCHES, WIDTH = 16, 32  # of the toy project's encoder
-IMAGES_SEEN = 11  # eight in two steps of four, and three that are held out
+IMAGES_SEEN = 12  # nine that calibrate the projector, and three that are held out
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +311,7 @@ def test_each_kind_trains_all_its_tensors(trained):
     kind, _, folder = trained
     first, last = (load_file(folder / name / "projector.safetensors") for name in ("checkpoint-1", "final"))
     assert first.keys() == last.keys() == make(kind).state_dict().keys()
-    assert [name for name in first if torch.equal(first[name], last[name])] == []
+    assert {name for name in first if torch.equal(first[name], last[name])} == BUFFERS
 
 
 def test_each_kind_resumes_bit_for_bit_and_answers(trained, project, tmp_path):

@@ -302,8 +302,8 @@ def test_paths_and_types_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch
         qwen.load_language_model(tmp_path)
     with pytest.raises(InputError, match='"qwen2_vl" is unknown; did you mean "qwen2"'):
         qwen.load_language_model(copy_with(tmp_path / "m", model_type="qwen2_vl"))
-    with pytest.raises(InputError, match="Known: qwen, qwen2, qwen2_moe, qwen3, qwen3_moe"):
-        qwen.load_language_model(copy_with(tmp_path / "n", model_type="llama"))
+    with pytest.raises(InputError, match="Known: llama, qwen, qwen2, qwen2_moe, qwen3, qwen3_moe"):
+        qwen.load_language_model(copy_with(tmp_path / "n", model_type="gemma"))
     (tmp_path / "no_weights").mkdir()
     shutil.copy(TINY / "config.json", tmp_path / "no_weights")
     with pytest.raises(InputError, match="cannot be read"):

@@ -33,6 +33,7 @@ from training.speed import (
     feature_cache,
     packing,
 )
+from visual.feature_cache import cache_folder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GB = 2**30
@@ -53,7 +54,7 @@ def opened(project):
     with fresh_accelerate():
         built = running.open_model(config, "fp32", running.open_processors(config))
         none = {path: np.empty(0, np.int64) for path in (config.data.qa_file, config.data.validation_file)}
-        yield opening._run(config, Accelerator(cpu=True), "fp32", built, none)
+        yield opening._run(config, Accelerator(cpu=True), "fp32", built=built, left_out=none, digests={})
 
 
 def run_of(opened, project: Path, *overrides: str) -> running.Run:
@@ -122,6 +123,22 @@ def test_features_are_cached_if_images_are_used_again(opened, project):
     assert chosen.is_on and cache is not None
     assert chosen.why.startswith(f"up to {size / 2**20:.1f} MB in {project.parent / 'qa.features'}/")
     assert chosen.why.endswith("0.0 MB of it stored") and not (project.parent / "qa.features").exists()
+
+
+@pytest.mark.parametrize("word", ["auto", "on"])
+def test_a_damaged_cache_is_rebuilt_and_said_before_the_first_step(opened, project, capsys, word):
+    run = run_of(opened, project, f"train.cache_features={word}")
+    folder = cache_folder(run.config.data.qa_file, run.model.vision_tower, run.built.image_processor, torch.float32)
+    folder.mkdir(parents=True)
+    try:
+        (folder / "index.sqlite").write_text("shopping list\n" * 1000)
+        (folder / "features.bin").symlink_to(project)
+        chosen, cache = feature_cache(run)
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and f"{folder}: the feature cache is damaged" in said
+        assert chosen.is_on and cache is not None and len(cache) == 0 and not project.is_symlink()
+    finally:
+        shutil.rmtree(folder.parent)
 
 
 ONCE = ("train.max_steps=2", "train.eval_steps=2")

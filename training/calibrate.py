@@ -1,0 +1,202 @@
+"""Fit a new projector to its encoder and language model before the first step, on some of the run's own images.
+
+`train.projector_start` says how. Neither way runs the language model.
+
+calibrated: the features get mean 0 and standard deviation 1, the output gets the size of text embeddings
+    (`Projector.calibrate`).
+words: calibrated, and the projector learns to give each image vectors near the embeddings of the words of its answers.
+    From a random start, a language model first learns to answer without looking at the image, and may stay there for long:
+    nothing in the image tokens is worth attending to. From this start there is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import IGNORE_INDEX
+from dataset.batch import Batch
+from dataset.loader import make_loader
+from model.build import autocast
+from model.projector import Projector
+from training.processes import on_main, print_main
+from training.run import Run
+
+CALIBRATED = 128  # images that are enough for means and standard deviations
+MAX_IMAGES = 4096  # images that the projector learns words from
+MAX_BYTES = 2**30  # of their features
+READ = 4 * MAX_IMAGES  # records that are read at most to find images
+ENCODED_AT_ONCE = 8
+KEPT_ASIDE = 0.1  # fraction of the images that measure the result
+STEPS, BATCH, RATE, WARMUP = 400, 64, 1e-3, 20
+SHARPNESS = 20.0  # inverse temperature of the cross entropy
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images with the tokens of their answers."""
+
+    features: Tensor  # [n, N, Dv], on the CPU, in the type that the tower computes in; all finite
+    answers: list[Tensor]  # token ids of each image's answers
+
+
+def start_projector(run: Run) -> None:
+    """Let a new projector start as `train.projector_start` says; print what was found.
+
+    Does nothing if the projector's weights come from a checkpoint or if no record has an image. The main process computes,
+    all processes get its result.
+    """
+    config, projector = run.config, run.model.projector
+    if not run.built.is_projector_new or config.train.projector_start == "random":
+        return
+
+    at_words = config.train.projector_start == "words" and config.train.trainable.projector.kind == "full"
+
+    def work() -> dict[str, Tensor] | None:
+        examples = sample_examples(run, MAX_IMAGES if at_words else CALIBRATED)
+        if examples is None:
+            print_main("projector: starts at random, because no record has an image")
+            return None
+        projector.to(run.accelerator.device)
+        embeddings = run.model.causal_lm.get_input_embeddings().weight.detach()
+        size = root_mean_square(embeddings)
+        projector.calibrate(examples.features[:CALIBRATED].to(run.accelerator.device), output_rms=size)
+        mean, std = projector.feature_mean.square().mean(), projector.feature_std.square().mean()
+        print_main(
+            f"projector: features standardised (standard deviation {std.sqrt():.3g}; {mean / (mean + std):.0%} of their "
+            f"square is common to all images); output scaled to the text embeddings' root mean square, {size:.3g}"
+        )
+        if at_words:
+            targets = word_vectors(examples.answers, embeddings)
+            found = fit_words(projector, examples.features, targets, seed=config.seed)
+            print_main(f"projector: starts at words, learned from {len(targets):,} images{found}")
+        return {name: value.cpu() for name, value in projector.state_dict().items()}
+
+    state = on_main(work)
+    if state is not None:
+        projector.load_state_dict(state)
+
+
+@torch.no_grad()
+def sample_examples(run: Run, count: int) -> Examples | None:
+    """Return `count` random training images, each once, with the answers of one of their records; None if none of READ
+    records has exactly one image. Their features go into the feature cache if the run has one."""
+    qa = run.train_set.qa
+    records = np.random.default_rng(run.config.seed).permutation(run.train_set.kept)[:READ]
+    by_image: dict[str, int] = {}
+    for record in map(int, records):
+        images = qa[record].images
+        if len(images) == 1:
+            by_image.setdefault(str(images[0]), record)
+    keys = [(0, record) for record in by_image.values()][:count]
+    features: list[Tensor] = []
+    answers: list[Tensor] = []
+    used = 0
+    for batch in make_loader(
+        run.train_set,
+        (keys[start : start + ENCODED_AT_ONCE] for start in range(0, len(keys), ENCODED_AT_ONCE)),
+        run.built.tokenizer.pad_token_id,
+        num_workers=run.config.train.num_workers,
+    ):
+        of_images = iter(encode(run, batch))
+        for sample, count in zip(batch.samples(), batch.images_in_sample, strict=True):
+            own = [next(of_images) for _ in range(count)]
+            # a record that replaces an unreadable one may have another number; training names what is not finite
+            if count == 1 and own[0].isfinite().all():
+                features.append(own[0])
+                answers.append(sample.labels[sample.labels != IGNORE_INDEX])
+                used += own[0].nbytes
+        if used >= MAX_BYTES:
+            break
+    return Examples(torch.stack(features), answers) if features else None
+
+
+def encode(run: Run, batch: Batch) -> Tensor:
+    """Return the patch features of a batch's images, on the CPU."""
+    device = run.accelerator.device
+    if run.encoder is not None:
+        features = run.encoder(batch)
+    else:
+        assert batch.pixel_values is not None
+        with autocast(run.precision, device)():
+            features = run.model.patch_features(batch.pixel_values.to(device))
+    assert features is not None
+    return features.cpu()
+
+
+def word_vectors(answers: list[Tensor], embeddings: Tensor) -> Tensor:
+    """Return a vector [n, D] for each image: the mean embedding of its answers' tokens, weighted by how rare they are.
+
+    A token that all answers have, such as the one that ends them, has weight 0 (log of the inverse document frequency). The
+    differences between images are as large as embeddings: the mean of many tokens would differ little.
+    """
+    counts = torch.stack([torch.bincount(torch.cat([row.unique() for row in answers]), minlength=len(embeddings))])[0]
+    rarity = (len(answers) / counts.clamp(min=1)).log()
+    rows = []
+    for row in answers:
+        weights = rarity[row] + 1e-6  # answers of common tokens alone still have a mean
+        rows.append((weights[:, None] * embeddings[row.to(embeddings.device)].float().cpu()).sum(0) / weights.sum())
+    vectors = torch.stack(rows)
+    centre = vectors.mean(0)
+    spread = (vectors - centre).square().mean().sqrt()
+    return centre + (vectors - centre) * (root_mean_square(embeddings) / spread.clamp(min=1e-12))
+
+
+def fit_words(projector: Projector, features: Tensor, targets: Tensor, seed: int) -> str:
+    """Train `projector` so that an image's tokens are near its target; AdamW with a cosine schedule.
+
+    The loss has three terms: the cross entropy of finding each image's target among those of the batch, by the cosine of
+    the mean token around the targets' mean; the squared error of the mean token; a tenth of that of every token.
+
+    features: [n, N, Dv]; targets: [n, D]. Returns a text: how many of the images kept aside have a mean token nearest to
+    their own target among those kept aside; empty for too few images.
+    """
+    device = projector.output_scale.device
+    aside = math.ceil(KEPT_ASIDE * len(features)) if len(features) >= 10 else 0
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=RATE, weight_decay=0.01)
+    targets = targets.to(device)
+    centre = targets.mean(0)
+    variance = float((targets - centre).square().mean().clamp(min=1e-12))
+
+    def likeness(tokens: Tensor, of: Tensor) -> Tensor:
+        """[n, K, D], [m, D] -> [n, m]"""
+        return F.normalize(tokens.mean(1) - centre, dim=1) @ F.normalize(of - centre, dim=1).T
+
+    for step in range(STEPS):
+        cosine = (1 + math.cos(math.pi * step / STEPS)) / 2
+        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * cosine
+        chosen = torch.randint(aside, len(features), (BATCH,), generator=generator)
+        tokens, wanted = projector(features[chosen].to(device).float()), targets[chosen.to(device)]
+        _, same = chosen.unique(return_inverse=True)
+        found = F.cross_entropy(SHARPNESS * likeness(tokens, wanted), _shares(same).to(device))
+        mean_error = (tokens.mean(1) - wanted).square().mean() / variance
+        error = (tokens - wanted[:, None]).square().mean() / variance
+        (found + 0.5 * mean_error + 0.1 * error).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if aside < 2:
+        return ""
+    with torch.no_grad():
+        tokens = torch.cat(
+            [projector(some.to(device).float()).mean(1, keepdim=True) for some in features[:aside].split(BATCH)]
+        )
+        found = likeness(tokens, targets[:aside])
+    right = float((found.diagonal() >= found.amax(1)).float().mean())
+    return f"; {right:.0%} of {aside} kept aside are nearest to their own answers' words (by chance {1 / aside:.1%})"
+
+
+def _shares(group: Tensor) -> Tensor:
+    """Return [n, n] probabilities: each row divides 1 among the members of its own group."""
+    same = (group[:, None] == group).float()
+    return same / same.sum(1, keepdim=True)
+
+
+def root_mean_square(weight: Tensor) -> float:
+    """Return the root mean square of embeddings [V, D], some rows at a time: a copy in float32 would be large."""
+    return math.sqrt(sum(float(rows.float().square().sum()) for rows in weight.split(4096)) / weight.numel())
