@@ -30,6 +30,7 @@ from torch import Tensor
 
 from config import InputError, choose, run_script
 
+POSITIONS_FOR = 518  # side in pixels of the images that the ViT's positions were trained for
 PIXELS = 168  # of the ViT's input by default: 12 x 12 patches of 14 pixels
 
 
@@ -100,7 +101,7 @@ def convert_vit(file: Path, folder: Path) -> None:
         "num_hidden_layers": 12,
         "num_attention_heads": 6,
         "mlp_ratio": 4,
-        "image_size": 518,
+        "image_size": POSITIONS_FOR,
         "patch_size": 14,
         "layer_norm_eps": 1e-6,
     }
