@@ -43,6 +43,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             text = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file; name one with --config, for example config.yaml.") from None
+    except InputError as error:  # a FIFO, as a shell's <(command) gives
+        raise InputError(f"{error} To use the output of a command, write it to a file first.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
     values = read_yaml(text, str(path))
@@ -112,7 +114,7 @@ def to_yaml(config: Config) -> str:
 # keys that may change when an interrupted run resumes: they do not change what is learned
 FREE_KEYS = (
     "output_dir test.* data.max_refused data.demo_folder data.on_bad_image model.start_from train.max_bad_steps "
-    "train.freeze_random train.fsdp train.num_threads train.num_workers "
+    "train.freeze_random train.projector_start train.fsdp train.num_threads train.num_workers "
     "train.logging_steps train.eval_steps train.eval_samples train.score_samples train.save_steps train.save_total_limit "
     "train.report_to train.packing train.cache_features train.fused_lora train.compile train.activation_checkpointing "
     "train.attn_implementation train.liger_kernels"

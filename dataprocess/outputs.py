@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ class AsideFile:
         self.folder = os.path.abspath(path.parent)
         self.lines = 0
         self.bytes = 0
+        self._digest = hashlib.sha256()
         os.makedirs(self.folder, exist_ok=True)
         self._file = create_partial(path)
 
@@ -32,6 +34,12 @@ class AsideFile:
         """Write lines that already end in newlines."""
         self.lines += lines.count(b"\n")
         self.bytes += self._file.write(lines)
+        self._digest.update(lines)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of everything written so far, in hexadecimal."""
+        return self._digest.hexdigest()
 
     def publish(self) -> None:
         """Write everything to disk and give the file its name."""
@@ -70,20 +78,21 @@ def write_report(report_file: Path, report: dict) -> None:
         file.publish()
 
 
-def outputs_of(report: dict, report_file: Path) -> dict[str, int | None]:
-    """Return the files that preparation wrote, as its report says: absolute path -> bytes, None if it was interrupted.
+def outputs_of(report: dict, report_file: Path) -> dict[str, dict]:
+    """Return the files that preparation wrote, as its report says: absolute path -> its entry in the report ("bytes" and
+    "sha256"), empty if preparation was interrupted. Reports of earlier versions have no "sha256".
 
     The folder may have been moved: paths are also taken relative to the training file, which is beside the report.
     """
     sides = [one for side in ("train", "validation") if isinstance(one := report.get(side), dict)]
-    named = {one["file"]: one.get("bytes") for one in sides if isinstance(one.get("file"), str)}
+    named = {one["file"]: one for one in sides if isinstance(one.get("file"), str)}
     replaced = report.get("outputs", list(named))  # a refused preparation wrote none, but keeps older ones
     if not named or not isinstance(replaced, list):
         return {}
     base, is_whole = os.path.dirname(next(iter(named))), report["fingerprint"] is not None
     return {
-        os.path.abspath(place): size if is_whole and isinstance(size, int) else None
-        for path, size in named.items()
+        os.path.abspath(place): entry if is_whole else {}
+        for path, entry in named.items()
         if path in replaced
         for place in (path, os.path.join(report_file.parent, os.path.relpath(path, base)))
     }
@@ -92,7 +101,7 @@ def outputs_of(report: dict, report_file: Path) -> dict[str, int | None]:
 def refuse_foreign(report_file: Path, qa_files: Sequence[tuple[str, Path]], refused_file: Path) -> None:
     """Raise InputError if preparation would replace a file that it did not write, or that was changed since.
 
-    qa_files: (key of the config, its file). Empty files may be replaced.
+    qa_files: (key of the config, its file). Empty files may be replaced. Reads every file whose size is that in the report.
     """
     report = read_report(report_file)
     for path in (report_file, refused_file):
@@ -112,12 +121,25 @@ def refuse_foreign(report_file: Path, qa_files: Sequence[tuple[str, Path]], refu
                 f'{path}: exists, and was not made from "data.sources", so it is not replaced. To use it as it is, remove '
                 f'"data.sources". To make a file from them, move this one elsewhere, or give another "{key}".'
             )
-        size, found = written[os.path.abspath(path)], os.path.getsize(path) if path.exists() else 0
-        if size not in (None, found):
+        change = _change(path, written[os.path.abspath(path)])
+        if change:
             raise InputError(
-                f"{path}: was changed after it had been made: it has {found:,} bytes, and {report_file} says "
-                f'{size:,}. To keep the changes, remove "data.sources". To make it again, remove the file.'
+                f"{path}: was changed after it had been made: {change} in {report_file}. To keep the changes, remove "
+                '"data.sources". To make it again, remove the file.'
             )
+
+
+def _change(path: Path, entry: dict) -> str:
+    """Return how a file differs from its entry in the report; "" for no difference that the entry can show."""
+    size, digest = entry.get("bytes"), entry.get("sha256")
+    found = os.path.getsize(path) if path.exists() else 0
+    if isinstance(size, int) and size != found:
+        return f"it has {found:,} bytes, but {size:,}"
+    if isinstance(digest, str) and path.exists():
+        with open_regular(path) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return "its SHA-256 is not that"
+    return ""
 
 
 def _holds_something(path: Path) -> bool:

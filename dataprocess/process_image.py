@@ -47,10 +47,10 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
     the images are not compared.
 
     Report: "read", "kept", "refused" (raw records), "by_source" (the same three), "by_reason", "repairs" (rule -> kept
-    records that needed it), "train" and "validation" ({"file", "records", "bytes"}), "image_folders" (folder ->
-    modification time, so that a later run sees added and removed images; the output folders are left out, because this
-    run changes them), "fingerprint" (null if the run was refused or killed; "outputs" then lists the files among "train"
-    and "validation" that preparation wrote or was about to write).
+    records that needed it), "train" and "validation" ({"file", "records", "bytes", "sha256"}), "image_folders" (folder
+    -> modification time, so that a later run sees added and removed images; the output folders are left out, because
+    this run changes them), "fingerprint" (null if the run was refused or killed; "outputs" then lists the files among
+    "train" and "validation" that preparation wrote or was about to write).
 
     Only files that an earlier preparation wrote are replaced, which its report tells: one that a user wrote or changed is
     refused before any work begins. Partial files that a killed preparation left are removed.
@@ -65,9 +65,9 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
     for source in data.sources:
         _check_source(source, [*outputs.values(), report_file, refused_path])
     fingerprint = _fingerprint(data, seed, outputs)
-    finished = _finished(report_file, fingerprint)
+    finished, qa_files = _finished(report_file, fingerprint), list(zip(keys, outputs.values(), strict=False))
     if finished is None:
-        refuse_foreign(report_file, list(zip(keys, outputs.values(), strict=False)), refused_path)
+        refuse_foreign(report_file, qa_files, refused_path)
     os.makedirs(outputs[TRAIN].parent, exist_ok=True)
     with contextlib.ExitStack() as stack:
         verifier = None
@@ -76,6 +76,8 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
         if finished and not _problem(finished, data.max_refused, refused_path):
             if images_may_change or not (_images_changed(finished) or (verifier and verifier.changed())):
                 return finished
+        if finished:
+            refuse_foreign(report_file, qa_files, refused_path)
 
         written = [*outputs.values(), refused_path, report_file]
         for folder in {path.parent for path in written}:
@@ -97,7 +99,9 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
             converter.convert(source)
         report = tally.report() | {"image_folders": converter.image_folders}
         for side, file in files.items():
-            report[side] = {"file": str(file.path), "records": file.lines, "bytes": file.bytes}
+            report[side] = {
+                "file": str(file.path), "records": file.lines, "bytes": file.bytes, "sha256": file.sha256
+            }  # fmt: skip
             report["image_folders"].pop(file.folder, None)
         if store.is_used:
             report["image_folders"][store.folder] = modified_ns(store.folder)

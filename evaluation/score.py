@@ -8,12 +8,13 @@ model: a function that answers is passed in.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
+import os
 import random
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from config import printable
@@ -23,6 +24,7 @@ from dataset.record import Image, Part, parts_of
 from visual.images import ImageError, image_bytes
 
 SEARCHED = 1000  # other questions' images that are considered for a swap
+READERS = 8  # threads that compare image files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +87,10 @@ def swap_images(questions: Sequence[Question], seed: int) -> list[Question | Non
     """Return the same questions, each with the images of another question of the same type and number of images, so that
     only what the images show changes. No image of a question is among its swapped ones, under any name. None for a question
     without images, and where no other question of its kind has such images."""
-    content = functools.cache(_content)
+    contents_of = _contents({path for question in questions for path in question.images})
     groups: dict[tuple, dict[tuple, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, question in enumerate(questions):
-        contents = tuple(content(path) for path in question.images)
+        contents = tuple(contents_of[path] for path in question.images)
         groups[question.type, len(question.images)][contents].append(i)
     swapped: list[Question | None] = [None] * len(questions)
     for (_, count), members in groups.items():
@@ -120,8 +122,25 @@ def _disjoint(order: Sequence[tuple]) -> dict[tuple, tuple]:
     return found
 
 
+def _contents(paths: Collection[Path]) -> dict[Path, object]:
+    """Return what identifies the content of each image. A file that no other has the size of is not read."""
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = dict(zip(paths, pool.map(_size, paths), strict=True))
+        counts = Counter(sizes.values())
+        alike = [path for path in paths if counts[sizes[path]] > 1 and sizes[path] is not None]
+        return {path: str(path) for path in paths} | dict(zip(alike, pool.map(_content, alike), strict=True))
+
+
+def _size(path: Path) -> int | None:
+    """Return a file's size in bytes; None for a missing one."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None
+
+
 def _content(path: Path) -> object:
-    """Return what identifies an image's content; the path of a file that cannot be read."""
+    """Return a hash of a file; its path if it cannot be read."""
     try:
         return hashlib.blake2b(image_bytes(path), digest_size=16).digest()
     except ImageError:

@@ -23,7 +23,7 @@ class Sums(NamedTuple):
     right: float = 0.0  # targets that were the most likely token
     balance: float = 0.0  # each batch's balance loss times its tokens
     tokens: float = 0.0
-    # of the batches with two different images or more, in which images can be swapped
+    # of the records with images, in batches with two different images or more
     own: float = 0.0  # cross entropy with the own images
     swapped: float = 0.0  # cross entropy with swapped ones
     paired: float = 0.0  # targets
@@ -35,8 +35,9 @@ class Sums(NamedTuple):
 class Validation(NamedTuple):
     """Means per supervised token.
 
-    balance_loss: None without experts. image_adds: how much larger the loss is if the images are swapped among the records
-    of a batch; None if there are no two images to swap. 0 means that the answers do not depend on the image.
+    balance_loss: None without experts. image_adds: how much larger the loss of records with images is if the images are
+    swapped within a batch; None if there are no two images to swap. 0 means that the answers do not depend on the image.
+    It depends on the batches, so it is not among the `values`.
     """
 
     loss: float
@@ -60,6 +61,7 @@ class Validation(NamedTuple):
         """The values under their names in metrics.jsonl and scores.json. Absent and infinite ones are left out: JSON has no
         infinity."""
         found = {"loss": self.loss, "perplexity": self.perplexity, **self._asdict()}
+        del found["image_adds"]
         return {name: value for name, value in found.items() if value is not None and value != math.inf}
 
 
@@ -83,10 +85,19 @@ def sum_losses(
             if (pixels := inputs.pop("pixel_values", None)) is not None:
                 inputs["patch_features"] = model.patch_features(pixels)  # once for both
             losses = model(**inputs)
+            sums = sums.plus(_batch_sums(batch, losses))
             features = inputs.get("patch_features")
             others = None if features is None else swap_images(features)
-            swapped = None if others is None else model(**inputs | {"patch_features": others})
-        sums = sums.plus(_batch_sums(batch, losses, swapped))
+            if others is not None:
+                own = float(losses.answers)
+                if not all(batch.images_in_sample):  # texts alone would dilute the difference
+                    batch = batch.with_images()
+                    inputs = batch.model_inputs(device, lambda _, found=features: found)
+                    own = float(model(**inputs).answers)
+                swapped = float(model(**inputs | {"patch_features": others}).answers)
+                sums = sums._replace(
+                    own=sums.own + own, swapped=sums.swapped + swapped, paired=sums.paired + batch.num_targets
+                )
     return sums
 
 
@@ -104,11 +115,8 @@ def swap_images(features: Tensor) -> Tensor | None:
     return features[[first_row[(kind + 1) % count] for kind in rows]]
 
 
-def _batch_sums(batch: Batch, losses: Losses, swapped: Losses | None) -> tuple[float, ...]:
+def _batch_sums(batch: Batch, losses: Losses) -> tuple[float, ...]:
     assert losses.right is not None  # it is None only while gradients are enabled
     tokens = batch.num_tokens
     balance = 0.0 if losses.balance is None else float(losses.balance) * tokens
-    sums = float(losses.answers), batch.num_targets, float(losses.right), balance, tokens
-    if swapped is None:
-        return *sums, 0.0, 0.0, 0.0
-    return *sums, sums[0], float(swapped.answers), batch.num_targets
+    return float(losses.answers), batch.num_targets, float(losses.right), balance, tokens, 0.0, 0.0, 0.0

@@ -15,11 +15,12 @@ import huggingface_hub
 import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import qwen
 from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error, printable
 from model.checkpoint import has_adapter, load_adapter, load_trained, refuse_other_sizes
-from model.checkpoint_folder import verify_folder
+from model.checkpoint_folder import read_json, verify_folder
 from model.model import VisionLanguageModel
 from model.projector import build_projector, num_image_tokens
 from model.trainable import WeightOrigins, add_lora, halve_lora_base, set_trainable
@@ -107,8 +108,8 @@ def build_model(
     """Load encoder and language model in `dtype`, make the projector, add LoRA, fill in the weights that
     `settings.start_from` (a verified checkpoint) has trained, and enable what `train.trainable` says, in float32.
 
-    What of the language model was trained before, or began from scratch, is float32 too, except for the matrices below LoRA.
-    Raises InputError for whatever is missing or does not fit.
+    Parts of the language model that an earlier run trained or that began at random are float32 too; the matrices below LoRA
+    are not. Raises InputError for whatever is missing or does not fit.
     """
     transformers.utils.logging.disable_progress_bar()
     checkpoint, new = settings.start_from, settings.from_scratch
@@ -239,10 +240,37 @@ def hub_access(model: ModelConfig, own_models: Set[str], allow_download: bool) -
         huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
+def weight_files(path: str) -> dict[str, Path] | None:
+    """Return {name: file} of config.json and the safetensors files of a folder or cached hub model; None if any is missing.
+
+    Raises InputError if the index of a model in several files is damaged.
+    """
+
+    def find(name: str) -> Path | None:
+        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        found = cached_file(path, name, **options)
+        return None if found is None else Path(found)
+
+    names = [SAFE_WEIGHTS_NAME]
+    if find(SAFE_WEIGHTS_NAME) is None:
+        index = find(SAFE_WEIGHTS_INDEX_NAME)
+        names = [] if index is None else _shards(index)
+    files = {name: file for name in ["config.json", *names] if (file := find(name)) is not None}
+    return files if names and len(files) == 1 + len(names) else None
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that a model.safetensors.index.json lists."""
+    values = read_json(index, "use another model")
+    listed = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise InputError(f'{index}: "weight_map" is not an object of file names; use another model.')
+    return sorted(set(listed.values()))
+
+
 def _is_cached(name: str) -> bool:
-    """Return whether the local cache holds the config and weights of the hub's model `name`."""
+    """Return whether the local cache holds the config and all weights of the hub's model `name`."""
     try:
-        found = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except ValueError:  # not a name that the hub allows
+        return weight_files(name) is not None
+    except (OSError, ValueError):  # not a name that the hub allows
         return False
-    return isinstance(found, str) and any(Path(found).parent.glob("*.safetensors"))

@@ -24,7 +24,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import qwen
 from config import InputError, ScratchConfig
@@ -56,6 +56,13 @@ def save_trained(model: VisionLanguageModel, origins: WeightOrigins, folder: Pat
         values = json.loads(path.read_text(encoding="utf-8"))
         values["target_modules"].sort()  # PEFT keeps a set, whose order differs from process to process
         path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def saved_parameters(model: VisionLanguageModel, origins: WeightOrigins) -> list[nn.Parameter]:
+    """Return the parameters that `save_trained` writes, whatever their dtype."""
+    lora = [parameter for name, parameter in model.causal_lm.named_parameters() if "lora_" in name]
+    trained = [parameter for part in saved_parts(model) for parameter in _trained(model, origins, part).values()]
+    return [*model.projector.parameters(), *lora, *trained]
 
 
 def trained_bytes(model: VisionLanguageModel, origins: WeightOrigins) -> int:
@@ -156,11 +163,16 @@ def has_adapter(folder: Path) -> bool:
 def _files(model: VisionLanguageModel, origins: WeightOrigins) -> dict[str, dict[str, Tensor]]:
     """Return file -> tensors, of everything saved except LoRA."""
     files: dict[str, dict[str, Tensor]] = {"projector.safetensors": model.projector.state_dict()}
-    for name, part in saved_parts(model).items():
-        trained = {n: p for n, p in parameters_without_lora(part).items() if n in origins.trained[name]}
-        if trained:
+    for name in saved_parts(model):
+        if trained := _trained(model, origins, name):
             files[f"{name}.safetensors"] = dict(trained)
     return files
+
+
+def _trained(model: VisionLanguageModel, origins: WeightOrigins, part: str) -> dict[str, nn.Parameter]:
+    """Return name -> parameter, of what differs from the released weights of one part."""
+    parameters = parameters_without_lora(saved_parts(model)[part])
+    return {name: parameter for name, parameter in parameters.items() if name in origins.trained[part]}
 
 
 def _adapter(model: VisionLanguageModel) -> dict[str, Tensor]:

@@ -116,8 +116,8 @@ def halve_lora_base(model: VisionLanguageModel, dtype: torch.dtype) -> None:
     """Convert the frozen matrices below LoRA to `dtype`, in which autocast multiplies by them anyway: the same results with
     half the memory, and `fused_lora` computes them.
 
-    An earlier run may have trained them in float32. No later run can: what begins with LoRA keeps it. Embeddings, which a
-    later run may train, and norms stay as they are.
+    An earlier run may have trained them in float32; then a checkpoint saves them in `dtype`. No later run trains them: what
+    begins with LoRA keeps it. Embeddings, which a later run may train, and norms stay as they are.
     """
     lm = model.causal_lm
     embedding = lm.get_input_embeddings().weight

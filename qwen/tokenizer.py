@@ -1,7 +1,7 @@
 """Tokenizers of the Qwen family: loading, the image token, and encoding text that never becomes a special token.
 
 The prompt format is not known here; it belongs to the conversation code. A tokenizer.json may come from a stranger: its
-rules may take for ever, fill the memory, or turn typed text into a special token. Each is refused by name.
+rules may take very long, fill the memory, or turn typed text into a special token. Each is refused by name.
 """
 
 from __future__ import annotations

@@ -11,17 +11,22 @@ words: calibrated, and the projector learns to give each image vectors near the 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from config import IGNORE_INDEX
 from dataset.batch import Batch
 from dataset.loader import make_loader
+from dataset.workers import explain_dead_workers
 from model.build import autocast
 from model.projector import Projector
 from training.processes import on_main, print_main
@@ -33,7 +38,9 @@ MAX_BYTES = 2**30  # of their features
 READ = 4 * MAX_IMAGES  # records that are read at most to find images
 ENCODED_AT_ONCE = 8
 KEPT_ASIDE = 0.1  # fraction of the images that measure the result
-STEPS, BATCH, RATE, WARMUP = 400, 64, 1e-3, 20
+STEPS, FEWEST_STEPS, EPOCHS = 400, 100, 40  # of the words: at most, at least, and rather than more epochs
+BATCH, FEWEST, NUMBERS = 64, 16, 2**26  # images a step: fewer, but not below 16, if their tokens have more numbers
+RATE, WARMUP = 1e-3, 20
 SHARPNESS = 20.0  # inverse temperature of the cross entropy
 
 
@@ -58,9 +65,11 @@ def start_projector(run: Run) -> None:
     at_words = config.train.projector_start == "words" and config.train.trainable.projector.kind == "full"
 
     def work() -> dict[str, Tensor] | None:
-        examples = sample_examples(run, MAX_IMAGES if at_words else CALIBRATED)
+        # no more than the run itself will see
+        most = max(CALIBRATED, min(MAX_IMAGES, run.total_steps * run.samples_per_step)) if at_words else CALIBRATED
+        examples = sample_examples(run, most)
         if examples is None:
-            print_main("projector: starts at random, because no record has an image")
+            print_main("projector: starts at random, because no record has exactly one image")
             return None
         projector.to(run.accelerator.device)
         embeddings = run.model.causal_lm.get_input_embeddings().weight.detach()
@@ -73,11 +82,16 @@ def start_projector(run: Run) -> None:
         )
         if at_words:
             targets = word_vectors(examples.answers, embeddings)
-            found = fit_words(projector, examples.features, targets, seed=config.seed)
+            context = autocast(run.precision, run.accelerator.device)
+            found = fit_words(projector, examples.features, targets, seed=config.seed, autocast=context)
             print_main(f"projector: starts at words, learned from {len(targets):,} images{found}")
         return {name: value.cpu() for name, value in projector.state_dict().items()}
 
-    state = on_main(work)
+    with explain_dead_workers():
+        state = on_main(work)
+    if run.accelerator.device.type == "cuda":  # metrics.jsonl reports the peak of training
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if state is not None:
         projector.load_state_dict(state)
 
@@ -97,17 +111,21 @@ def sample_examples(run: Run, count: int) -> Examples | None:
     features: list[Tensor] = []
     answers: list[Tensor] = []
     used = 0
-    for batch in make_loader(
+    starts = range(0, len(keys), ENCODED_AT_ONCE)
+    loader = make_loader(
         run.train_set,
-        (keys[start : start + ENCODED_AT_ONCE] for start in range(0, len(keys), ENCODED_AT_ONCE)),
+        (keys[start : start + ENCODED_AT_ONCE] for start in starts),
         run.built.tokenizer.pad_token_id,
         num_workers=run.config.train.num_workers,
-    ):
+    )
+    for batch in tqdm(loader, desc="images for the projector's start", total=len(starts), unit="batch", leave=False):
+        # a record that replaces an unreadable one may have another number of images
+        if not any(batch.images_in_sample):
+            continue
         of_images = iter(encode(run, batch))
-        for sample, count in zip(batch.samples(), batch.images_in_sample, strict=True):
-            own = [next(of_images) for _ in range(count)]
-            # a record that replaces an unreadable one may have another number; training names what is not finite
-            if count == 1 and own[0].isfinite().all():
+        for sample, images in zip(batch.samples(), batch.images_in_sample, strict=True):
+            own = [next(of_images) for _ in range(images)]
+            if images == 1 and own[0].isfinite().all():  # training names what is not finite
                 features.append(own[0])
                 answers.append(sample.labels[sample.labels != IGNORE_INDEX])
                 used += own[0].nbytes
@@ -117,16 +135,14 @@ def sample_examples(run: Run, count: int) -> Examples | None:
 
 
 def encode(run: Run, batch: Batch) -> Tensor:
-    """Return the patch features of a batch's images, on the CPU."""
+    """Return the patch features of a batch with images, on the CPU."""
     device = run.accelerator.device
     if run.encoder is not None:
         features = run.encoder(batch)
     else:
-        assert batch.pixel_values is not None
         with autocast(run.precision, device)():
-            features = run.model.patch_features(batch.pixel_values.to(device))
-    assert features is not None
-    return features.cpu()
+            features = run.model.patch_features(cast(Tensor, batch.pixel_values).to(device))
+    return cast(Tensor, features).cpu()
 
 
 def word_vectors(answers: list[Tensor], embeddings: Tensor) -> Tensor:
@@ -147,14 +163,20 @@ def word_vectors(answers: list[Tensor], embeddings: Tensor) -> Tensor:
     return centre + (vectors - centre) * (root_mean_square(embeddings) / spread.clamp(min=1e-12))
 
 
-def fit_words(projector: Projector, features: Tensor, targets: Tensor, seed: int) -> str:
+def fit_words(
+    projector: Projector,
+    features: Tensor,
+    targets: Tensor,
+    seed: int,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> str:
     """Train `projector` so that an image's tokens are near its target; AdamW with a cosine schedule.
 
     The loss has three terms: the cross entropy of finding each image's target among those of the batch, by the cosine of
     the mean token around the targets' mean; the squared error of the mean token; a tenth of that of every token.
 
-    features: [n, N, Dv]; targets: [n, D]. Returns a text: how many of the images kept aside have a mean token nearest to
-    their own target among those kept aside; empty for too few images.
+    features: [n, N, Dv]; targets: [n, D]. autocast: makes the context to compute in. Returns a text: how many of the images
+    kept aside have a mean token nearest to their own target among those kept aside; empty for too few images.
     """
     device = projector.output_scale.device
     aside = math.ceil(KEPT_ASIDE * len(features)) if len(features) >= 10 else 0
@@ -164,30 +186,37 @@ def fit_words(projector: Projector, features: Tensor, targets: Tensor, seed: int
     centre = targets.mean(0)
     variance = float((targets - centre).square().mean().clamp(min=1e-12))
 
+    def tokens_of(images: Tensor) -> Tensor:
+        """[n, N, Dv] -> [n, K, D], float32"""
+        with autocast():
+            return projector(images.to(device).float()).float()
+
     def likeness(tokens: Tensor, of: Tensor) -> Tensor:
         """[n, K, D], [m, D] -> [n, m]"""
         return F.normalize(tokens.mean(1) - centre, dim=1) @ F.normalize(of - centre, dim=1).T
 
-    for step in range(STEPS):
-        cosine = (1 + math.cos(math.pi * step / STEPS)) / 2
+    with torch.no_grad():
+        numbers = tokens_of(features[:1]).numel()
+    batch = min(BATCH, max(FEWEST, NUMBERS // numbers))
+    steps = min(STEPS, max(FEWEST_STEPS, EPOCHS * len(features) // batch))
+    for step in tqdm(range(steps), desc="the projector learns words", unit="step", leave=False):
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * cosine
-        chosen = torch.randint(aside, len(features), (BATCH,), generator=generator)
-        tokens, wanted = projector(features[chosen].to(device).float()), targets[chosen.to(device)]
+        chosen = torch.randint(aside, len(features), (batch,), generator=generator)
+        tokens, wanted = tokens_of(features[chosen]), targets[chosen.to(device)]
         _, same = chosen.unique(return_inverse=True)
-        found = F.cross_entropy(SHARPNESS * likeness(tokens, wanted), _shares(same).to(device))
+        finding = F.cross_entropy(SHARPNESS * likeness(tokens, wanted), _shares(same).to(device))
         mean_error = (tokens.mean(1) - wanted).square().mean() / variance
         error = (tokens - wanted[:, None]).square().mean() / variance
-        (found + 0.5 * mean_error + 0.1 * error).backward()
+        (finding + 0.5 * mean_error + 0.1 * error).backward()
         optimizer.step()
         optimizer.zero_grad()
     if aside < 2:
         return ""
     with torch.no_grad():
-        tokens = torch.cat(
-            [projector(some.to(device).float()).mean(1, keepdim=True) for some in features[:aside].split(BATCH)]
-        )
-        found = likeness(tokens, targets[:aside])
-    right = float((found.diagonal() >= found.amax(1)).float().mean())
+        means = torch.cat([tokens_of(some).mean(1, keepdim=True) for some in features[:aside].split(batch)])
+        alike = likeness(means, targets[:aside])
+    right = float((alike.diagonal() >= alike.amax(1)).float().mean())
     return f"; {right:.0%} of {aside} kept aside are nearest to their own answers' words (by chance {1 / aside:.1%})"
 
 

@@ -45,7 +45,8 @@ def evaluate(run: Run) -> None:
     lines = [f"  {s['question']}  ->  {s['answer']}   (reference: {s['reference']})" for s in texts]
     if run.accelerator.is_main_process:
         tqdm.write("\n".join([f"step {step}: held-out loss {found.loss:.4f}{image_text(found)}", *lines]))
-    run.log.validation(step, run.epoch(step), found.values, samples=samples)
+    values = found.values if found.image_adds is None else found.values | {"image_adds": found.image_adds}
+    run.log.validation(step, run.epoch(step), values, samples=samples)
     if found.loss < run.position.lowest_val_loss:
         run.position.lowest_val_loss = found.loss
         write_best(run, found.loss)
@@ -55,13 +56,13 @@ def image_text(found: Validation) -> str:
     """Return what a line about the held-out loss says of the images, with a warning if they add nothing."""
     if found.image_adds is None:
         return ""
-    text = f", {found.loss + found.image_adds:.4f} with swapped images"
+    text = f"; swapped images add {found.image_adds:.4f}"
     if found.image_adds > IMAGE_ADDS_NOTHING * found.loss:
         return text
     return (
-        f"{text}\n  warning: the answers do not depend on the image. If it stays so: train the projector alone first "
-        "(train.stages), raise train.projector_lr, try another model.vision_feature_layer, let train.projector_start be "
-        "words, and look at the data (python -m dataset.show): do the questions need the image?"
+        f"{text}\n  warning: the answers do not depend on the image. If it stays so, see whether the questions need it "
+        "(python -m dataset.show), let train.projector_start be words, raise train.projector_lr, or try another "
+        "model.vision_feature_layer."
     )
 
 

@@ -210,7 +210,8 @@ def _start_training(run: Run, resume_from: Path | None, named: bool) -> None:
     named: `resume_from` is the user's choice; later results in the run's folder then move aside.
     """
     config, accelerator, model = run.config, run.accelerator, run.model
-    start_projector(run)
+    if resume_from is None:
+        start_projector(run)
     check_equal_weights(model)
     if config.train.fsdp:
         shard(model, accelerator.device, PRECISIONS[run.precision])

@@ -3,15 +3,18 @@ terms of the config and the run. The checks themselves are in `dataset.checks`."
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 
-from config import Config
+from config import Config, InputError
+from config.files import open_regular
 from dataprocess.process_image import prepare_from_config
 from dataprocess.report import summary
-from dataset.checks.findings import Findings
+from dataset.checks.findings import Findings, Rows
 from dataset.checks.records import Checked, check_file, check_leakage
 from dataset.checks.report import describe, notes, refused_rows
 from dataset.checks.sample import check_images, check_labels
@@ -26,6 +29,7 @@ from training.run import chat_format, max_length, open_processors
 
 # records whose images are decoded and whose labels are read back: at every start, and with --check
 START_SAMPLE, CHECK_SAMPLE = 64, 2000
+MAX_ROW_BYTES = 2**20  # of a row in a list of refused records, which shortens what it quotes
 
 
 def prepare_data(config: Config, *, resumes: bool, check: bool) -> None:
@@ -150,7 +154,7 @@ def _add_findings(config: Config, checked: Checked, findings: Findings) -> list[
         findings.rows.extend(checked.bad_images)
         return [f"note: {name}: data.on_bad_image=skip would replace records with unreadable images by others"]
     listing = config.output_dir / f"{checked.path.stem}.bad_images.jsonl"
-    checked.bad_images.write(listing)
+    _write_list(listing, checked.bad_images, findings)
     return [f"note: {name}: {len(checked.bad_images)} records with unreadable images are replaced by others: {listing}"]
 
 
@@ -162,10 +166,14 @@ def _leave_out(config: Config, checked: Checked, findings: Findings, limit: int)
     )
     path, count = checked.path, len(checked.unfit)
     records = np.array(checked.unfit_records, np.int64)
-    same_folder = config.output_dir == path.parent  # the list of what preparing refused is there
-    listing = config.output_dir / f"{path.stem}{'.run' if same_folder else ''}.refused.jsonl"
+    listing = config.output_dir / f"{path.stem}.refused.jsonl"
+    # Data preparation has its list of refused records beside the QA files.
+    prepared = [one.with_suffix(".refused.jsonl").resolve() for one in (path, config.data.qa_file)]
+    if listing.resolve() in prepared:
+        listing = config.output_dir / f"{path.stem}.run.refused.jsonl"
     if count == 0:
-        listing.unlink(missing_ok=True)  # from an earlier start
+        if _is_list(listing):
+            listing.unlink(missing_ok=True)  # from an earlier start
         return records, []
     if count > config.data.max_refused * checked.read or count == checked.read:
         findings.faults.append(
@@ -174,8 +182,27 @@ def _leave_out(config: Config, checked: Checked, findings: Findings, limit: int)
         )
         findings.rows.extend(checked.unfit)
         return records, []
-    checked.unfit.write(listing)
+    _write_list(listing, checked.unfit, findings)
     return records, [f"note: {path.name}: {count} records are longer than {allows} and are left out: {listing}"]
+
+
+def _write_list(listing: Path, rows: Rows, findings: Findings) -> None:
+    """Write rows to a file of the run, or add a finding if a file of that name is somebody else's."""
+    if os.path.lexists(listing) and not _is_list(listing):
+        findings.faults.append(f"{listing}: exists, and was not written by a check of the data; move it elsewhere.")
+    else:
+        rows.write(listing)
+
+
+def _is_list(path: Path) -> bool:
+    """Return whether a file is a list that `Rows.write` wrote, or empty: its first line has a reason."""
+    try:
+        with open_regular(path) as file:
+            line = file.readline(MAX_ROW_BYTES)
+        row = json.loads(line) if line else {"reason": ""}
+    except (InputError, OSError, ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and "reason" in row
 
 
 def _note_long_questions(

@@ -29,7 +29,7 @@ def process_group() -> Iterator[None]:
 
 
 def print_main(text: str, end: str = "\n") -> None:
-    """Print text on the main process, and flush it. What a terminal would take as a command is escaped."""
+    """Print text on the main process, and flush it. Escape sequences are escaped."""
     if PartialState().is_main_process:
         print(printable(text, lines=True), end=end, flush=True)
 

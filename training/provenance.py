@@ -4,7 +4,6 @@ environment variable is read, so no secret can get into it."""
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -12,22 +11,29 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from config import Config, InputError, ModelConfig, load_config, start_differences
 from dataset.open import file_sha256
+from model.build import weight_files
 from model.checkpoint import has_adapter
 from model.checkpoint_folder import read_json, verify_folder
 from training.processes import on_main, print_main
 
-# keys of a released config.json that do not change what the model computes
-_NOT_COMPUTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+# keys of a released config.json that do not change what the model computes. Not pad_token_id: its embedding is not trained.
+_FORMER_NOT_COMPUTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_NOT_COMPUTING = _FORMER_NOT_COMPUTING | set(
+    "auto_map bos_token_id decoder_start_token_id eos_token_id sep_token_id tokenizer_class use_cache".split()
+)
+_FORMER: dict[str, str] = {}  # digest -> the one that earlier versions computed, with fewer keys left out
+_HASHES: dict[tuple[str, int, int, int], str] = {}  # (path, size, time of change, inode) -> SHA-256 of a file
+SAID_BYTES = 5 * 10**9  # reading more than this is announced
 
 PACKAGES = "torch transformers peft accelerate safetensors tokenizers numpy pillow".split()
 ROOT = Path(__file__).parent.parent
@@ -125,43 +131,58 @@ def released_digests(model: ModelConfig) -> dict[str, str]:
     """Return {"vision_tower_sha256": ..., "language_model_sha256": ...}: digests of the released weights, each over its
     safetensors files and config.json.
 
-    The main process reads every byte, as many files at once as there are processors. A new language model has no digest,
-    nor has a hub model without safetensors of its own. Raises InputError if a file cannot be read.
+    The main process reads every byte once, as many files at once as there are processors; a later stage does not read them
+    again. A new language model has no digest, nor has a hub model without safetensors of its own. Raises InputError if a
+    file cannot be read.
     """
     paths = {"vision_tower": model.vision_tower, "language_model": model.language_model}
-    found = {part: on_main(functools.partial(_released_sha256, path)) for part, path in paths.items() if path}
-    return {f"{part}_sha256": digest for part, digest in found.items() if digest is not None}
+    found = on_main(lambda: _released_sha256({part: path for part, path in paths.items() if path}))
+    _FORMER.update(found.values())
+    return {f"{part}_sha256": digest for part, (digest, _) in found.items()}
 
 
-def _released_sha256(path: str) -> str | None:
-    files = _weight_files(path)
-    if files is None:
-        return None
+def is_same_digest(recorded: object, now: object) -> bool:
+    """Return whether a recorded digest of released weights is the one of now, also if an earlier version recorded it."""
+    return recorded == now or (recorded is not None and recorded == _FORMER.get(str(now)))
+
+
+def _released_sha256(paths: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return part -> its digest, and the one that earlier versions computed."""
+    files = {part: found for part, path in paths.items() if (found := weight_files(path)) is not None}
+    hashes = _hash_files([file for found in files.values() for file in found.values()])
+    digests = {}
+    for part, found in files.items():
+        config = read_json(found["config.json"], "use another model")
+        weights = [[name, hashes[file]] for name, file in found.items() if name != "config.json"]
+        former = {key: value for key, value in config.items() if key not in _FORMER_NOT_COMPUTING}
+        computing = {key: value for key, value in config.items() if key not in _NOT_COMPUTING}
+        now, then = (json.dumps([weights, kept], sort_keys=True) for kept in (computing, former))
+        digests[part] = hashlib.sha256(now.encode()).hexdigest(), hashlib.sha256(then.encode()).hexdigest()
+    return digests
+
+
+def _hash_files(files: Sequence[Path]) -> dict[Path, str]:
+    """Return the SHA-256 of each file. A file that this process has read and that has not changed is not read again."""
     try:
+        keys = {file: _file_state(file) for file in files}
+        unread = [file for file in keys if keys[file] not in _HASHES]
+        size = sum(file.stat().st_size for file in unread)
+        if size > SAID_BYTES:
+            print_main(f"checking {size / 1e9:.0f} GB of released weights")
         with ThreadPoolExecutor() as pool:
-            hashes = list(pool.map(file_sha256, files.values()))
+            read = dict(zip(unread, pool.map(file_sha256, unread), strict=True))
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}).") from None
-    config = read_json(files["config.json"], "use another model")
-    kept = {key: value for key, value in config.items() if key not in _NOT_COMPUTING}
-    weights = [pair for pair in zip(files, hashes, strict=True) if pair[0] != "config.json"]
-    return hashlib.sha256(json.dumps([weights, kept], sort_keys=True).encode()).hexdigest()
+    found = {file: read[file] if file in read else _HASHES[key] for file, key in keys.items()}
+    # a file written a moment ago may change again without a later time: clocks of file systems tick slowly
+    settled = time.time_ns() - 2_000_000_000
+    _HASHES.update({keys[file]: sha256 for file, sha256 in read.items() if keys[file][2] < settled})
+    return found
 
 
-def _weight_files(path: str) -> dict[str, Path] | None:
-    """Return name -> file of a folder's, or a cached hub model's, config.json and safetensors. None if there are none."""
-
-    def find(name: str) -> Path | None:
-        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
-        found = cached_file(path, name, **options)
-        return None if found is None else Path(found)
-
-    names = [SAFE_WEIGHTS_NAME]
-    if find(SAFE_WEIGHTS_NAME) is None:
-        index = find(SAFE_WEIGHTS_INDEX_NAME)
-        names = [] if index is None else sorted(set(read_json(index, "use another model")["weight_map"].values()))
-    files = {name: file for name in ["config.json", *names] if (file := find(name)) is not None}
-    return files if names and len(files) == 1 + len(names) else None
+def _file_state(file: Path) -> tuple[str, int, int, int]:
+    status = file.stat()
+    return os.path.realpath(file), status.st_size, status.st_mtime_ns, status.st_ino
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,12 +228,13 @@ def compare_start_weights(config: Config, digests: Mapping[str, str]) -> None:
         if recorded is None or key not in digests:
             if was != now:
                 print_main(f"{start}: trained on top of {was}, and nothing records whether {now} has equal weights")
-        elif recorded != digests[key]:
+        elif not is_same_digest(recorded, digests[key]):
             holds = has_adapter(start) or (start / "language_model.safetensors").exists()
             if part == "vision_tower" or holds:
                 raise InputError(
                     f"{start}: trained on top of {was}, whose weights or config.json were not those of {now} "
-                    f"(model.{part}). Its weights would compute something else: give the folder that it was trained with."
+                    f"(model.{part}). Its weights would compute something else: give the folder that it was trained with, "
+                    "or undo the edit of its config.json."
                 )
             print_main(f"{start}: its projector was trained for another language model (model.{part}: {was} -> {now})")
 

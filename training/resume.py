@@ -27,7 +27,7 @@ from model.checkpoint_folder import (
     write_folder,
 )
 from training.processes import on_main, print_main
-from training.provenance import start_entry
+from training.provenance import is_same_digest, start_entry
 from training.run import Run
 from training.run_folder import NO_HISTORY
 from training.sharding import gathered_for_saving
@@ -35,8 +35,8 @@ from training.state import Position, load_state, save_state, state_bytes
 
 # keys of the fingerprint that checkpoints of earlier versions lack -> what they are digests of
 WEIGHT_DIGESTS = {
-    "vision_tower_sha256": " (the files of model.vision_tower)",
-    "language_model_sha256": " (the files of model.language_model)",
+    "vision_tower_sha256": " (the safetensors files and config.json of model.vision_tower)",
+    "language_model_sha256": " (the safetensors files and config.json of model.language_model)",
 }
 
 
@@ -139,11 +139,11 @@ def load_position(run: Run, checkpoint: Path) -> Position:
     if unrecorded:
         print_main(f"{checkpoint}: records no digest of the released weights, so changes of these are not noticed")
     for key, now in run.fingerprint.items():
-        if key not in unrecorded and state.get(key) != now:
+        if key not in unrecorded and not is_same_digest(state.get(key), now):
             raise InputError(
                 f"{checkpoint}: the run began with {key} {state.get(key)!r:.80}, now it is {now}"
-                f"{WEIGHT_DIGESTS.get(key, '')}: resuming would not continue the same run. Restore what it began with, or "
-                "start over with --resume none."
+                f"{WEIGHT_DIGESTS.get(key, '')}: resuming would not continue the same run. Restore what it began with "
+                "(undo the edit, or put the old files back), or start over with --resume none."
             )
     if state["step"] > run.total_steps:
         raise InputError(
@@ -211,7 +211,7 @@ def save_checkpoint(run: Run) -> None:
         prune_checkpoints(run.config.output_dir, run.config.train.save_total_limit, print_main)
 
     run.accelerator.wait_for_everyone()
-    with gathered_for_saving(model, optimizer):
+    with gathered_for_saving(model, origins, optimizer):
         on_main(save)
 
 
@@ -265,6 +265,6 @@ def _write_with(run: Run, name: str, file: str, values: dict | None) -> None:
             (folder / file).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     run.accelerator.wait_for_everyone()
-    with gathered_for_saving(run.model):
+    with gathered_for_saving(run.model, run.built.origins):
         room = trained_bytes(run.model, run.built.origins)
         on_main(lambda: write_folder(run.config.output_dir / name, write, room))

@@ -46,7 +46,7 @@ class Run:
     validation_set: QADataset | None
     validation_records: np.ndarray  # the usable records of the validation set, in a seeded order
     answerer: Answerer
-    fingerprint: dict  # what a resumed run must share and the config does not say: data and precision
+    fingerprint: dict  # what a resumed run must share and the config does not say: data, precision, released weights
     is_packed: bool = False
     encoder: CachedEncoder | None = None  # None: features are not cached
 

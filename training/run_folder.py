@@ -36,7 +36,8 @@ NO_HISTORY = "remove it, it only records the run's history"
 _FILES = {*LOG_FILES, "run.json", "curves.png"}
 # the names of a run's results, which --resume none moves aside
 _RESULTS = {*_FILES, "answers", "tensorboard", "wandb"}
-_WRITTEN = {*_FILES, "tensorboard", "wandb", "findings.jsonl"}  # by training, besides the folders above
+_WRITTEN = {*_FILES, "findings.jsonl"}  # by training, besides the folders above; trackers' folders may be links
+_ROW_KEYS = {"step", "targets"}  # of every row of training in metrics.jsonl
 
 
 class RunLock:
@@ -123,18 +124,18 @@ def check_owner(folder: Path) -> None:
     """Raise InputError if a run in `folder` would replace or delete something that no run wrote. Changes nothing.
 
     That is a file or folder under one of a run's names without its mark, or a link, which would lead a write elsewhere.
-    The folder itself may be a link, and may not exist yet.
+    The folder itself may be a link, and may not exist yet; so may tensorboard/ and wandb/ in it.
     """
     try:
         found = sorted(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror}); give another output_dir.") from None
-    foreign, marked = [], _is_marked(folder)
+    foreign, marked = [], _is_marked(folder) or _was_locked(folder)
     for path in found:
         name = path.name
         is_folder, is_half = FOLDER_NAME.fullmatch(name) is not None, LEFTOVER.fullmatch(name) is not None
         if is_folder or is_half or name in _WRITTEN:
-            refuse_link(path)
+            _refuse_link_inside(path)
         if (
             (is_folder and not is_ours(path))
             or (is_half and path.is_dir() and not (marked or is_ours(path)) and any(path.iterdir()))
@@ -153,9 +154,49 @@ def check_owner(folder: Path) -> None:
 def _is_marked(folder: Path) -> bool:
     """Return whether a run has begun in `folder`, or in its stages."""
     histories = [folder / "run.json", *(folder / STAGES_FOLDER).glob("*/run.json")]
-    return any(map(is_history, histories)) or any(
-        is_ours(path) for path in (*checkpoints(folder), folder / "best", folder / "final")
+    return (
+        any(map(is_history, histories))
+        or any(is_ours(path) for path in (*checkpoints(folder), folder / "best", folder / "final"))
+        or _is_log(folder / "metrics.jsonl")
     )
+
+
+def _was_locked(folder: Path) -> bool:
+    """Return whether an earlier start has locked `folder`: its .lock is a file with content.
+
+    Does not open the file, whose lock this process may hold: to close another handle of it would release the lock.
+    `RunLock` checks the content.
+    """
+    try:
+        status = (folder / ".lock").lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0
+
+
+def _is_log(path: Path) -> bool:
+    """Return whether `path` is a run's metrics.jsonl: one of its first rows is a row of training with a numeric step."""
+    try:
+        with open_regular(path) as file:
+            lines = file.read(10_000).splitlines()
+    except (InputError, OSError):
+        return False
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # damaged, or cut at the end of what was read
+            continue
+        if isinstance(row, dict) and _ROW_KEYS <= row.keys() and type(row["step"]) in (int, float):
+            return True
+    return False
+
+
+def _refuse_link_inside(path: Path) -> None:
+    try:
+        refuse_link(path)
+    except InputError as error:
+        advice = f"To keep a run on another disk, make the whole folder {path.parent} a link."
+        raise InputError(f"{error} {advice}") from None
 
 
 def is_history(path: Path) -> bool:

@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import IGNORE_INDEX, InputError
 from dataset.batch import Batch
+from model.checkpoint import saved_parameters
 from model.model import VisionLanguageModel
+from model.trainable import WeightOrigins
 from training.parallel import num_processes
 
 
@@ -100,21 +102,28 @@ def gathered_for_inference(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered_for_saving(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+def gathered_for_saving(
+    model: VisionLanguageModel, origins: WeightOrigins, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
     """Let the main process's model and optimizer hold whole CPU tensors instead of shards, so that the code that saves
     a plain model saves this one. On the other processes nothing changes. A plain model is left as it is.
 
-    Only float32 parameters are gathered: all that trains or has trained. They are gathered one at a time, and the main
-    process needs memory for all of them. Every process must enter.
+    Only the parameters that a checkpoint saves are gathered (`saved_parameters`): all that trains or has trained, also the
+    matrices below LoRA that an earlier run trained, which are no longer float32. They are gathered one at a time, and the
+    main process needs memory for all of them. Every process must enter.
     """
+    if not _sharded_modules(model):
+        yield
+        return
     shards: list[tuple[nn.Module, str, Any, nn.Parameter]] = []
     made: dict[Tensor, nn.Parameter] = {}  # a tied weight is gathered once and stays tied
     state = {} if optimizer is None else optimizer.state
     for sharded in _sharded_modules(model):
         sharded.reshard()
+    saved = set(saved_parameters(model, origins))
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor) and parameter.dtype == torch.float32:
+            if isinstance(parameter, DTensor) and parameter in saved:
                 if parameter not in made:
                     made[parameter] = nn.Parameter(_full(parameter), requires_grad=parameter.requires_grad)
                     whole_state = {key: _full(value) for key, value in state.get(parameter, {}).items()}

@@ -34,7 +34,7 @@ from torch import Tensor
 from config import InputError, printable
 from config.files import make_folder
 from visual.encoders import VisionTower
-from visual.images import image_bytes
+from visual.images import SCALING_RULES, image_bytes, is_scaled
 from visual.processor import ImageProcessor
 
 FORMAT = 1  # part of the folder's name: increase it when the layout of the files changes
@@ -58,7 +58,7 @@ class ImageKey(NamedTuple):
     path: str
     size: int  # bytes
     mtime_ns: int  # modification time
-    digest: bytes  # blake2b of the content, 16 bytes
+    digest: bytes  # blake2b of the content, 16 bytes, with the rules of scaling for grey of more than 8 bits
 
 
 class _Files(NamedTuple):
@@ -71,15 +71,15 @@ class _Files(NamedTuple):
 
 
 class _Damaged(sqlite3.DatabaseError):
-    """A cache that SQLite can read, but that this class has not written."""
+    """A cache that FeatureCache has not written: a link or a special file, other tables, or other places of rows."""
 
 
 def cache_folder(beside: Path, tower: VisionTower, image_processor: ImageProcessor, dtype: torch.dtype) -> Path:
     """Return the folder for this tower's features in `dtype`: `<stem>.features/<16 hex digits>` next to file `beside`.
 
     The digits are a hash of everything that the features depend on besides the image: the weights that are run, up to which
-    layer and in which precision, the encoder's config, the image size and the preprocessing. Reads every weight, writes
-    nothing.
+    layer and in which precision, the encoder's config, the image size and the preprocessing. How an image file is read is
+    part of the image's key instead (`FeatureCache.find`). Reads every weight, writes nothing.
     """
     config = {key: value for key, value in tower.model.config.to_dict().items() if key not in _NOT_ENCODING}
     settings = {
@@ -158,7 +158,7 @@ class FeatureCache:
         """Return the features [N, Dv] of an image file, None if they are not stored or damaged, and the key for `features`.
 
         Loader processes use this method; it adds nothing. The file is not read if its path, size and modification time are
-        known. Otherwise it is looked up by its content.
+        known. Otherwise it is looked up by its content; with visual.images.SCALING_RULES, if they decide its pixels.
         ImageError: the file is missing or cannot be read, as in `read_image`. The content is not decoded.
         """
         try:
@@ -170,12 +170,12 @@ class FeatureCache:
         known = self._select(
             "SELECT digest, place, checksum FROM paths JOIN pictures USING (digest) "
             "WHERE path = ? AND size = ? AND mtime_ns = ?",
-            (os.fsencode(path), *stamp[1:]),
+            (_path_key(path), *stamp[1:]),
         )
         if known:
             digest, *row = known
             return self._read(*row), ImageKey(*stamp, digest)
-        digest = hashlib.blake2b(image_bytes(path), digest_size=16).digest()
+        digest = _digest(image_bytes(path))
         return self._stored(digest), ImageKey(*stamp, digest)
 
     def features(self, keys: Sequence[ImageKey], pixel_values: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
@@ -222,7 +222,7 @@ class FeatureCache:
                     result[digest] = features if stored is None else stored
                     if stored is None:
                         self._write(database, digest, features)
-                paths = [(os.fsencode(path), *rest) for path, *rest in keys]
+                paths = [(_path_key(path), *rest) for path, *rest in keys]
                 database.executemany("INSERT OR REPLACE INTO paths VALUES (?, ?, ?, ?)", paths)
         except (OSError, sqlite3.OperationalError) as error:
             if _is_locked(error):
@@ -314,6 +314,18 @@ class FeatureCache:
                 "disk space, or set train.cache_features=off."
             )
         return InputError(f"{self._folder}: the feature cache is damaged ({error}); start again to rebuild it.")
+
+
+def _digest(data: bytes) -> bytes:
+    """Return what identifies an image: its content, and the rules that decide its pixels if they have changed."""
+    rules = b"rules %d" % SCALING_RULES if is_scaled(data) else b""
+    return hashlib.blake2b(data, digest_size=16, person=rules).digest()
+
+
+def _path_key(path: str | Path) -> bytes:
+    """Return a path's key in the index. No path has a zero byte, so paths that were stored under other rules are not found,
+    and their files are read again."""
+    return b"%d\0" % SCALING_RULES + os.fsencode(path)
 
 
 def _refuse_special(path: Path) -> None:

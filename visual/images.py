@@ -38,13 +38,16 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
 # Increase when a file is read, or refused, in another way: verdicts that were stored before are then not used.
-RULES = 2
+RULES = 3
+# Increase when `is_scaled` images get other pixels: their features that were stored before are then not used. (If other
+# images do, increase `FORMAT` of the feature cache.)
+SCALING_RULES = 2
 
 # Pillow's limit, 2 ** 29 bytes as RGB. Checked here too, because any library in the process can lift Pillow's.
 MAX_PIXELS = 178_956_970
-# A WebP of 34 bytes may be one colour of any size. A file of more than SMALL_PIXELS needs a byte for so many pixels;
-# one-coloured PNGs and scanned pages of text have more.
-SMALL_PIXELS, MAX_PIXELS_PER_BYTE = 2**24, 2048
+# A WebP of 34 bytes may be one colour of any size. A file of more than SMALL_PIXELS, 200 MB as RGB, needs a byte for so many
+# pixels; one-coloured PNGs and scanned pages of text have more. Blank pages and one-coloured WebPs are below SMALL_PIXELS.
+SMALL_PIXELS, MAX_PIXELS_PER_BYTE = 2**26, 2048
 MAX_FILE_BYTES = 2**30  # more than an uncompressed RGB image of MAX_PIXELS
 
 # A 1 x 20,000 strip is a small file, but takes gigabytes when resized to a short side of 224.
@@ -141,6 +144,18 @@ def image_suffix(data: bytes) -> str:
     with _image_errors_only("the image"), _open(data) as image:
         assert image.format is not None
         return FORMATS["JPEG" if image.format == "MPO" else image.format]  # MPO: a JPEG followed by another one
+
+
+def is_scaled(data: bytes) -> bool:
+    """Return whether these bytes are an image whose pixels `read_image` scales to 8 bits: grey of more bits. Reads the
+    header only; False if it is damaged or refused."""
+    if not data.startswith((b"\x89PNG", b"II", b"MM")):  # no other format has such pixels
+        return False
+    try:
+        with _image_errors_only("the image"), _open(data) as image:
+            return _is_deep(image)
+    except ImageError:
+        return False
 
 
 def image_bytes(path: str | Path) -> bytes:
@@ -300,8 +315,12 @@ def _costs_too_much(image: ImageFile.ImageFile, data: bytes) -> bool:
     return False
 
 
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow's own conversion would clip all values above 255
+    if _is_deep(image):  # Pillow's own conversion would clip all values above 255
         tags = cast("TiffImageFile", image).tag_v2 if image.format == "TIFF" else {}
         image = Image.fromarray(_to_eight_bits(np.asarray(image), tags))
     if image.has_transparency_data:

@@ -5,6 +5,7 @@ Run: sh tests/run.sh tests/config/test_mistakes.py
 
 import copy
 import dataclasses
+import os
 
 import pytest
 import yaml
@@ -150,6 +151,8 @@ def test_file_that_is_not_a_config_is_refused(tmp_path, text, words):
 def test_unreadable_file_is_refused(tmp_path):
     assert "no such config file" in message(tmp_path / "none.yaml")
     assert str(tmp_path) in message(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # what a shell's <(command) gives
+    assert "write it to a file first" in message(tmp_path / "pipe")
     (tmp_path / "latin.yaml").write_bytes("seed: 1 # é".encode("latin-1"))
     assert "UTF-8" in message(tmp_path / "latin.yaml")
 

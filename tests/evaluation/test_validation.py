@@ -101,16 +101,21 @@ def test_images_are_swapped_among_different_ones():
     assert swap_images(torch.stack([red, red])) is None and swap_images(features[:0]) is None
 
 
-def test_what_images_add_is_the_loss_with_swapped_ones_minus_that_with_the_own(model):
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_images_add_is_the_loss_with_swapped_ones_minus_that_with_the_own(model, packed):
+    """Over the samples that have an image."""
     samples = samples_of(model.causal_lm.config.image_token_id)
-    batch = collate(samples, PAD, packed=False)
+    batch = collate(samples, PAD, packed=packed)
+    assert 0 < sum(map(bool, batch.images_in_sample)) < len(samples)
     found = Validation.of_sums(sum_losses(model, [batch], device=CPU, autocast=contextlib.nullcontext), True)
     with torch.no_grad():
         features = model.patch_features(batch.pixel_values)
-        inputs = batch.model_inputs(CPU) | {"pixel_values": None, "patch_features": features}
+        pictured = [sample for sample, count in zip(samples, batch.images_in_sample, strict=True) if count]
+        inputs = collate(pictured, PAD, packed=False).model_inputs(CPU) | {"pixel_values": None}
         own, swapped = (model(**inputs | {"patch_features": one}).answers for one in (features, swap_images(features)))
-    assert found.image_adds == pytest.approx(float(swapped - own) / batch.num_targets, rel=1e-4)
-    assert found.values["image_adds"] == found.image_adds != 0
+        targets = int(sum((sample.labels[1:] != IGNORE_INDEX).sum() for sample in pictured))
+    assert found.image_adds == pytest.approx(float(swapped - own) / targets, rel=1e-4)
+    assert found.image_adds != 0 and "image_adds" not in found.values
 
 
 def test_a_model_that_does_not_read_its_images_is_warned_about(model, monkeypatch):
@@ -120,5 +125,5 @@ def test_a_model_that_does_not_read_its_images_is_warned_about(model, monkeypatc
     found = Validation.of_sums(sum_losses(model, [batch], device=CPU, autocast=contextlib.nullcontext), True)
     assert found.image_adds == 0
     assert "warning: the answers do not depend on the image" in image_text(found)
-    assert image_text(found._replace(image_adds=0.5)) == f", {found.loss + 0.5:.4f} with swapped images"
+    assert image_text(found._replace(image_adds=0.5)) == "; swapped images add 0.5000"
     assert image_text(found._replace(image_adds=None)) == ""

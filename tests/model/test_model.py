@@ -5,13 +5,16 @@ Run: python -m pytest tests/model/test_model.py
 
 from __future__ import annotations
 
+import json
+
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
 
 import qwen
-from config import IGNORE_INDEX, InputError, LoraConfig
-from model.build import checkpoint_activations
+from config import IGNORE_INDEX, InputError, LoraConfig, ModelConfig
+from model.build import checkpoint_activations, hub_access, weight_files
 from model.trainable import param_groups, trainable_parameters, trainable_table
 from tests.toy_model import RATES, build_toy, train_config
 from tests.toy_project import LANGUAGE_MODELS, TOWERS
@@ -197,3 +200,29 @@ def test_the_table_adds_up(folders):
         p.numel() for p in built.model.parameters()
     )
     assert [line[4] for line in lines[1:5]] == ["-", "0.01", "0.002", "-"]
+
+
+def test_a_model_of_the_hub_is_cached_once_every_file_is(tmp_path, monkeypatch):
+    """A large model's download that was stopped leaves some of its files."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    settings = ModelConfig(vision_tower=str(tmp_path / "tower"), language_model="some/body")
+    snapshot = tmp_path / "models--some--body" / "snapshots" / ("0" * 40)
+    for folder in (snapshot, tmp_path / "models--some--body" / "refs"):
+        folder.mkdir(parents=True)
+    (tmp_path / "models--some--body" / "refs" / "main").write_text("0" * 40)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    for name, text in {"config.json": "{}", "model.safetensors.index.json": json.dumps(index), shards[0]: ""}.items():
+        (snapshot / name).write_text(text)
+    with pytest.raises(InputError, match="some/body: .* not on this machine"), hub_access(settings, set(), False):
+        pass
+    (snapshot / shards[1]).write_text("")
+    assert weight_files("some/body") == {name: snapshot / name for name in ["config.json", *shards]}
+    with hub_access(settings, set(), False):
+        assert huggingface_hub.is_offline_mode()
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with (
+        pytest.raises(InputError, match='index.json: "weight_map" is not an object'),
+        hub_access(settings, set(), False),
+    ):
+        pass

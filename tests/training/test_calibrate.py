@@ -17,7 +17,13 @@ from tests.toy_project import run_training, write_project
 from training.calibrate import fit_words, root_mean_square, word_vectors
 from training.run import open_model, open_processors
 
-ONE_STEP = ("train.max_steps=1", "train.projector_lr=0", "train.lora_lr=0", "train.eval_steps=null", "train.score_samples=1")
+ONE_STEP = (
+    "train.max_steps=1",
+    "train.projector_lr=0",
+    "train.lora_lr=0",
+    "train.eval_steps=null",
+    "train.score_samples=1",
+)
 BUFFERS = {"feature_mean", "feature_std", "output_scale"}
 
 
@@ -57,7 +63,9 @@ def test_calibration_measures_the_runs_own_images(runs, project):
     from model.build import read_pixels
 
     with torch.no_grad():
-        features = built.model.patch_features(torch.stack([read_pixels(built.image_processor, path) for path in images]))
+        features = built.model.patch_features(
+            torch.stack([read_pixels(built.image_processor, path) for path in images])
+        )
     std, mean = torch.std_mean(features.flatten(0, 1), dim=0, correction=0)
     torch.testing.assert_close(tensors["feature_mean"], mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tensors["feature_std"], std, rtol=1e-4, atol=1e-5)
@@ -65,7 +73,9 @@ def test_calibration_measures_the_runs_own_images(runs, project):
 
 def test_a_projector_that_starts_at_words_tells_images_apart(project, capsys):
     run_training(project, *ONE_STEP, f"output_dir={project.parent / 'printed'}", "train.projector_start=words")
-    found = re.search(r"learned from 30 images; (\d+)% of 3 kept aside .* \(by chance 33\.3%\)", capsys.readouterr().out)
+    found = re.search(
+        r"learned from 30 images; (\d+)% of 3 kept aside .* \(by chance 33\.3%\)", capsys.readouterr().out
+    )
     assert found and int(found[1]) == 100
 
 
@@ -84,7 +94,9 @@ def test_a_checkpoint_without_buffers_takes_features_as_they_are(runs, project, 
     config = load_config(project, [])
     built = open_model(config, "fp32", open_processors(config))
     tensors = projector_of(runs["random"])
-    save_file({name: value for name, value in tensors.items() if name not in BUFFERS}, tmp_path / "projector.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if name not in BUFFERS}, tmp_path / "projector.safetensors"
+    )
     load_trained(built.model, WeightOrigins.new(built.model, from_scratch=False), tmp_path)
     state = built.model.projector.state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in state)
@@ -109,7 +121,7 @@ def test_every_kind_of_projector_finds_the_words_of_images_kept_aside(kind):
     directions, words = torch.randn(8, 32, generator=generator), torch.randn(8, 24, generator=generator)
     features = directions[label][:, None] + 0.5 * torch.randn(200, 16, 32, generator=generator)
     torch.manual_seed(0)
-    projector = build_projector(kind, 32, None, 24)
+    projector = build_projector(kind, 32, 128, 24)
     projector.calibrate(features, output_rms=1.0)
     text = fit_words(projector, features, words[label], seed=0)
     found = re.search(r"(\d+)% of 20 kept aside", text)

@@ -8,6 +8,7 @@ check themselves, and write what is compared with one process into a folder.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from model.build import Built, autocast, checkpoint_activations
 from model.checkpoint import save_trained
 from model.checkpoint_folder import write_folder
 from model.generate import Prompt, generate
+from model.trainable import WeightOrigins, parameters_without_lora
 from tests.toy_batches import CPU
 from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe
 from tests.toy_model import build_toy, train_config
@@ -127,7 +129,7 @@ def save(folder: Path, built: Built, optimizer: torch.optim.Optimizer, step: int
         save_trained(built.model, built.origins, partial)
         save_state(partial, built.model, optimizer, {"step": step})
 
-    with gathered_for_saving(built.model, optimizer):
+    with gathered_for_saving(built.model, built.origins, optimizer):
         if not dist.is_initialized() or dist.get_rank() == 0:
             write_folder(folder, write)
 
@@ -266,6 +268,10 @@ def check_bf16(folder: Path) -> None:
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters)
         optimizer.step()
         save(folder / f"bf16-{kind}-1", built, optimizer, 1)
+        if kind == "lora":  # as if an earlier run had trained the whole language model
+            trained = dict(built.origins.trained, language_model=frozenset(parameters_without_lora(model.causal_lm)))
+            started = dataclasses.replace(built, origins=dataclasses.replace(built.origins, trained=trained))
+            save(folder / "halved-1", started, optimizer, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,6 +362,14 @@ def test_trained_weights_are_saved_in_float32_after_bf16(folder, kind):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}, path.name
 
 
+def test_a_sharded_language_model_below_lora_that_an_earlier_run_trained_is_saved_whole(folder):
+    model = build(folder, "lora", dtype=torch.bfloat16).model
+    expected = parameters_without_lora(model.causal_lm)
+    found = load_file(folder / "halved-1" / "language_model.safetensors")
+    assert found.keys() == expected.keys() and torch.bfloat16 in {tensor.dtype for tensor in found.values()}
+    assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())
+
+
 def test_one_process_makes_missing_gradients_zero_and_needs_no_other():
     """A step without an image changes the projector in the same way on one process as on two."""
     parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
@@ -369,7 +383,7 @@ def test_one_process_makes_missing_gradients_zero_and_needs_no_other():
 def test_a_plain_model_is_not_changed():
     model = nn.Linear(2, 2)
     before = list(model.parameters())
-    with gathered_for_saving(model), gathered_for_inference(model):
+    with gathered_for_saving(model, WeightOrigins(frozenset(), {})), gathered_for_inference(model):
         assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
     shard(model, CPU, torch.float32)
     check_equal_weights(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import InputError, load_config
+from dataset.open import file_sha256
 from model.checkpoint_folder import write_folder
 from tests.toy_project import run_training, write_project
-from training.provenance import released_digests
+from training import provenance
+from training.provenance import is_same_digest, released_digests
 from training.resume import WEIGHT_DIGESTS
 
 SHORT = ("train.eval_steps=null", "train.score_samples=1", "train.max_steps=2", "train.save_steps=1", "lora.dropout=0")
@@ -188,8 +191,11 @@ def test_a_digest_covers_every_shard_and_the_config_but_no_note_in_it(project, t
     def digest() -> str:
         return released_digests(model)["language_model_sha256"]
 
+    notes = {"use_cache": False, "bos_token_id": 7, "eos_token_id": [1, 2], "auto_map": {"AutoConfig": "x.Y"}}
     first, config = digest(), json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9", "dtype": "float64"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "9.9", "dtype": "float64", **notes})
+    )
     assert digest() == first
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
     assert digest() != first
@@ -202,3 +208,53 @@ def test_a_digest_covers_every_shard_and_the_config_but_no_note_in_it(project, t
     assert digest() == first
     (folder / max(shards)).unlink()
     assert "language_model_sha256" not in released_digests(model)
+
+
+def test_a_digest_that_an_earlier_version_recorded_is_recognised(project, whole, tmp_path, monkeypatch):
+    """It covered keys that are left out now. A run that recorded it resumes, and a run may start from it."""
+    model = load_config(project).model
+    with monkeypatch.context() as patched:
+        patched.setattr(provenance, "_NOT_COMPUTING", provenance._FORMER_NOT_COMPUTING)
+        before = released_digests(model)
+    provenance._FORMER.clear()
+    now = released_digests(model)
+    assert before["language_model_sha256"] != now["language_model_sha256"]
+    assert all(is_same_digest(before[key], now[key]) for key in now)
+    assert not is_same_digest("0" * 64, now["language_model_sha256"]) and not is_same_digest(None, "0" * 64)
+
+    def age(folder):
+        for name in ("state.json", "run.json"):
+            text = (folder / name).read_text()
+            for key in now:
+                text = text.replace(now[key], before[key])
+            assert before["language_model_sha256"] in text
+            (folder / name).write_text(text)
+
+    (tmp_path / "run").mkdir()
+    rewrite(whole / "checkpoint-1", tmp_path / "run" / "checkpoint-1", age)
+    assert run_training(project, *SHORT, f"output_dir={tmp_path / 'run'}") == 0
+    assert check(project, tmp_path / "run" / "checkpoint-1", tmp_path) == 0
+
+
+def test_unchanged_weights_are_read_once_and_much_reading_is_said(project, tmp_path, monkeypatch, capsys):
+    shutil.copytree(project.parent / "lm", tmp_path / "lm")
+    model = load_config(project).model
+    model = dataclasses.replace(model, vision_tower=None, language_model=str(tmp_path / "lm"))
+    weights = tmp_path / "lm" / "model.safetensors"
+    read = []
+
+    def spy(path):
+        read.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(provenance, "file_sha256", spy)
+    monkeypatch.setattr(provenance, "SAID_BYTES", 10_000)
+    for path in (weights, tmp_path / "lm" / "config.json"):
+        os.utime(path, (10**9, 10**9))
+    first = released_digests(model)
+    assert sorted(read) == ["config.json", "model.safetensors"]
+    assert capsys.readouterr().out == "checking 0 GB of released weights\n"
+    assert released_digests(model) == first and len(read) == 2 and capsys.readouterr().out == ""
+    change(tmp_path / "lm")  # just now: not remembered, because it may change again within a tick of the clock
+    assert released_digests(model) != first and read[2:] == ["model.safetensors"]
+    assert released_digests(model) != first and read[3:] == ["model.safetensors"]

@@ -118,6 +118,30 @@ def test_what_a_run_left_is_recognised(run, tmp_path):
     check_owner(tmp_path / "new")
 
 
+@pytest.mark.parametrize("kept", [".lock", "metrics.jsonl"])
+@pytest.mark.parametrize("history", [None, "{"])
+def test_a_run_without_a_checkpoint_is_recognised_without_its_history(tmp_path, kept, history):
+    """A damaged run.json is named by who reads it, with the advice to remove it; then the folder must still be the run's."""
+    with RunLock(tmp_path):
+        log = open_log(tmp_path)
+        log.skipped(1, "bad_image", {})
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "targets": 5}\n{"ste')
+    if history is not None:
+        (tmp_path / "run.json").write_text(history)
+    for name in {".lock", "metrics.jsonl"} - {kept}:
+        (tmp_path / name).unlink()
+    with RunLock(tmp_path):
+        check_owner(tmp_path)
+
+
+def test_a_log_or_lock_that_is_not_of_a_run_is_no_mark(tmp_path):
+    (tmp_path / "curves.png").write_text("mine")
+    for name, text in {".lock": "", "metrics.jsonl": '{"step": 1, "loss": 2}\n'}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match="holds curves.png.*, not written by a run"):
+            RunLock(tmp_path).__enter__()
+
+
 def test_a_run_of_stages_is_recognised_by_its_stages(tmp_path):
     (tmp_path / "stages" / "text").mkdir(parents=True)
     (tmp_path / "stages" / "text" / "run.json").write_text(HISTORY)
@@ -147,7 +171,7 @@ def test_starting_over_moves_nothing_that_no_run_wrote(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["final", "best", "checkpoint-2", ".final.partial", "metrics.jsonl", "run.json", ".lock", "curves.png", "wandb"],
+    ["final", "best", "checkpoint-2", ".final.partial", "metrics.jsonl", "run.json", ".lock", "curves.png"],
 )
 def test_a_link_where_a_run_writes_is_refused(run, tmp_path, name):
     outside = tmp_path / "outside"
@@ -159,6 +183,18 @@ def test_a_link_where_a_run_writes_is_refused(run, tmp_path, name):
     with pytest.raises(InputError, match=f"{name}: is a symbolic link"):
         RunLock(run).__enter__()
     assert contents(outside) == before
+
+
+def test_the_message_about_a_link_names_what_works_and_trackers_may_write_through_links(run, tmp_path):
+    (tmp_path / "other_disk").mkdir()
+    for name in ("tensorboard", "wandb"):
+        (run / name).symlink_to(tmp_path / "other_disk")
+    with RunLock(run):
+        pass
+    shutil.rmtree(run / "best")
+    (run / "best").symlink_to(tmp_path / "other_disk")
+    with pytest.raises(InputError, match=f"best: is a symbolic link.* make the whole folder {run} a link"):
+        check_owner(run)
 
 
 def test_no_write_follows_a_link_that_appears_later(run, tmp_path):

@@ -14,8 +14,10 @@ import sqlite3
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from config import InputError
@@ -191,6 +193,25 @@ def test_the_key_is_the_files_state_and_content(cache, paths):
     assert cache.find(paths[0]) == (None, key_of(paths[0]))
     add(cache, paths, [0])
     assert cache.find(paths[0])[1] == key_of(paths[0])
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_features_of_deep_grey_images_that_earlier_rules_read_are_not_used(cache, paths, tmp_path, kind):
+    """`key_of` is an earlier version's key. Ordinary images keep their features."""
+    deep, grey = tmp_path / f"deep.{kind}", tmp_path / f"grey.{kind}"
+    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(deep)
+    Image.fromarray(np.full((8, 8), 30, np.uint8)).save(grey)
+    cache.features([key_of(deep), key_of(grey), key_of(paths[0])], pixels_of(0, 1, 2), Encoder())
+    with sqlite3.connect(tmp_path / "features" / "index.sqlite") as index:  # an earlier version stored plain paths
+        index.execute("DELETE FROM paths")
+        for path in (deep, grey, paths[0]):
+            index.execute("INSERT OR REPLACE INTO paths VALUES (?, ?, ?, ?)", (os.fsencode(path), *key_of(path)[1:]))
+    index.close()
+    assert same_bits(cache.find(grey)[0], features_of(1)) and same_bits(cache.find(paths[0])[0], features_of(2))
+    found, key = cache.find(deep)
+    assert found is None
+    cache.features([key], pixels_of(3), Encoder())
+    assert same_bits(cache.find(deep)[0], features_of(3))
 
 
 def test_a_known_file_is_not_read(cache, paths, monkeypatch):

@@ -522,9 +522,18 @@ def test_a_hostile_header_is_refused_before_pillow_opens_the_file(watchdog, monk
     assert len(data) < 70 or "webp" not in name
 
 
+def test_blank_pages_and_one_colour_are_no_bombs():
+    """A blank A4 page of 600 dots per inch, and a one-colour WebP of a camera's size."""
+    page = encode(Image.new("1", (4961, 7016), 1), "TIFF", compression="group4")
+    plain = encode(Image.new("RGB", (5000, 5000), (1, 2, 3)), "WEBP", lossless=True, method=0)
+    assert len(page) < 17_000 and len(plain) < 12_000
+    verify_image(page)
+    verify_image(plain)
+
+
 def test_more_pixels_than_the_bytes_can_mean_are_refused_before_they_are_decoded(watchdog, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
-    for kind, size in {"PNG": (13_000, 13_000), "GIF": (5000, 5000), "TIFF": (13_000, 13_000)}.items():
+    for kind, size in {"PNG": (13_000, 13_000), "GIF": (9000, 9000), "TIFF": (13_000, 13_000)}.items():
         options = {"compression": "tiff_deflate"} if kind == "TIFF" else {}
         small = encode(Image.new("L", (64, 64)), kind, **options)
         assert outcome(resized(small, kind, *size)).reason == "decompression_bomb", kind
