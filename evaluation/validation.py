@@ -92,7 +92,8 @@ def sum_losses(
                 own = float(losses.answers)
                 if not all(batch.images_in_sample):  # texts alone would dilute the difference
                     batch = batch.with_images()
-                    inputs = batch.model_inputs(device, lambda _, found=features: found)
+                    inputs = batch.model_inputs(device) | {"patch_features": features}
+                    inputs.pop("pixel_values")
                     own = float(model(**inputs).answers)
                 swapped = float(model(**inputs | {"patch_features": others}).answers)
                 sums = sums._replace(

@@ -48,7 +48,9 @@ RUNS = {
     "4x1": (*sizes(4, 1), NO_DROPOUT),
     "padded": (*sizes(2, 2), NO_DROPOUT, "train.packing=off"),
     "mixed": (*sizes(1, 4), "data.qa_file=mixed.jsonl"),  # one record in three has no image
-    "bad": (*sizes(1, 4), "train.cache_features=off"),  # wrong features must not stay in the cache
+    # Wrong features must not stay in the cache. From a calibrated start one gradient is so near zero that Adam enlarges its
+    # rounding beyond the bound.
+    "bad": (*sizes(1, 4), "train.cache_features=off", "train.projector_start=random"),
     "gone": (*sizes(1, 4), "data.qa_file=gone.jsonl", "data.on_bad_image=skip"),
     "crowded": (*sizes(2, 2), NO_DROPOUT),
     "full": (*sizes(1, 4), *FULL),
