@@ -7,8 +7,9 @@ Unicode's CLDR. Three styles are for training, the fourth is held out: can a mod
 has never seen? One concept in twenty is held out too: no training answer names it.
 
     images/<style>/<code points>.png
-    dialogs_train.json       LLaVA list: the questions of one image, or of two images, as one dialog
-    names_train.json         AI Challenger list: Chinese names as captions
+    names_train.json         LLaVA list: what every training image shows, once in English and once in Chinese
+    dialogs_train.json       LLaVA list: the other questions about an image as one dialog, and questions about two images
+    captions_train.json      AI Challenger list: Chinese names as captions
     validation.json          LLaVA list in the held-out style: one question each, with its "type"
     ATTRIBUTION.md           authors and licences of the drawings
 
@@ -42,7 +43,7 @@ SIDE = 224  # of the images in pixels
 REGISTRY = "https://registry.npmjs.org/@iconify-json"
 HELD_OUT_CONCEPTS = 0.05
 NEAR = 6  # a wrong name is that of one of the nearest concepts in Unicode's order on each side
-TURNS = (3, 4)  # smallest and largest number of questions about a training image
+TURNS = (2, 3)  # numbers of questions in a dialog about a training image
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,9 @@ def make_emoji(folder: Path, held_out_style: str, *, num_concepts: int | None = 
                 publish(path, drawing.getvalue())
     asker = Asker(concepts, held_out_style, rng)
     files: dict[str, list] = {
-        "dialogs_train.json": list(training_dialogs(asker)),
         "names_train.json": list(training_names(asker)),
+        "dialogs_train.json": list(training_dialogs(asker)),
+        "captions_train.json": list(training_captions(asker)),
         "validation.json": validation_questions(asker),
     }
     for name, records in files.items():
@@ -225,16 +227,20 @@ class Asker:
         return question.format(**words), answer.format(**words)
 
 
-def training_dialogs(asker: Asker) -> Iterator[dict]:
-    """Yield a dialog about every training image, and one about two images of every concept: in two styles, or of two near
-    concepts in one style."""
+def training_names(asker: Asker) -> Iterator[dict]:
+    """Yield two records about every training image: its name in English and in Chinese."""
     for style, concept in training_images(asker):
-        kinds: list[tuple[str, str | None]] = [("name", "en"), ("name", "zh")]
-        others = ["yes", "no", "which", "group", "in_chinese"]
-        for _ in range(int(asker.rng.integers(TURNS[0], TURNS[1] + 1)) - len(kinds)):
-            kinds.append((asker.pick(others), None))
-        asker.rng.shuffle(kinds)
-        turns = [asker.ask(kind, concept, language) for kind, language in kinds]
+        for language in ("en", "zh"):
+            turn = asker.ask("name", concept, language)
+            yield dialog(f"{language}-{style}-{concept.code}", [image_path(style, concept)], [turn])
+
+
+def training_dialogs(asker: Asker) -> Iterator[dict]:
+    """Yield a dialog about every training image, which does not ask for its name alone; and one about two images of every
+    concept: in two styles, or of two near concepts in one style."""
+    for style, concept in training_images(asker):
+        kinds = asker.rng.permutation(["yes", "no", "which", "group", "in_chinese"])[: asker.pick(TURNS)]
+        turns = [asker.ask(kind, concept) for kind in kinds]
         yield dialog(f"{style}-{concept.code}", [image_path(style, concept)], turns)
     seen = set(training_images(asker))
     for concept in asker.known:
@@ -261,7 +267,7 @@ def pair_dialog(asker: Asker, kind: str, images: Sequence[tuple[str, Concept]]) 
     return dialog(f"{kind}-{concept.code}", [image_path(*image) for image in images], [asker.ask(kind, concept)])
 
 
-def training_names(asker: Asker) -> Iterator[dict]:
+def training_captions(asker: Asker) -> Iterator[dict]:
     """Yield every training image with its Chinese name as AI Challenger's caption."""
     for style, concept in training_images(asker):
         yield {"image_id": image_path(style, concept).removeprefix("images/"), "caption": [concept.zh]}

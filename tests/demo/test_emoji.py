@@ -36,7 +36,7 @@ def asker():
 
 @pytest.fixture(scope="module")
 def training(asker):
-    return list(drawn.training_dialogs(asker))
+    return [*drawn.training_dialogs(asker), *drawn.training_names(asker)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def text_of(record) -> str:
 
 def test_no_image_is_in_both_halves(asker, training, validation):
     seen = {image for record in training for image in images_of(record)}
-    seen |= {f"images/{record['image_id']}" for record in drawn.training_names(asker)}
+    seen |= {f"images/{record['image_id']}" for record in drawn.training_captions(asker)}
     asked = {image for record in validation for image in images_of(record)}
     assert seen and asked and not seen & asked
     assert not any("/noto/" in image for image in seen)
