@@ -30,7 +30,7 @@ model: {{vision_tower: tower, language_model: lm, vision_feature_layer: -2}}
 lora: {{r: {rank}, alpha: {alpha}, dropout: 0.0}}
 train:
   {{projector_lr: 1.0e-3, lora_lr: 2.0e-4, num_train_epochs: 0, max_steps: 24, per_device_train_batch_size: {batch_size},
-   warmup_ratio: 0.0, logging_steps: 1, save_steps: null}}
+   projector_start: random, warmup_ratio: 0.0, logging_steps: 1, save_steps: null}}
 """
 
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from config import load_config
-from tests.toy_language import write_qwen1, write_qwen2, write_qwen3
+from tests.toy_language import write_llama, write_qwen1, write_qwen2, write_qwen3
 from tests.toy_project import run_training, write_images
 from tests.toy_towers import write_clip, write_dinov2, write_siglip, write_siglip2
 
@@ -23,6 +23,8 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "google/siglip-so400m-patch14-384": write_siglip,
     "google/siglip2-base-patch16-256": write_siglip2,
     "facebook/dinov2-base": write_dinov2,
+    "../data/parts/vit_s": write_dinov2,
+    "../data/parts/smollm2": write_llama,
     "Qwen/Qwen-7B-Chat": write_qwen1,
     "Qwen/Qwen2.5-0.5B-Instruct": write_qwen2,
     "Qwen/Qwen3-0.6B": write_qwen3,
@@ -34,8 +36,9 @@ LORA_MODULES = {
 
 
 def write_raw_data(source: dict, folder: Path) -> dict:
-    """Write six records in the source's own format, and return the source with their paths."""
-    write_images(folder / "images", 6)
+    """Write six records in the source's own format, and return the source with their paths. Held-out images are others."""
+    write_images(folder / "images", 12)
+    numbers = range(6, 12) if source.get("split") == "validation" else range(6)
     if source["format"] == "llava":
         records = [
             {
@@ -46,11 +49,11 @@ def write_raw_data(source: dict, folder: Path) -> dict:
                     {"from": "gpt", "value": f"It is image {i}."},
                 ],
             }
-            for i in range(6)
+            for i in numbers
         ]
     else:
         records = [
-            {"url": "", "image_id": f"{i}.png", "caption": [f"图片{i}的描述{k}" for k in range(5)]} for i in range(6)
+            {"url": "", "image_id": f"{i}.png", "caption": [f"图片{i}的描述{k}" for k in range(5)]} for i in numbers
         ]
     annotations = folder / f"{source['name']}.json"
     annotations.write_text(json.dumps(records))
