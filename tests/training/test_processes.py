@@ -14,10 +14,11 @@ from training.processes import TIMEOUT, sum_dtype
 ROOT = Path(__file__).parents[2]
 
 WAITS = """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from training.processes import process_group
 with process_group():
-    print(dist.get_world_size(), dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout)
+    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    os.write(1, f"{dist.get_world_size()} {timeout}\\n".encode())  # one write: both processes share the pipe
 """
 
 
