@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class Projector(nn.Module):
     feature_std: Tensor  # [in_features]
     output_scale: Tensor  # []
 
-    def __init__(self, in_features: int, hidden_size: int | None, out_features: int, **sizes: int) -> None:
+    def __init__(self, in_features: int) -> None:
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(in_features))
         self.register_buffer("feature_std", torch.ones(in_features))
@@ -85,7 +86,7 @@ class MLPProjector(Projector):
     patches_per_token = 1  # vectors that linear_1 takes side by side
 
     def __init__(self, in_features: int, hidden_size: int | None, out_features: int):
-        super().__init__(in_features, hidden_size, out_features)
+        super().__init__(in_features)
         hidden_size = hidden_size or out_features
         self.linear_1 = nn.Linear(self.patches_per_token * in_features, hidden_size)
         self.act = nn.GELU()
@@ -159,7 +160,7 @@ class Resampler(Projector):
     """
 
     def __init__(self, in_features: int, hidden_size: int | None, out_features: int, num_queries: int = NUM_QUERIES):
-        super().__init__(in_features, hidden_size, out_features)
+        super().__init__(in_features)
         self.head_size = math.gcd(in_features, HEAD_SIZE)
         self.queries = nn.Parameter(0.02 * torch.randn(num_queries, in_features))
         self.norm_patches = nn.LayerNorm(in_features)
@@ -247,7 +248,8 @@ def build_projector(
     hidden_size: of its MLP; num_queries: of a resampler; None for the kind's default. Raises InputError for an unknown kind
     and for queries of another kind.
     """
-    return _kind(kind)(in_features, hidden_size, out_features, **_queries(kind, num_queries))
+    make: Callable[..., Projector] = _kind(kind)
+    return make(in_features, hidden_size, out_features, **_queries(kind, num_queries))
 
 
 def _kind(kind: str) -> type[Projector]:

@@ -107,7 +107,9 @@ def sample_examples(run: Run, count: int) -> Examples | None:
         images = qa[record].images
         if len(images) == 1:
             by_image.setdefault(str(images[0]), record)
-    keys = [(0, record) for record in by_image.values()][:count]
+        if len(by_image) == count:
+            break
+    keys = [(0, record) for record in by_image.values()]
     features: list[Tensor] = []
     answers: list[Tensor] = []
     used = 0
@@ -151,7 +153,7 @@ def word_vectors(answers: list[Tensor], embeddings: Tensor) -> Tensor:
     A token that all answers have, such as the one that ends them, has weight 0 (log of the inverse document frequency). The
     differences between images are as large as embeddings: the mean of many tokens would differ little.
     """
-    counts = torch.stack([torch.bincount(torch.cat([row.unique() for row in answers]), minlength=len(embeddings))])[0]
+    counts = torch.bincount(torch.cat([row.unique() for row in answers]), minlength=len(embeddings))
     rarity = (len(answers) / counts.clamp(min=1)).log()
     rows = []
     for row in answers:

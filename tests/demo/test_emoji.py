@@ -21,7 +21,8 @@ import demo
 from config import InputError
 from demo import emoji as drawn
 from demo import real_parts
-from demo.emoji import GROUPS, STYLES, Asker, Concept, Icons, image_path
+from demo.emoji import GROUPS, Asker, Concept, image_path
+from demo.emoji_drawings import SIDE, STYLES, Icons, Style, load_icons
 
 CONCEPTS = [
     Concept(f"1f{i:03x}", en=f"thing {i}", zh=f"东西{i}", group=list(GROUPS)[i % 3])
@@ -106,7 +107,7 @@ def test_another_archive_than_the_expected_one_is_refused(tmp_path):
     path = tmp_path / f"noto-{STYLES['noto'].version}.tgz"
     path.write_bytes(b"something else")
     with pytest.raises(InputError, match="SHA-256 is .* expected"):
-        drawn.load_icons("noto", tmp_path)
+        load_icons("noto", tmp_path)
 
 
 def test_an_archive_is_read_without_unpacking_it(tmp_path, monkeypatch):
@@ -121,11 +122,11 @@ def test_an_archive_is_read_without_unpacking_it(tmp_path, monkeypatch):
             entry = tarfile.TarInfo(f"package/{name}.json")
             entry.size = len(data)
             files.addfile(entry, io.BytesIO(data))
-    style = drawn.Style(version="1", sha256=hashlib.sha256(content.getvalue()).hexdigest(), licence="MIT", author="me")
+    style = Style(version="1", sha256=hashlib.sha256(content.getvalue()).hexdigest(), licence="MIT", author="me")
     monkeypatch.setitem(STYLES, "noto", style)
     (tmp_path / "noto-1.tgz").write_bytes(content.getvalue())
     before = (tmp_path / "noto-1.tgz").stat()
-    icons = drawn.load_icons("noto", tmp_path)
+    icons = load_icons("noto", tmp_path)
     assert (tmp_path / "noto-1.tgz").stat().st_mtime_ns == before.st_mtime_ns  # only read
     assert "1f415" in icons and icons.group("1f415") == "Animals & Nature"
     assert [path.name for path in tmp_path.iterdir()] == ["noto-1.tgz"]
@@ -137,7 +138,7 @@ def test_a_broken_download_is_no_traceback_and_leaves_no_file(tmp_path, monkeypa
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     with pytest.raises(InputError, match=r"noto-.*cannot be downloaded \(IncompleteRead"):
-        drawn.load_icons("noto", tmp_path)
+        load_icons("noto", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,5 +191,5 @@ def test_a_drawing_has_the_icons_colours_on_white():
         {"icons": {"half": {"body": body, "width": 32, "height": 32}}}, {"2b1b": "half"}, {"Symbols": ["half"]}
     )
     image = icons.draw("2b1b")
-    assert image.size == (drawn.SIDE, drawn.SIDE)
+    assert image.size == (SIDE, SIDE)
     assert image.getpixel((20, 100)) == (255, 0, 0) and image.getpixel((200, 100)) == (255, 255, 255)

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import load_config
+from model.build import read_pixels
+from model.checkpoint import load_trained
 from model.projector import build_projector
+from model.trainable import WeightOrigins
 from tests.toy_project import run_training, write_project
 from training.calibrate import fit_words, root_mean_square, word_vectors
 from training.run import open_model, open_processors
@@ -60,8 +63,6 @@ def test_calibration_measures_the_runs_own_images(runs, project):
     config = load_config(project, [])
     built = open_model(config, "fp32", open_processors(config))
     images = [project.parent / "images" / f"{i}.png" for i in range(30)]  # the last quarter is held out
-    from model.build import read_pixels
-
     with torch.no_grad():
         features = built.model.patch_features(
             torch.stack([read_pixels(built.image_processor, path) for path in images])
@@ -88,9 +89,6 @@ def test_a_loaded_projector_is_not_fitted_again(runs, project, tmp_path, capsys)
 
 def test_a_checkpoint_without_buffers_takes_features_as_they_are(runs, project, tmp_path):
     """Projectors of earlier versions have none."""
-    from model.checkpoint import load_trained
-    from model.trainable import WeightOrigins
-
     config = load_config(project, [])
     built = open_model(config, "fp32", open_processors(config))
     tensors = projector_of(runs["random"])
