@@ -6,5 +6,5 @@ ROOT=$(cd "$(dirname "$0")/.." && pwd)
 REQUIREMENTS="requirements.txt requirements-emoji.txt"
 . "$ROOT/setup.sh"
 cd "$ROOT"
-"$PYTHON" -m demo.real_parts --output data/parts
+"$PYTHON" -m demo.real_parts --output data/parts smollm2 vit_s
 exec "$PYTHON" -m demo.emoji --output data/emoji "$@"

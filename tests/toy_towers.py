@@ -17,18 +17,30 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from visual.convolutional import EfficientNetLite, EfficientNetLiteConfig
 
 HIDDEN_SIZE = 32
 NUM_LAYERS = 4
@@ -108,10 +120,14 @@ def write_dinov2_registers(folder: Path, seed: int = 0) -> Path:
 def write_dinov3(folder: Path, seed: int = 0) -> Path:
     """Like facebook/dinov3-vits16-pretrain-lvd1689m: rotary positions, 4 registers, 16 patches of 8 at 32 pixels."""
     config = DINOv3ViTConfig(**_WIDTHS, intermediate_size=48, image_size=32, patch_size=8, num_register_tokens=4)
+    return _write_dinov3_processor(_save(DINOv3ViTModel(config), folder, seed), 32)
+
+
+def _write_dinov3_processor(folder: Path, image_size: int) -> Path:
     return _write_processor(
-        _save(DINOv3ViTModel(config), folder, seed),
+        folder,
         image_processor_type="DINOv3ViTImageProcessorFast",
-        size={"height": 32, "width": 32},
+        size={"height": image_size, "width": image_size},
         crop_size=None,
         do_center_crop=None,
         do_convert_rgb=None,
@@ -121,14 +137,89 @@ def write_dinov3(folder: Path, seed: int = 0) -> Path:
     )
 
 
+# Convolutional networks of four stages, as released: with a classifier. Their inputs have 64 pixels.
+
+_STAGES: dict[str, Any] = {"hidden_sizes": [8, 12, 16, HIDDEN_SIZE], "depths": [1, 2, 1, 1]}
+
+
+def write_resnet(folder: Path, layer_type: str = "bottleneck", seed: int = 0) -> Path:
+    """Like microsoft/resnet-50: strides 4, 8, 16 and 32."""
+    config = ResNetConfig(**_STAGES, embedding_size=8, layer_type=layer_type)
+    return _write_convnext_processor(_save(ResNetForImageClassification(config), folder, seed))
+
+
+def write_convnext(folder: Path, seed: int = 0) -> Path:
+    """Like facebook/convnext-tiny-224: patches of 4 pixels, strides 4, 8, 16 and 32."""
+    model = ConvNextForImageClassification(ConvNextConfig(**_STAGES))
+    return _write_convnext_processor(_save(model, folder, seed))
+
+
+def write_convnextv2(folder: Path, seed: int = 0) -> Path:
+    """Like facebook/convnextv2-tiny-1k-224: patches of 4 pixels, strides 4, 8, 16 and 32."""
+    model = ConvNextV2ForImageClassification(ConvNextV2Config(**_STAGES))
+    return _write_convnext_processor(_save(model, folder, seed))
+
+
+def write_dinov3_convnext(folder: Path, seed: int = 0) -> Path:
+    """Like facebook/dinov3-convnext-tiny-pretrain-lvd1689m: strides 4, 8, 16 and 32, no stem."""
+    folder = _save(DINOv3ConvNextModel(DINOv3ConvNextConfig(**_STAGES)), folder, seed)
+    return _write_dinov3_processor(folder, 64)
+
+
+def write_mobilenet_v2(folder: Path, seed: int = 0) -> Path:
+    """Like google/mobilenet_v2_0.35_96: 16 blocks of strides 4 to 32, the last of 80 channels."""
+    config = MobileNetV2Config(depth_multiplier=0.25, image_size=64)
+    return _write_mobilenet_processor(_save(MobileNetV2ForImageClassification(config), folder, seed))
+
+
+def write_efficientnet_lite(folder: Path, seed: int = 0) -> Path:
+    """Like demo.real_parts' EfficientNet-Lite0: three stages of strides 2, 4 and 8, and the wide convolution after them."""
+    config = EfficientNetLiteConfig(
+        stem_size=8, hidden_sizes=[8, 12, 16], depths=[1, 2, 2], strides=[1, 2, 2], kernel_sizes=[3, 5, 3],
+        expansions=[1, 2, 2], head_size=HIDDEN_SIZE,
+    )  # fmt: skip
+    return _write_mobilenet_processor(_save(EfficientNetLite(config), folder, seed))
+
+
 def _save(model: PreTrainedModel, folder: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
+        for name, statistic in model.named_buffers():  # of BatchNorm
+            if name.endswith(("running_mean", "running_var")):
+                noise = 0.2 * torch.randn(statistic.shape, generator=generator)
+                statistic.copy_(1 + noise.abs() if name.endswith("running_var") else noise)
     model.save_pretrained(folder)
     return folder
+
+
+def _write_convnext_processor(folder: Path) -> Path:
+    return _write_json(  # as published, from the time when rescaling was not a separate step
+        folder,
+        feature_extractor_type="ConvNextFeatureExtractor",
+        do_resize=True,
+        do_normalize=True,
+        size=64,
+        crop_pct=0.875,
+        resample=_BICUBIC,
+        image_mean=_IMAGENET_MEAN,
+        image_std=_IMAGENET_STD,
+    )
+
+
+def _write_mobilenet_processor(folder: Path) -> Path:
+    return _write_processor(
+        folder,
+        image_processor_type="MobileNetV2ImageProcessor",
+        size={"shortest_edge": 72},
+        crop_size={"height": 64, "width": 64},
+        do_center_crop=True,
+        resample=_BILINEAR,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
 
 
 def _write_siglip_processor(folder: Path, image_size: int, **values) -> Path:

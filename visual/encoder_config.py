@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from config import InputError
 
 # Far beyond any released encoder: key -> (smallest, largest). A key that a family does not have is not checked.
-BOUNDS: dict[str, tuple[int, int]] = {
+BOUNDS: dict[str, tuple[float, float]] = {
     "hidden_size": (1, 2**14),
     "num_hidden_layers": (1, 2**9),
     "num_attention_heads": (1, 2**9),
@@ -22,7 +22,25 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "num_channels": (3, 3),  # images are RGB
     "patch_size": (1, 2**9),
     "image_size": (1, 2**13),
+    # of convolutional networks
+    "embedding_size": (1, 2**14),
+    "stem_size": (1, 2**14),
+    "hidden_sizes": (1, 2**14),
+    "head_size": (1, 2**14),
+    "depths": (1, 2**7),
+    "strides": (1, 2),
+    "kernel_sizes": (1, 31),
+    "expansions": (1, 2**6),
+    "num_stages": (1, 2**3),
+    "depth_multiplier": (0.01, 2**3),
+    "expand_ratio": (0.01, 2**6),
+    "depth_divisible_by": (1, 2**10),
+    "min_depth": (1, 2**10),
+    "output_stride": (1, 2**5),
+    "batch_norm_eps": (1e-9, 1.0),
 }
+STAGES = ("hidden_sizes", "depths", "strides", "kernel_sizes", "expansions")  # lists: a number for each stage
+FRACTIONS = ("depth_multiplier", "expand_ratio", "batch_norm_eps")
 ATTENTIONS = (None, "eager", "sdpa")  # others name packages, or kernels that transformers would download
 
 
@@ -44,18 +62,16 @@ def read_config(path: str | Path, values: dict, config_class: type[PretrainedCon
         raise InputError(
             f"{where}: cannot be used ({reason:.300}); download it again from the source of the weights."
         ) from error
-    for key, (low, high) in BOUNDS.items():
-        found = getattr(config, key, low)
-        sides = found if isinstance(found, (list, tuple)) and key.endswith(("patch_size", "image_size")) else [found]
-        if not sides or not all(type(side) is int and low <= side <= high for side in sides):
-            expected = f"a whole number from {low} to {high}" if low < high else str(low)
-            raise InputError(f"{where}: {key} is {found!r:.80}; expected {expected}. Download the file again.")
-    if config.hidden_size % config.num_attention_heads:
+    config.name_or_path = str(path)  # for messages about the network that it describes
+    for key in BOUNDS:
+        if hasattr(config, key):
+            _check_number(where, key, getattr(config, key))
+    if hasattr(config, "num_attention_heads") and config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{where}: hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} heads "
             "(num_attention_heads); download the file again."
         )
-    if config.hidden_act not in ACT2FN:
+    if getattr(config, "hidden_act", "relu") not in ACT2FN:
         raise InputError(
             f"{where}: hidden_act {config.hidden_act!r:.80} is unknown to transformers; download it again."
         )
@@ -64,10 +80,25 @@ def read_config(path: str | Path, values: dict, config_class: type[PretrainedCon
     return config
 
 
-def refuse_too_few_weights(path: str | Path, config: PretrainedConfig) -> None:
-    """Raise InputError if the folder `path` certainly holds fewer weights than `config` describes: transformers would make
-    the missing ones, of any size. Weights are not read. A hub name is not checked."""
-    held, needed = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")), _fewest_weights(config)
+def _check_number(where: str, key: str, found: Any) -> None:
+    """Raise InputError unless the value of a key of BOUNDS is a number, or as many as the key allows, within its bounds."""
+    low, high = BOUNDS[key]
+    is_list = isinstance(found, (list, tuple)) and key.endswith((*STAGES, "patch_size", "image_size"))
+    numbers = found if is_list else [found]
+    kinds = (int, float) if key in FRACTIONS else (int,)
+    many = 2**3 if key in STAGES else 2
+    if 1 <= len(numbers) <= many and all(type(number) in kinds and low <= number <= high for number in numbers):
+        return
+    what = "a number" if key in FRACTIONS else "a whole number"
+    expected = f"{what} from {low} to {high}" if low < high else str(low)
+    listed = f", for each of at most {many} stages" if key in STAGES else ""
+    raise InputError(f"{where}: {key} is {found!r:.80}; expected {expected}{listed}. Download the file again.")
+
+
+def refuse_too_few_weights(path: str | Path, needed: int) -> None:
+    """Raise InputError if the folder `path` certainly holds fewer weights than the `needed` ones of its config.json:
+    transformers would make the missing ones, of any size. Weights are not read. A hub name is not checked."""
+    held = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     if held and needed > held:  # a weight takes at least a byte
         raise InputError(
             f"vision_tower {path}: config.json describes at least {needed:,} weights, but the folder's safetensors files "
@@ -75,8 +106,8 @@ def refuse_too_few_weights(path: str | Path, config: PretrainedConfig) -> None:
         )
 
 
-def _fewest_weights(config: Any) -> int:
-    """Return a number of weights that a model of this config certainly has."""
+def fewest_weights(config: Any) -> int:
+    """Return a number of weights that a vision transformer of this config certainly has."""
     width, patch, image = config.hidden_size, _smallest(config.patch_size), _smallest(config.image_size)
     positions = 0 if config.model_type == "dinov3_vit" else (image // patch) ** 2  # DINOv3 rotates instead
     feed_forward = getattr(config, "intermediate_size", width)

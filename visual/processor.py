@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    ConvNextImageProcessorPil,
+    MobileNetV2ImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -26,6 +32,10 @@ _PROCESSORS: dict[str, tuple[type[BaseImageProcessor], dict]] = {
     "CLIPFeatureExtractor": (CLIPImageProcessorPil, {}),
     "SiglipImageProcessor": (SiglipImageProcessorPil, {}),
     "BitImageProcessor": (BitImageProcessorPil, {}),
+    "ConvNextImageProcessor": (ConvNextImageProcessorPil, {}),
+    "ConvNextFeatureExtractor": (ConvNextImageProcessorPil, {}),
+    "MobileNetV2ImageProcessor": (MobileNetV2ImageProcessorPil, {}),
+    "MobileNetV2FeatureExtractor": (MobileNetV2ImageProcessorPil, {}),
     "DINOv3ViTImageProcessor": (
         BitImageProcessorPil,
         {
@@ -80,7 +90,8 @@ class ImageProcessor:
 def load_image_processor(path: str | Path, image_size: int | None = None) -> ImageProcessor:
     """Load the processor described in the preprocessor_config.json of a folder or hub model.
 
-    `image_size`: another side of the square output, in pixels; the size before a crop is scaled with it.
+    `image_size`: another side of the square output, in pixels; the size before a crop is scaled with it. ConvNeXt's class
+    crops below 384 pixels; from there on it squeezes the whole image into the square, as its released encoders were trained.
     InputError: the file is missing, its type is unknown, a step is switched off, or the output is not square.
     """
     try:
@@ -118,7 +129,7 @@ def _processor_from(found: dict, path: str | Path, image_size: int | None) -> Im
     side = _output_size(processor, f"{path}/preprocessor_config.json")
     if image_size is not None and image_size != side:
         square = {"height": image_size, "width": image_size}
-        if processor.do_center_crop:
+        if processor.do_center_crop or kind is ConvNextImageProcessorPil:
             resized = {key: round(value * image_size / side) for key, value in dict(processor.size).items()}
             changed = {"size": resized, "crop_size": square}
         else:
@@ -146,6 +157,12 @@ def _refuse_absurd_sizes(processor: Any, where: str) -> None:
     output = _output_size(processor, where)
     limit = min(4 * output, MAX_SIDE)  # sensible files resize to slightly more than they crop
     sides = {name: side for name, side in dict(processor.size).items() if side is not None}
+    if (part := getattr(processor, "crop_pct", None)) is not None:
+        if not 0 < part <= 1:
+            raise InputError(
+                f"{where}: crop_pct is {part!r:.80}; expected a fraction above 0 and at most 1, such as 0.875."
+            )
+        sides["shortest_edge / crop_pct"] = int(sides["shortest_edge"] / part)
     if not all(type(side) is int and 0 < side <= limit for side in [output, *sides.values()]):
         raise InputError(
             f"{where}: output of {output} pixels per side from size {sides}; expected whole numbers from 1 to {limit}."
@@ -160,6 +177,9 @@ def _output_size(processor: Any, where: str) -> int:
         if not getattr(processor, step):
             raise InputError(f"{where}: {step} is off; use the encoder's own file, in which it is on.")
     made = processor.crop_size if processor.do_center_crop else processor.size
+    makes_squares = isinstance(processor, ConvNextImageProcessorPil) and made is processor.size
+    if makes_squares and made.shortest_edge:
+        return made.shortest_edge
     if not made.height or made.height != made.width:
         raise InputError(
             f"{where}: the output size {dict(made)} is not square; "

@@ -1,4 +1,4 @@
-"""Model folders made of package files: the ViT's conversion on a small ONNX file of the same form, and the checks.
+"""Model folders made of package files: conversions on files of the same form, the downloaded convolutions, and the checks.
 
 Run: python -m pytest tests/demo/test_real_parts.py
 """
@@ -9,13 +9,17 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from config import InputError
 from demo import real_parts
+from visual.convolutional import EfficientNetLite, EfficientNetLiteConfig
 from visual.encoders import load_vision_tower
+from visual.processor import load_image_processor
 
 
 def write_onnx(path: Path, model: Dinov2Model) -> None:
@@ -56,6 +60,46 @@ def test_a_vit_from_onnx_computes_what_the_original_does(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = model(pixels, output_hidden_states=True).hidden_states[-3][:, 1:]
         torch.testing.assert_close(tower(pixels), expected, rtol=1e-5, atol=1e-6)
+
+
+def named_as_published(name: str) -> str:
+    """The name that the package's file has for a weight of visual.convolutional's EfficientNetLite."""
+    *path, kind, leaf = name.split(".")
+    if path == ["stem"]:
+        return f"{'_conv_stem' if kind == 'conv' else '_bn0'}.{leaf}"
+    if len(path) == 2:
+        return f"{'_conv_head' if kind == 'conv' else '_bn1'}.{leaf}"
+    _, stage, block, part = path
+    number = sum(real_parts.LITE_DEPTHS[: int(stage)]) + int(block)
+    norm = f"_bn{['expand', 'depthwise', 'project'].index(part)}"
+    return f"_blocks.{number}.{f'_{part}_conv' if kind == 'conv' else norm}.{leaf}"
+
+
+def test_an_efficientnet_lite_from_a_pth_file_is_the_original(tmp_path):
+    torch.manual_seed(0)
+    model = EfficientNetLite(EfficientNetLiteConfig())
+    weights = {named_as_published(name): torch.rand_like(value.float()) for name, value in model.state_dict().items()}
+    assert len(weights) == len(model.state_dict()) == 294
+    torch.save(weights | {"_fc.weight": torch.ones(1000, 1280), "_fc.bias": torch.ones(1000)}, tmp_path / "lite.pth")
+    real_parts.convert_efficientnet_lite0(tmp_path / "lite.pth", tmp_path / "lite")
+    tower = load_vision_tower(tmp_path / "lite", -1)
+    assert (tower.image_size, tower.num_image_tokens, tower.hidden_size) == (224, 49, 1280)
+    for name, value in tower.model.state_dict().items():
+        assert torch.equal(value, weights[named_as_published(name)].to(value.dtype)), name
+    image = Image.effect_noise((224, 224), 80).convert("RGB")
+    pixels = load_image_processor(tmp_path / "lite")([image])[0]
+    assert torch.equal(pixels, (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 127) / 128)
+
+
+def test_the_downloaded_efficientnet_lite_sees_as_it_did(efficientnet_lite0):
+    """Its features of a red square on white, as another evaluation of the same weights gave them."""
+    tower, processor = load_vision_tower(efficientnet_lite0, -1), load_image_processor(efficientnet_lite0)
+    image = Image.new("RGB", (224, 224), "white")
+    image.paste((200, 30, 30), (60, 60, 160, 160))
+    features = tower(processor([image]))
+    assert features.shape == (1, 49, 1280) and features.isfinite().all() and features.min() == 0
+    assert float(features.mean()) == pytest.approx(0.124323, rel=1e-3)
+    assert features[0].mean(0).topk(3).indices.tolist() == [400, 468, 989]
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,8 @@ WRITERS = {
     "dinov2": toy_towers.write_dinov2,
     "dinov2_with_registers": toy_towers.write_dinov2_registers,
     "dinov3_vit": toy_towers.write_dinov3,
+    "convnextv2": toy_towers.write_convnextv2,
+    "mobilenet_v2": toy_towers.write_mobilenet_v2,
 }
 
 
@@ -57,6 +59,8 @@ def test_pixels_equal_arithmetic(folders, name):
     for image, ours in zip(IMAGES, load_image_processor(folders[name])(IMAGES), strict=True):
         size, crop = values["size"], values.get("crop_size")
         short = size if isinstance(size, int) else size.get("shortest_edge")
+        if part := values.get("crop_pct"):
+            crop, short = short, int(short / part)
         if short:
             scale = short / min(image.size)
             resized = image.resize(tuple(int(side * scale) for side in image.size), values["resample"])
@@ -118,6 +122,15 @@ def test_another_image_size_shows_the_same_part_of_the_image(folders):
     assert load_image_processor(folders["siglip"], image_size=64)([image]).shape == (1, 3, 64, 64)
 
 
+def test_convnexts_processor_crops_below_384_pixels_and_squeezes_from_there_on(folders):
+    image = make_image(500, 400)
+    cropped, squeezed = (load_image_processor(folders["convnextv2"], image_size=size) for size in (350, 400))
+    resized = image.resize((400, 500), Image.Resampling.BICUBIC).crop((25, 75, 375, 425))  # 350 / 0.875 = 400
+    assert np.array_equal(cropped.denormalise(cropped([image]))[0].numpy(), np.asarray(resized))
+    resized = image.resize((400, 400), Image.Resampling.BICUBIC)
+    assert np.array_equal(squeezed.denormalise(squeezed([image]))[0].numpy(), np.asarray(resized))
+
+
 def test_images_that_are_not_rgb_are_refused(folders):
     for mode in ("L", "RGBA", "CMYK"):
         with pytest.raises(ValueError, match=f"mode {mode}, not RGB"):
@@ -146,6 +159,12 @@ def test_a_missing_or_broken_file_is_refused(tmp_path):
         ("dinov2", {"do_resize": False}, "do_resize is off"),
         ("siglip", {"do_rescale": False}, "do_rescale is off"),
         ("siglip", {"do_normalize": False}, "do_normalize is off"),
+        ("convnextv2", {"crop_pct": 0}, "crop_pct is 0; expected a fraction above 0 and at most 1"),
+        ("convnextv2", {"crop_pct": 1.5}, "crop_pct is 1.5; expected a fraction"),
+        ("convnextv2", {"crop_pct": 1e-6}, "from size .*shortest_edge / crop_pct': 64000000"),
+        ("convnextv2", {"crop_pct": None}, "cannot be used"),
+        ("convnextv2", {"size": {"height": 64, "width": 32}}, "is not square"),
+        ("mobilenet_v2", {"do_center_crop": False}, "is not square"),
     ],
 )
 def test_unusable_processor_files_are_refused(folders, tmp_path, name, values, message):
