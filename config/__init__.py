@@ -12,6 +12,8 @@ from config.rules import CAPTION_FORMATS, RATE_KEYS, frozen_error, trained_parts
 from config.schema import (
     IGNORE_INDEX,
     STAGES_FOLDER,
+    AugmentConfig,
+    ColumnsConfig,
     Config,
     DataConfig,
     LoraConfig,
@@ -31,6 +33,8 @@ __all__ = [
     "IGNORE_INDEX",
     "RATE_KEYS",
     "STAGES_FOLDER",
+    "AugmentConfig",
+    "ColumnsConfig",
     "Config",
     "DataConfig",
     "InputError",

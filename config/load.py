@@ -151,6 +151,7 @@ START_KEYS = {
     "model.image_size": "said",  # DINO's positions extend to larger images, which are often used in a last stage
     "model.projector": "refused",
     "model.projector_hidden_size": "refused",
+    "model.pixel_shuffle_factor": "refused",
     "model.num_queries": "refused",
     "model.start_from": "free",
     "lora.r": "adapter",

@@ -93,6 +93,17 @@ def refuse_contradictions(config: Config, random: set[str] | None = None) -> Non
     if not config.lora.target_modules:
         raise InputError('"lora.target_modules" is empty; name modules, for example [q_proj, v_proj], or all-linear.')
     _refuse_source_contradictions(config.data)
+    augment = config.data.augment
+    if augment is not None and not any(augment.strengths.values()):
+        raise InputError(
+            f'"data.augment" changes nothing: {", ".join(augment.strengths)} are all 0; set one of them, or data.augment to '
+            "null."
+        )
+    if augment is not None and augment.views is None and train.cache_features == "on":
+        raise InputError(
+            '"train.cache_features" is on, but "data.augment" makes new images in each epoch; set "data.augment.views" to a '
+            "number of fixed views of each image, or train.cache_features to auto."
+        )
 
 
 def _part_at(rate_key: str) -> str:

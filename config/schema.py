@@ -17,6 +17,20 @@ IGNORE_INDEX = -100  # the label that torch's cross entropy ignores
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    id: str | None = None
+    image: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    caption: str | None = None
+    text: str | None = None
+    conversations: str | None = None
+    system: str | None = None
+    type: str | None = None
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     name: str
     annotations: Path
@@ -26,6 +40,21 @@ class SourceConfig:
     weight: float = bounds(1.0, low=0.0)
     captions: Literal["all", "one_per_epoch"] = "all"
     split: Literal["auto", "train", "validation"] = "auto"
+    columns: ColumnsConfig | None = None
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    crop: float = bounds(0.0, low=0.0, high=0.9)
+    rotate: float = bounds(0.0, low=0.0, high=180.0)
+    color: float = bounds(0.0, low=0.0, high=0.9)
+    blur: float = bounds(0.0, low=0.0, high=32.0)
+    views: int | None = bounds(None, low=1, high=2**10)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strength of each change, by name."""
+        return {name: float(getattr(self, name)) for name in ("crop", "rotate", "color", "blur")}
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,7 @@ class DataConfig:
     max_refused: float = bounds(0.01, low=0.0, high=1.0)
     verify_images: bool = True
     on_bad_image: Literal["stop", "skip"] = "stop"
+    augment: AugmentConfig | None = None
     max_length: int = bounds(1024, low=8, high=2**20)
     system_prompt: str | None = "You are a helpful assistant."
 
@@ -71,6 +101,7 @@ class ModelConfig:
     image_size: int | None = bounds(None, low=1, high=2**11)
     projector: str = "mlp"
     projector_hidden_size: int | None = bounds(None, low=1, high=2**16)
+    pixel_shuffle_factor: int | None = bounds(None, low=2, high=2**4)
     num_queries: int | None = bounds(None, low=1, high=2**12)
     start_from: Path | None = None
 

@@ -5,6 +5,7 @@ Knows no model and no encoder: a function that turns an image file into pixel va
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from config import InputError
+from dataset.augment import Augmenter
 from dataset.batch import Batch, Sample, collate
 from dataset.conversation import ChatFormat, Encoded
 from dataset.order import PackedRow, pack
@@ -44,22 +46,26 @@ class BadImage(InputError):
 class QADataset(Dataset):
     """Samples by (epoch, record).
 
-    read_pixels: image file -> [3, H, W] float32. max_length: tokens; longer answers are cut at the end. kept: the records
-    that may be used, None for all. skip_bad_images: a record whose images cannot be read is replaced by another one of
-    `kept`, chosen as a function of (seed, epoch, record); `Sample.replaced` reports it.
+    read_pixels: image file -> [3, H, W] float32; with an augmenter, (image file, view) -> the same of that view.
+    max_length: tokens; longer answers are cut at the end. kept: the records that may be used, None for all.
+    skip_bad_images: a record whose images cannot be read is replaced by another one of `kept`, chosen as a function of
+    (seed, epoch, record); `Sample.replaced` reports it.
 
-    find_features: image file -> (its patch features [N, Dv] or None, its cache key). None, the default: nothing is cached.
+    find_features: (image file, key of its view, empty without an augmenter) -> (the patch features [N, Dv] or None, the
+    cache key). None, the default: nothing is cached.
+    augmenter: chooses the view of each image. None, the default: images are not changed.
 
     A record that cannot be used raises InputError with its id.
     """
 
-    find_features: Callable[[Path], tuple[Tensor | None, object]] | None = None
+    find_features: Callable[[Path, bytes], tuple[Tensor | None, object]] | None = None
+    augmenter: Augmenter | None = None
 
     def __init__(
         self,
         qa: QAFile,
         chat: ChatFormat,
-        read_pixels: Callable[[Path], Tensor],
+        read_pixels: Callable[..., Tensor],
         *,
         max_length: int | None,
         seed: int,
@@ -72,6 +78,12 @@ class QADataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.qa)
+
+    def without_augmentation(self) -> QADataset:
+        """Return the same samples with unchanged images."""
+        plain = copy.copy(self)
+        plain.augmenter = None
+        return plain
 
     def __getitem__(self, key: Key) -> Sample:
         return self.read(key, *self.encode(key))
@@ -88,34 +100,38 @@ class QADataset(Dataset):
     def read(self, key: Key, record: Record, encoded: Encoded) -> Sample:
         """Return the sample of `key`, given what `encode` returned for it."""
         if not self.skip_bad_images:
-            return self._sample(record, encoded)
+            return self._sample(key, record, encoded)
         epoch, index = key
         generator = np.random.default_rng((self.seed, epoch, index))
         replaced = None
         for _ in range(MAX_REPLACEMENTS):
             try:
-                return self._sample(record, encoded, replaced)
+                return self._sample(key, record, encoded, replaced=replaced)
             except BadImage as error:
                 replaced = replaced or str(error)
-                record, encoded = self.encode((epoch, int(self.kept[generator.integers(len(self.kept))])))
+                key = epoch, int(self.kept[generator.integers(len(self.kept))])
+                record, encoded = self.encode(key)
         raise InputError(
             f"{replaced} {MAX_REPLACEMENTS - 1} records that could replace it cannot be read either; do the images exist?"
         )
 
-    def _sample(self, record: Record, encoded: Encoded, replaced: str | None = None) -> Sample:
+    def _sample(self, key: Key, record: Record, encoded: Encoded, replaced: str | None = None) -> Sample:
         cached: list[Tensor] = []
         pixels: list[Tensor] = []
         keys: list[object] = []
         is_cached: list[bool] = []
         try:
-            for path in self.qa.image_paths(record):
-                features, key = self.find_features(path) if self.find_features else (None, None)
+            for place, path in enumerate(self.qa.image_paths(record)):
+                view = None if self.augmenter is None else self.augmenter.view(key, place)
+                features, image_key = None, None
+                if self.find_features is not None:
+                    features, image_key = self.find_features(path, b"" if view is None else view.key)
                 is_cached.append(features is not None)
                 if features is not None:
                     cached.append(features)
                 else:
-                    keys.append(key)
-                    pixels.append(self.read_pixels(path))
+                    keys.append(image_key)
+                    pixels.append(self.read_pixels(path) if view is None else self.read_pixels(path, view))
         except ImageError as error:
             advice = "" if self.skip_bad_images else " data.on_bad_image=skip would replace this record by another one."
             raise BadImage(f'{self.qa.path} ("{record.id}"): {error}{advice}') from error

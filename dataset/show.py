@@ -3,7 +3,8 @@
     python -m dataset.show --config config.yaml [--stage NAME] [--count 24] [--output FILE.html] [key=value ...]
 
 Samples are read, encoded, ordered and packed (or padded) by the code that training uses, on one process. Each image is
-reconstructed from its pixel_values. This is a script: like those at the root, it reads the whole config.
+reconstructed from its pixel_values, and so augmented if `data.augment` is set. This is a script: like those at the root, it
+reads the whole config.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from config import DEFAULT_CONFIG, Config, InputError, load_config, printable, run_script
+from config import DEFAULT_CONFIG, AugmentConfig, Config, InputError, load_config, printable, run_script
 from config.files import publish
 from dataprocess.process_image import prepare_from_config
 from dataset.batch import Batch
@@ -74,7 +75,7 @@ def show(config: Config, config_name: str, count: int) -> str:
     path, limit = config.data.qa_file, max_length(config, processors)
     chat = chat_format(config, processors)
     left_out = check_file(path, chat=chat, max_length=limit, sample_size=0, seed=config.seed).unfit_records
-    dataset = open_qa_file(config, processors, path, left_out=left_out)
+    dataset = open_qa_file(config, processors, path, left_out=left_out, is_training=True)
     if not len(dataset.kept):
         raise InputError(f'{path}: no record fits into "data.max_length" ({limit}); allow more.')
     train = config.train
@@ -110,6 +111,7 @@ def show(config: Config, config_name: str, count: int) -> str:
         else f"{new.architecture} from scratch; tokenizer {new.tokenizer}",
         "max_length": f"{limit:,} tokens"
         + (f"; left out as they do not fit: {len(left_out):,} of {len(dataset):,} records" if left_out else ""),
+        "augmentation": describe_augmentation(config.data.augment),
         "samples": f"the first {shown:,} that training reads, of {order.epoch_length:,} an epoch; seed {config.seed}",
     }
     return write_page("What the model gets", about, counts, batches=batches)
@@ -149,6 +151,15 @@ def keys_of(micro: list[tuple[int, int]] | PackedRow, dataset: QADataset) -> lis
         return micro
     lengths = [len(dataset.encode(key)[1].input_ids) for key in micro.keys]
     return [micro.keys[place] for place in pack(lengths, micro.rows)[micro.row]]
+
+
+def describe_augmentation(augment: AugmentConfig | None) -> str:
+    """Say how the images on the page are changed."""
+    if augment is None:
+        return "none"
+    strengths = ", ".join(f"{name} {strength:g}" for name, strength in augment.strengths.items() if strength)
+    views = "new in each epoch" if augment.views is None else f"{augment.views:,} views of each image"
+    return f"{strengths}; {views}; the images are shown as changed"
 
 
 def describe(batch: Batch) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -86,11 +87,16 @@ def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Proce
                 f"{size}; the checkpoint was trained with another encoder, or is damaged."
             )
         image_processor = saved
-    patches = num_patches(model.vision_tower, model.image_size)
+    patches = num_patches(model.vision_tower, model.vision_feature_layer, image_size=model.image_size)
     return Processors(
         tokenizer,
         image_processor,
-        num_image_tokens(model.projector, patches, model.num_queries),
+        num_image_tokens(
+            model.projector,
+            patches,
+            num_queries=model.num_queries,
+            pixel_shuffle_factor=model.pixel_shuffle_factor,
+        ),
         max_tokens=None if model.language_model is None else qwen.longest_input(model.language_model),
     )
 
@@ -135,6 +141,7 @@ def build_model(
         hidden_size=settings.projector_hidden_size,
         out_features=lm.config.hidden_size,
         num_queries=settings.num_queries,
+        pixel_shuffle_factor=settings.pixel_shuffle_factor,
     )
     model = VisionLanguageModel(tower, projector, lm)
     origins = WeightOrigins.new(model, from_scratch=new is not None)
@@ -168,9 +175,13 @@ def checkpoint_activations(model: VisionLanguageModel) -> None:
         model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def read_pixels(image_processor: ImageProcessor, path: Path) -> torch.Tensor:
-    """Read an image file as [3, S, S]: the only way from a file to the model. Raises ImageError."""
-    return image_processor([read_image(path)])[0]
+def read_pixels(
+    image_processor: ImageProcessor, path: Path, view: Callable[[Image.Image], Image.Image] | None = None
+) -> torch.Tensor:
+    """Read an image file as [3, S, S]: the only way from a file to the model. view: changes the RGB image first. Raises
+    ImageError."""
+    image = read_image(path)
+    return image_processor([image if view is None else view(image)])[0]
 
 
 def resolve_precision(word: str, device: torch.device) -> str:

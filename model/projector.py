@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from config import InputError, choose
 
 NUM_QUERIES = 32  # tokens of an image with a resampler, by default
+SHUFFLE_FACTOR = 2  # side of pixel_shuffle's squares, by default
 LOW_RANK = 384  # middle width of the low-rank MLP
 PLACE_SCALE = 2.0  # amplitude of the resampler's positions: its first attention can separate neighbouring patches
 HEAD_SIZE = 64  # of the resampler's attention; the widths of common encoders are multiples of it
@@ -83,12 +84,10 @@ class MLPProjector(Projector):
     forward: [M, N, in_features] -> [M, N, out_features]
     """
 
-    patches_per_token = 1  # vectors that linear_1 takes side by side
-
-    def __init__(self, in_features: int, hidden_size: int | None, out_features: int):
+    def __init__(self, in_features: int, hidden_size: int | None, out_features: int, patches_per_token: int = 1):
         super().__init__(in_features)
         hidden_size = hidden_size or out_features
-        self.linear_1 = nn.Linear(self.patches_per_token * in_features, hidden_size)
+        self.linear_1 = nn.Linear(patches_per_token * in_features, hidden_size)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(hidden_size, out_features)
 
@@ -118,32 +117,35 @@ class LowRankMLP(MLPProjector):
 
 
 class PixelShuffle(MLPProjector):
-    """Four times fewer tokens: each square of 2 x 2 patches becomes one vector of four times the width (top left, top right,
-    bottom left, bottom right), then the MLP.
+    """Fewer tokens: each square of factor x factor patches becomes one vector, row by row (with 2: top left, top right,
+    bottom left, bottom right), of factor squared times the width, then the MLP.
 
-    Nothing is averaged (space to depth, as in InternVL and SmolVLM).
+    Nothing is averaged (space to depth, as in InternVL, SmolVLM and nanoVLM).
 
-    forward: [M, N, in_features] -> [M, N / 4, out_features], row by row
+    forward: [M, N, in_features] -> [M, N / factor^2, out_features], row by row
     """
 
-    patches_per_token = 4
+    def __init__(self, in_features: int, hidden_size: int | None, out_features: int, factor: int = SHUFFLE_FACTOR):
+        super().__init__(in_features, hidden_size, out_features, patches_per_token=factor**2)
+        self.factor = factor
 
     @staticmethod
-    def num_tokens(num_patches: int) -> int:
-        """Raises InputError if the grid cannot be divided into squares of 2 x 2."""
+    def num_tokens(num_patches: int, factor: int = SHUFFLE_FACTOR) -> int:
+        """Raises InputError if the grid cannot be divided into squares of factor x factor."""
         side = math.isqrt(num_patches)
-        if side % 2:
+        if side % factor:
             raise InputError(
-                f'"model.projector" is pixel_shuffle, which joins squares of 2 x 2 patches, but the encoder\'s grid is '
-                f"{side} x {side}; use an encoder (or, where it allows several, a model.image_size) with an even number of "
-                "patches a side, or another projector, such as mlp or resampler."
+                f'"model.projector" is pixel_shuffle, which joins squares of {factor} x {factor} patches, but the encoder\'s '
+                f"grid is {side} x {side}; use an encoder (or, where it allows several, a model.image_size) with a multiple "
+                f"of {factor} patches a side, another model.pixel_shuffle_factor, or another projector, such as mlp or "
+                "resampler."
             )
-        return num_patches // 4
+        return num_patches // factor**2
 
     def project(self, features: Tensor) -> Tensor:
-        half = math.isqrt(features.shape[1]) // 2
-        squares = features.unflatten(1, (half, 2, half, 2)).transpose(2, 3)  # [M, row, column, 2, 2, in]
-        return super().project(squares.flatten(3).flatten(1, 2))
+        rows = math.isqrt(features.shape[1]) // self.factor
+        squares = features.unflatten(1, (rows, self.factor, rows, self.factor)).transpose(2, 3)
+        return super().project(squares.flatten(3).flatten(1, 2))  # [M, row * column, factor^2 * in]
 
 
 class Resampler(Projector):
@@ -231,37 +233,44 @@ PROJECTORS: dict[str, type[Projector]] = {
 }
 
 
-def num_image_tokens(kind: str, num_patches: int, num_queries: int | None = None) -> int:
+# Options that one kind has: config key -> (kind, argument)
+OPTIONS = {"num_queries": ("resampler", "num_queries"), "pixel_shuffle_factor": ("pixel_shuffle", "factor")}
+
+
+def num_image_tokens(kind: str, num_patches: int, **options: int | None) -> int:
     """Return how many image tokens the projector `kind` makes of `num_patches`, without building it.
 
-    num_queries: of a resampler; None for its default. Raises InputError for an unknown kind, for queries of another kind,
+    options: of OPTIONS; None for the kind's default. Raises InputError for an unknown kind, for an option of another kind,
     and for a grid that the kind cannot take.
     """
-    return _kind(kind).num_tokens(num_patches, **_queries(kind, num_queries))
+    return _kind(kind).num_tokens(num_patches, **_arguments(kind, options))
 
 
 def build_projector(
-    kind: str, in_features: int, hidden_size: int | None, out_features: int, num_queries: int | None = None
+    kind: str, in_features: int, hidden_size: int | None, out_features: int, **options: int | None
 ) -> Projector:
     """Build the projector `kind` from the encoder's width to the language model's.
 
-    hidden_size: of its MLP; num_queries: of a resampler; None for the kind's default. Raises InputError for an unknown kind
-    and for queries of another kind.
+    hidden_size: of its MLP; options: of OPTIONS; None for the kind's default. Raises InputError for an unknown kind and for
+    an option of another kind.
     """
     make: Callable[..., Projector] = _kind(kind)
-    return make(in_features, hidden_size, out_features, **_queries(kind, num_queries))
+    return make(in_features, hidden_size, out_features, **_arguments(kind, options))
 
 
 def _kind(kind: str) -> type[Projector]:
     return choose(PROJECTORS, kind, "model.projector")
 
 
-def _queries(kind: str, num_queries: int | None) -> dict[str, int]:
-    if num_queries is None:
-        return {}
-    if kind != "resampler":
-        raise InputError(
-            f'"model.num_queries" is {num_queries}, but model.projector is {kind}, which has no queries; set '
-            "model.num_queries to null, or model.projector to resampler."
-        )
-    return {"num_queries": num_queries}
+def _arguments(kind: str, options: dict[str, int | None]) -> dict[str, int]:
+    found = {}
+    for key, value in options.items():
+        owner, argument = OPTIONS[key]
+        if value is not None and kind != owner:
+            raise InputError(
+                f'"model.{key}" is {value}, but model.projector is {kind}, which does not use it; set model.{key} to null, '
+                f"or model.projector to {owner}."
+            )
+        if value is not None:
+            found[argument] = value
+    return found

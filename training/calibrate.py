@@ -35,7 +35,9 @@ from training.run import Run
 CALIBRATED = 128  # images that are enough for means and standard deviations
 MAX_IMAGES = 4096  # images that the projector learns words from
 MAX_BYTES = 2**30  # of their features
-READ = 4 * MAX_IMAGES  # records that are read at most to find images
+RECORDS = 4  # for each image, so many random records are read at least, to find images and all their answers
+READ = RECORDS * MAX_IMAGES  # records that are read at most
+MOST_RECORDS = 16  # of an image
 ENCODED_AT_ONCE = 8
 KEPT_ASIDE = 0.1  # fraction of the images that measure the result
 STEPS, FEWEST_STEPS, EPOCHS = 400, 100, 40  # of the words: at most, at least, and rather than more epochs
@@ -98,24 +100,25 @@ def start_projector(run: Run) -> None:
 
 @torch.no_grad()
 def sample_examples(run: Run, count: int) -> Examples | None:
-    """Return `count` random training images, each once, with the answers of one of their records; None if none of READ
-    records has exactly one image. Their features go into the feature cache if the run has one."""
+    """Return at most `count` random training images, each once, with the answers of all their records that are read; None if
+    none of READ random records has exactly one image. Their features go into the feature cache if the run has one."""
     qa = run.train_set.qa
     records = np.random.default_rng(run.config.seed).permutation(run.train_set.kept)[:READ]
-    by_image: dict[str, int] = {}
-    for record in map(int, records):
-        images = qa[record].images
-        if len(images) == 1:
-            by_image.setdefault(str(images[0]), record)
-        if len(by_image) == count:
+    by_image: dict[str, list[int]] = {}
+    for number, record in enumerate(map(int, records)):
+        if len(by_image) == count and number >= RECORDS * count:
             break
-    keys = [(0, record) for record in by_image.values()]
+        images = qa[record].images
+        if len(images) == 1 and (images[0] in by_image or len(by_image) < count):
+            by_image.setdefault(images[0], []).append(record)
+    keys = [(0, first) for first, *_ in by_image.values()]
+    others = {qa[first].id: rest[: MOST_RECORDS - 1] for first, *rest in by_image.values()}
     features: list[Tensor] = []
     answers: list[Tensor] = []
     used = 0
     starts = range(0, len(keys), ENCODED_AT_ONCE)
     loader = make_loader(
-        run.train_set,
+        run.train_set.without_augmentation(),
         (keys[start : start + ENCODED_AT_ONCE] for start in starts),
         run.built.tokenizer.pad_token_id,
         num_workers=run.config.train.num_workers,
@@ -129,7 +132,10 @@ def sample_examples(run: Run, count: int) -> Examples | None:
             own = [next(of_images) for _ in range(images)]
             if images == 1 and own[0].isfinite().all():  # training names what is not finite
                 features.append(own[0])
-                answers.append(sample.labels[sample.labels != IGNORE_INDEX])
+                # a record that replaces another one has another id
+                more = (run.train_set.encode((0, record))[1].labels for record in others.get(sample.id, ()))
+                labels = torch.cat([sample.labels, *map(torch.tensor, more)])
+                answers.append(labels[labels != IGNORE_INDEX])
                 used += own[0].nbytes
         if used >= MAX_BYTES:
             break

@@ -178,7 +178,7 @@ def _run(
     weights. Raises InputError if processes have different data."""
     train, data = config.train, config.data
     qa_sha256, *_ = [equal_sha256(path) for path in (data.qa_file, data.validation_file) if path is not None]
-    train_set = open_qa_file(config, built, data.qa_file, left_out=left_out[data.qa_file])
+    train_set = open_qa_file(config, built, data.qa_file, left_out=left_out[data.qa_file], is_training=True)
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     epoch_limit = None if train.steps_per_epoch is None else train.steps_per_epoch * samples_per_step
     validation_set, validation_records = None, np.empty(0, dtype=np.int64)

@@ -17,6 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 import qwen
 from config import Config, InputError
+from dataset.augment import Augmenter
 from dataset.batch import Batch
 from dataset.conversation import ChatFormat
 from dataset.loader import QADataset, make_loader
@@ -192,10 +193,16 @@ def open_answerer(config: Config, built: Built, precision: str, device: torch.de
 
 
 def open_qa_file(
-    config: Config, processors: Processors, path: Path, left_out: Sequence[int] | np.ndarray = ()
+    config: Config,
+    processors: Processors,
+    path: Path,
+    *,
+    left_out: Sequence[int] | np.ndarray = (),
+    is_training: bool = False,
 ) -> QADataset:
-    """Open a QA file's samples as the model gets them. left_out: the records that cannot be used."""
-    return open_dataset(
+    """Open a QA file's samples as the model gets them. left_out: the records that cannot be used. is_training: images are
+    augmented as `data.augment` says."""
+    dataset = open_dataset(
         path,
         dataclasses.replace(config.data, max_length=max_length(config, processors)),
         chat_format(config, processors),
@@ -203,3 +210,6 @@ def open_qa_file(
         seed=config.seed,
         left_out=left_out,
     )
+    if is_training and config.data.augment is not None:
+        dataset.augmenter = Augmenter(config.data.augment, config.seed, processors.image_processor.image_size)
+    return dataset

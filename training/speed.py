@@ -7,6 +7,7 @@ None of them changes what is learned, except for rounding: each is tested agains
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -199,6 +200,9 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
         return Choice(name, "off", why), None
     if word == "off":
         return Choice(name, "off", "as configured"), None
+    views = 0 if config.data.augment is None else config.data.augment.views
+    if views is None:  # config.rules refuses `on`
+        return Choice(name, "off", "data.augment makes new images in each epoch; data.augment.views limits them"), None
     beside = config.data.qa_file.parent
     folder = cache_folder(config.data.qa_file, tower, run.built.image_processor, dtype=dtype)
     cache = FeatureCache(folder, tower.num_image_tokens, tower.hidden_size, dtype=dtype)
@@ -213,12 +217,14 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
     stored = on_main(open_cache)
     if stored is None:
         return Choice(name, "off", f"{beside} cannot be written"), None
-    size = expected_bytes(sum(map(_count_images, run.datasets)), tower, dtype)
-    free = shutil.disk_usage(beside).free
     epochs = run.total_steps * run.samples_per_step / run.order.pass_length
+    images = sum(map(_count_images, run.datasets))
+    images += min(views, math.ceil(epochs)) * _count_images(run.train_set)  # the projector's start uses unchanged ones
+    size = expected_bytes(images, tower, dtype)
+    free = shutil.disk_usage(beside).free
     evaluations = run.total_steps // config.train.eval_steps if config.train.eval_steps else 0
-    if word == "auto" and epochs <= 1 and evaluations <= 1 and not stored:
-        return Choice(name, "off", "each image is seen once"), None
+    if word == "auto" and epochs <= max(1, views) and evaluations <= 1 and not stored:
+        return Choice(name, "off", f"each {'view of an ' if views else ''}image is seen once"), None
     if word == "auto" and size - stored > DISK_SHARE * free:
         return Choice(name, "off", f"it would take up to {size_text(size)} of {size_text(free)} free"), None
     return Choice(name, "on", f"up to {size_text(size)} in {folder}, {size_text(stored)} of it stored"), cache

@@ -53,12 +53,13 @@ _NOT_ENCODING = {"_name_or_path", "architectures", "dtype", "transformers_versio
 
 
 class ImageKey(NamedTuple):
-    """An image file and its state when it was read."""
+    """A view of an image file, and the file's state when it was read."""
 
     path: str
     size: int  # bytes
     mtime_ns: int  # modification time
-    digest: bytes  # blake2b of the content, 16 bytes, with the rules of scaling for grey of more than 8 bits
+    digest: bytes  # blake2b of content and view, 16 bytes, with the rules of scaling for grey of more than 8 bits
+    view: bytes = b""  # how the image is changed before it is encoded; empty: not at all
 
 
 class _Files(NamedTuple):
@@ -154,8 +155,11 @@ class FeatureCache:
         """The size of all stored features."""
         return len(self) * self._row_bytes
 
-    def find(self, path: Path) -> tuple[Tensor | None, ImageKey]:
+    def find(self, path: Path, view: bytes = b"") -> tuple[Tensor | None, ImageKey]:
         """Return the features [N, Dv] of an image file, None if they are not stored or damaged, and the key for `features`.
+
+        view: at most 64 bytes that identify how the image is changed before it is encoded, such as an augmentation; empty:
+        it is not changed. Each view of an image has features of its own.
 
         Loader processes use this method; it adds nothing. The file is not read if its path, size and modification time are
         known. Otherwise it is looked up by its content; with visual.images.SCALING_RULES, if they decide its pixels.
@@ -170,13 +174,13 @@ class FeatureCache:
         known = self._select(
             "SELECT digest, place, checksum FROM paths JOIN pictures USING (digest) "
             "WHERE path = ? AND size = ? AND mtime_ns = ?",
-            (_path_key(path), *stamp[1:]),
+            (_path_key(path, view), *stamp[1:]),
         )
         if known:
             digest, *row = known
-            return self._read(*row), ImageKey(*stamp, digest)
-        digest = _digest(image_bytes(path))
-        return self._stored(digest), ImageKey(*stamp, digest)
+            return self._read(*row), ImageKey(*stamp, digest, view)
+        digest = _digest(image_bytes(path), view)
+        return self._stored(digest), ImageKey(*stamp, digest, view)
 
     def features(self, keys: Sequence[ImageKey], pixel_values: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """Encode and add images that `find` did not return: pixel_values [M, 3, S, S] and their keys -> [M, N, Dv].
@@ -222,7 +226,7 @@ class FeatureCache:
                     result[digest] = features if stored is None else stored
                     if stored is None:
                         self._write(database, digest, features)
-                paths = [(_path_key(path), *rest) for path, *rest in keys]
+                paths = [(_path_key(key.path, key.view), key.size, key.mtime_ns, key.digest) for key in keys]
                 database.executemany("INSERT OR REPLACE INTO paths VALUES (?, ?, ?, ?)", paths)
         except (OSError, sqlite3.OperationalError) as error:
             if _is_locked(error):
@@ -316,16 +320,17 @@ class FeatureCache:
         return InputError(f"{self._folder}: the feature cache is damaged ({error}); start again to rebuild it.")
 
 
-def _digest(data: bytes) -> bytes:
-    """Return what identifies an image: its content, and the rules that decide its pixels if they have changed."""
+def _digest(data: bytes, view: bytes) -> bytes:
+    """Return what identifies a view of an image: its content, the view, and the rules that decide its pixels if they have
+    changed."""
     rules = b"rules %d" % SCALING_RULES if is_scaled(data) else b""
-    return hashlib.blake2b(data, digest_size=16, person=rules).digest()
+    return hashlib.blake2b(data, digest_size=16, person=rules, key=view).digest()
 
 
-def _path_key(path: str | Path) -> bytes:
-    """Return a path's key in the index. No path has a zero byte, so paths that were stored under other rules are not found,
-    and their files are read again."""
-    return b"%d\0" % SCALING_RULES + os.fsencode(path)
+def _path_key(path: str | Path, view: bytes) -> bytes:
+    """Return the key in the index of a view of a file. No path has a zero byte, so paths that were stored under other rules
+    are not found, and their files are read again."""
+    return b"%d\0" % SCALING_RULES + os.fsencode(path) + (b"\0" + view if view else b"")
 
 
 def _refuse_special(path: Path) -> None:

@@ -206,6 +206,18 @@ def test_changed_keys_lists_only_what_changes_learning(path):
     ]
 
 
+def test_a_resumed_run_keeps_its_augmentation_and_an_old_run_had_none(path):
+    plain, augmented = load_config(path), load_config(path, ["data.augment={crop: 0.3, views: 8}"])
+    assert plain.data.augment is None
+    more = load_config(path, ["data.augment={crop: 0.5, views: 8}"])
+    assert changed_keys(augmented, more) == ["data.augment.crop: 0.3 -> 0.5"]
+    assert {"data.augment.crop: None -> 0.3", "data.augment.views: None -> 8"} <= {*changed_keys(plain, augmented)}
+    assert changed_keys(augmented, plain) and not changed_keys(augmented, augmented)
+    old = yaml.safe_load(to_yaml(plain))
+    del old["data"]["augment"]
+    assert changed_keys(load_config(write(path.parent, old)), plain) == []
+
+
 def test_micro_batch_and_accumulation_are_free_if_a_step_keeps_its_samples(path):
     def changed(size: int, accumulation: int) -> list[str]:
         train = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}

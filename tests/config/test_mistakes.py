@@ -121,6 +121,18 @@ def test_missing_key_is_named(tmp_path):
         ("train.report_to=[tensorbord]", ['"train.report_to.0"', '"tensorboard"?']),
         ("train.trainable.projector=yes", ['"train.trainable.projector"', "frozen, lora, full, top:N"]),
         ("train.trainable.language_model=top:0", ['"train.trainable.language_model"', "top:N (N >= 1)"]),
+        ("data.augment=true", ['"data.augment"', "keys and values", "True"]),
+        ("data.augment.crop=-0.1", ['"data.augment.crop"', "between 0.0 and 0.9"]),
+        ("data.augment.crop=1", ['"data.augment.crop"', "between 0.0 and 0.9"]),
+        ("data.augment.rotate=181", ['"data.augment.rotate"', "between 0.0 and 180"]),
+        ("data.augment.color=.nan", ['"data.augment.color"', "finite"]),
+        ("data.augment.color=yes", ['"data.augment.color"', "number", "True"]),
+        ("data.augment.blur=.inf", ['"data.augment.blur"', "finite"]),
+        ("data.augment.blur=33", ['"data.augment.blur"', "between 0.0 and 32"]),
+        ("data.augment.views=0", ['"data.augment.views"', "between 1 and 1024"]),
+        ("data.augment.views=1.5", ['"data.augment.views"', "whole number"]),
+        ("data.augment.flip=1", ['"data.augment.flip"', "not a key", "crop, rotate, color, blur, views"]),
+        ("data.augment.colour=0.1", ['did you mean "data.augment.color"?']),
         ("=1", ["expected key=value"]),
         ("seed", ['"seed"', "expected key=value"]),
         ("seed=[", ["seed=[", "not valid YAML"]),
@@ -188,6 +200,13 @@ TOP = ["train.trainable.language_model=top:2", "train.lora_lr=null"]
         (["data.sources.1.name=train"], "data.sources.0.name", ["two sources"]),
         (["data.sources.0.captions=one_per_epoch"], "data.sources.0.captions", ["llava"]),
         (["data.validation_file=null", "train.eval_steps=null"], "data.sources.1.split", ["data.validation_file"]),
+        (["data.augment={}"], "data.augment", ["changes nothing", "crop, rotate, color, blur are all 0", "null"]),
+        (["data.augment={crop: 0, views: 8}"], "data.augment", ["changes nothing"]),
+        (
+            ["data.augment.crop=0.3", "train.cache_features=on"],
+            "train.cache_features",
+            ["data.augment", '"data.augment.views"', "auto"],
+        ),
     ],
 )
 def test_contradiction_names_a_key(path, overrides, key, words, monkeypatch):
@@ -203,6 +222,7 @@ def test_contradiction_names_a_key(path, overrides, key, words, monkeypatch):
         [*TOP, "train.language_model_lr=1e-5", "train.trainable.vision_tower=top:1", "train.vision_tower_lr=1e-6"],
         ["train.trainable.projector=frozen", "train.projector_lr=null", "model.start_from=run/final"],
         ["data.sources=[]", "data.validation_file=null", "train.eval_steps=null"],
+        ["data.augment.rotate=15", "data.augment.views=8", "train.cache_features=on"],
     ],
 )
 def test_consistent_settings_load_and_round_trip(path, overrides, tmp_path_factory):

@@ -261,6 +261,25 @@ def test_images_are_those_that_the_encoder_gets_and_not_the_files(fresh):
     assert len(small) == 3 and all(v["class"] == "pixels" and int(v["width"]) % 28 == 0 for v in small)
 
 
+def test_images_are_shown_augmented_as_training_gets_them(fresh):
+    config = load_config(fresh, ["data.augment={rotate: 45, blur: 2, views: 3}"])
+    page = make_page(fresh, "--count", "4", "data.augment={rotate: 45, blur: 2, views: 3}")
+    processors = open_processors(config)
+    training = open_qa_file(config, processors, config.data.qa_file, is_training=True)
+    plain = open_qa_file(config, processors, config.data.qa_file)
+    numbers = {training.qa[index].id: index for index in range(len(training))}
+    assert len(page.articles) == 4
+    for article in page.articles:
+        (index,) = [index for name, index in numbers.items() if article["name"].startswith(name)]
+        images = [processors.image_processor.denormalise(some[0, index].pixel_values) for some in (training, plain)]
+        assert np.array_equal(article["images"][0], images[0][0].numpy())
+        assert not np.array_equal(article["images"][0], images[1][0].numpy())
+    said = "rotate 45, blur 2; 3 views of each image; the images are shown as changed"
+    assert said in (fresh.parent / "page.html").read_text()
+    make_page(fresh, "--count", "1")
+    assert "<dt>augmentation</dt><dd>none</dd>" in (fresh.parent / "page.html").read_text()
+
+
 # --- text is text
 
 

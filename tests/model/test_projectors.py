@@ -57,7 +57,7 @@ def test_the_number_of_tokens_is_known_without_weights(kind, images):
 
 def test_a_resampler_makes_one_token_per_query_for_any_grid():
     projector = make("resampler", num_queries=5)
-    assert num_image_tokens("resampler", 729, 5) == 5
+    assert num_image_tokens("resampler", 729, num_queries=5) == 5
     assert {projector(patches(side=side)).shape for side in (1, 3, 8)} == {(3, 5, OUT)}
 
 
@@ -130,18 +130,20 @@ def test_both_operations_fold_into_the_layers():
 # Pixel shuffle
 
 
-def test_a_token_of_pixel_shuffle_joins_four_neighbours_in_reading_order():
-    """By plain loops: the patches at (2r, 2c), (2r, 2c + 1), (2r + 1, 2c), (2r + 1, 2c + 1), then the MLP."""
-    side, projector = 6, make("pixel_shuffle", 8)
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_token_of_pixel_shuffle_joins_a_square_in_reading_order(factor):
+    """By plain loops: for factor 2, the patches at (2r, 2c), (2r, 2c + 1), (2r + 1, 2c), (2r + 1, 2c + 1), then the MLP."""
+    side, projector = 6, make("pixel_shuffle", 8, pixel_shuffle_factor=factor)
     features = patches(side=side, width=8)
-    mlp = MLPProjector(4 * 8, None, OUT)
+    mlp = MLPProjector(factor**2 * 8, None, OUT)
     mlp.load_state_dict(dict(projector.named_parameters()), strict=False)
     expected = []
-    for row in range(0, side, 2):
-        for column in range(0, side, 2):
-            four = [features[:, (row + i) * side + column + j] for i in (0, 1) for j in (0, 1)]
-            expected.append(mlp(torch.cat(four, dim=-1)))
+    for row in range(0, side, factor):
+        for column in range(0, side, factor):
+            square = [features[:, (row + i) * side + column + j] for i in range(factor) for j in range(factor)]
+            expected.append(mlp(torch.cat(square, dim=-1)))
     torch.testing.assert_close(projector(features), torch.stack(expected, dim=1))
+    assert num_image_tokens("pixel_shuffle", side**2, pixel_shuffle_factor=factor) == len(expected)
 
 
 @pytest.mark.parametrize("patch", range(16))
@@ -280,8 +282,8 @@ def test_gradients_reach_every_weight_and_query(kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # In a run
 
-KINDS = {"low_rank_mlp": [], "pixel_shuffle": [], "resampler": ["model.num_queries=3"]}
-TOY_TOKENS = {"low_rank_mlp": 16, "pixel_shuffle": 4, "resampler": 3}
+KINDS = {"low_rank_mlp": [], "pixel_shuffle": ["model.pixel_shuffle_factor=4"], "resampler": ["model.num_queries=3"]}
+TOY_TOKENS = {"low_rank_mlp": 16, "pixel_shuffle": 1, "resampler": 3}
 PATCHES, WIDTH = 16, 32  # of the toy project's encoder
 IMAGES_SEEN = 12  # nine that calibrate the projector, and three that are held out
 
@@ -382,7 +384,9 @@ def unbuilt(tmp_path):
     "overrides, words",
     [
         (["model.projector=resampel"], ['"resampel" is unknown', 'did you mean "resampler"', "pixel_shuffle"]),
-        (["model.projector=pixel_shuffle"], ["3 x 3", "even", "model.projector"]),
+        (["model.projector=pixel_shuffle"], ["3 x 3", "multiple of 2", "model.projector"]),
+        (["model.pixel_shuffle_factor=3"], ["model.pixel_shuffle_factor", "3", "mlp", "null"]),
+        (["model.projector=pixel_shuffle", "model.pixel_shuffle_factor=1"], ["model.pixel_shuffle_factor", "1"]),
         (["model.num_queries=8"], ["model.num_queries", "8", "mlp", "null"]),
         (["model.projector=resampler", "model.num_queries=0"], ["model.num_queries", "0"]),
         (["model.projector=resampler", "model.num_queries=4097"], ["model.num_queries", "4096"]),

@@ -27,6 +27,7 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "../data/parts/smollm2": write_llama,
     "Qwen/Qwen-7B-Chat": write_qwen1,
     "Qwen/Qwen2.5-0.5B-Instruct": write_qwen2,
+    "Qwen/Qwen2.5-1.5B-Instruct": write_qwen2,
     "Qwen/Qwen3-0.6B": write_qwen3,
 }
 LORA_MODULES = {
@@ -66,14 +67,19 @@ OTHERS = ("demo", "from-scratch", "from-scratch-demo")  # have their own tests
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem not in OTHERS], ids=lambda path: path.stem)
 def test_recipe_builds_and_takes_a_step(recipe, tmp_path):
     values = yaml.safe_load(recipe.read_text())
-    values["data"]["sources"] = [
-        write_raw_data(source, tmp_path / source["name"]) for source in values["data"]["sources"]
-    ]
-    values["data"] |= {"qa_file": "qa.jsonl", "validation_file": "validation.jsonl", "validation_fraction": 0.2}
+    stages = values["train"].get("stages") or []
+    for part in [values, *stages]:
+        if sources := part.get("data", {}).get("sources"):
+            name = part.get("name", "all")
+            part["data"]["sources"] = [write_raw_data(source, tmp_path / name / source["name"]) for source in sources]
+            part["data"] |= {"qa_file": f"{name}.jsonl", "validation_file": f"{name}_held.jsonl"}
+            part["data"]["validation_fraction"] = 0.2
     for key, folder in (("vision_tower", "tower"), ("language_model", "lm")):
         TINY[values["model"][key]](tmp_path / folder)
         values["model"][key] = folder
     values["train"] |= {"max_steps": 1, "num_threads": 1, "num_workers": 0, "eval_steps": 1, "score_samples": 2}
+    for stage in stages:
+        stage["train"] = stage.get("train", {}) | {"max_steps": 1}
     values["test"] |= {"max_new_tokens": 2}
     values["output_dir"] = "run"
     path = tmp_path / "config.yaml"
@@ -85,10 +91,15 @@ def test_recipe_builds_and_takes_a_step(recipe, tmp_path):
     assert modules == LORA_MODULES[tuple(load_config(path).lora.target_modules)]
     rank = {tensor.shape[0] for name, tensor in adapter.items() if "lora_A" in name}
     assert rank == {values["lora"]["r"]}
-    (row,) = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl") if '"loss"' in line]
-    warmup = 1.0  # a run of one step has no warmup
-    assert row["projector_lr"] == pytest.approx(values["train"]["projector_lr"] * warmup)
-    assert row["lora_lr"] == pytest.approx(values["train"]["lora_lr"] * warmup)
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl") if '"loss"' in line]
+    assert len(rows) == max(1, len(stages))
+    # a run of one step has no warmup
+    for row, stage in zip(rows, stages or [values], strict=True):
+        rates = {key: stage["train"].get(key, values["train"][key]) for key in ("projector_lr", "lora_lr")}
+        if stage["train"].get("trainable", {}).get("language_model") == "frozen":
+            del rates["lora_lr"]
+            assert "lora_lr" not in row
+        assert {key: row[key] for key in rates} == pytest.approx(rates)
 
 
 def write_jsonl(path: Path, records: list[dict]) -> str:

@@ -247,11 +247,11 @@ def test_an_image_with_stored_features_is_not_read(project, tmp_path, monkeypatc
     run_training(project, f"output_dir={tmp_path / 'a'}", *RUN)
     read, sample = [], QADataset._sample
 
-    def watched(self, record, encoded):
+    def watched(self, *arguments):
         pixels = self.read_pixels
         self.read_pixels = lambda path: read.append(path) or pixels(path)
         try:
-            return sample(self, record, encoded)
+            return sample(self, *arguments)
         finally:
             self.read_pixels = pixels
 

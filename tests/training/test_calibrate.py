@@ -5,10 +5,12 @@ Run: python -m pytest tests/training/test_calibrate.py
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from config import load_config
@@ -17,6 +19,7 @@ from model.checkpoint import load_trained
 from model.projector import build_projector
 from model.trainable import WeightOrigins
 from tests.toy_project import run_training, write_project
+from training import calibrate
 from training.calibrate import fit_words, root_mean_square, word_vectors
 from training.run import open_model, open_processors
 
@@ -98,6 +101,35 @@ def test_a_checkpoint_without_buffers_takes_features_as_they_are(runs, project, 
     load_trained(built.model, WeightOrigins.new(built.model, from_scratch=False), tmp_path)
     state = built.model.projector.state_dict()
     assert all(torch.equal(state[name], tensors[name]) for name in state)
+
+
+def test_an_image_starts_at_the_words_of_all_its_records(project, tmp_path, monkeypatch):
+    """A second record about each image, in another language: its words count too."""
+    values = yaml.safe_load(project.read_text())
+    rows = json.loads((project.parent / "train.json").read_text())
+    more = [
+        row | {"id": f"more-{row['id']}", "conversations": [row["conversations"][0], {"from": "gpt", "value": "zzz"}]}
+        for row in rows
+    ]
+    folder = project.parent
+    (folder / "more.json").write_text(json.dumps(more))
+    source = {"name": "more", "format": "llava", "images": "images", "annotations": "more.json", "split": "train"}
+    values["data"] |= {
+        "sources": [*values["data"]["sources"], source],
+        "qa_file": "qa_more.jsonl",
+        "validation_file": "held_more.jsonl",
+    }
+    (folder / "more.yaml").write_text(yaml.safe_dump(values))
+    found = []
+    monkeypatch.setattr(
+        calibrate,
+        "word_vectors",
+        lambda answers, embeddings: found.extend(answers) or word_vectors(answers, embeddings),
+    )
+    run_training(folder / "more.yaml", *ONE_STEP, f"output_dir={tmp_path}", "train.projector_start=words")
+    tokenizer = open_processors(load_config(folder / "more.yaml", [])).tokenizer
+    texts = [tokenizer.decode(answer.tolist()) for answer in found]
+    assert len(texts) == 30 and all(text.count("zzz") == 1 and len(text) > 20 for text in texts), texts
 
 
 def test_words_that_all_answers_share_do_not_count():

@@ -205,7 +205,7 @@ def test_features_of_deep_grey_images_that_earlier_rules_read_are_not_used(cache
     with sqlite3.connect(tmp_path / "features" / "index.sqlite") as index:  # an earlier version stored plain paths
         index.execute("DELETE FROM paths")
         for path in (deep, grey, paths[0]):
-            index.execute("INSERT OR REPLACE INTO paths VALUES (?, ?, ?, ?)", (os.fsencode(path), *key_of(path)[1:]))
+            index.execute("INSERT OR REPLACE INTO paths VALUES (?, ?, ?, ?)", (os.fsencode(path), *key_of(path)[1:4]))
     index.close()
     assert same_bits(cache.find(grey)[0], features_of(1)) and same_bits(cache.find(paths[0])[0], features_of(2))
     found, key = cache.find(deep)
@@ -253,6 +253,26 @@ def test_the_same_content_under_two_paths_is_stored_once(cache, paths, tmp_path,
     assert encoder.calls == [[0]] and same_bits(features[0], features[1]) and len(cache) == 1
     monkeypatch.setattr(feature_cache, "image_bytes", None)  # both paths are known now
     assert same_bits(cache.find(copy)[0], cache.find(paths[0])[0])
+
+
+def test_each_view_of_an_image_has_its_own_features_and_unchanged_images_keep_theirs(
+    cache, paths, tmp_path, monkeypatch
+):
+    """`key_of` is the key of versions that knew no views."""
+    add(cache, paths, [0])
+    copy = tmp_path / "copy.png"
+    shutil.copy(paths[0], copy)
+    found, one = cache.find(paths[0], b"one")
+    assert found is None
+    _, two = cache.find(paths[0], b"two")
+    cache.features([one, two], pixels_of(1, 2), Encoder())
+    assert same_bits(cache.find(copy, b"two")[0], features_of(2)), "another path, the same content"
+    monkeypatch.setattr(feature_cache, "image_bytes", None)  # the file is known
+    for view, image in ((b"", 0), (b"one", 1), (b"two", 2)):
+        assert same_bits(cache.find(paths[0], view)[0], features_of(image))
+    assert cache.find(paths[0])[1] == key_of(paths[0]) and len(cache) == 3
+    cache.repair()
+    assert len(cache) == 3
 
 
 def test_file_names_need_not_be_unicode(cache, tmp_path):
