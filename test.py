@@ -32,15 +32,17 @@ from config.files import open_new, refuse_link, write_whole
 from dataset.checks.records import check_file
 from dataset.conversation import question_parts
 from dataset.loader import make_loader
+from dataset.open import file_sha256
 from dataset.qa_file import QAFile
 from evaluation.page import write_page
-from evaluation.score import Question, is_correct, questions_of, score, score_table
+from evaluation.score import Question, is_correct, questions_of, score, score_table, swap_images
 from evaluation.validation import Validation, sum_losses
-from model.answer import Answerer, Request
+from model.answer import Answer, Answerer, Request
 from model.build import Built, autocast, hub_access, hub_models, resolve_precision
-from model.checkpoint_folder import verify_folder
+from model.checkpoint_folder import MANIFEST, verify_folder
+from model.loaded import open_built, open_config
 from training.memory import explain_out_of_memory
-from training.run import chat_format, max_length, open_answerer, open_model, open_processors, open_qa_file
+from training.run import chat_format, max_length, open_answerer, open_qa_file
 from training.speed import packing
 from visual.images import ImageError, list_images
 
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
     with hub_access(config.model, own_models, arguments.allow_download):
-        built = open_model(config, precision, open_processors(config, checkpoint), checkpoint=checkpoint)
+        built = open_built(config, checkpoint, precision)
     built.model.to(device).eval()
     answerer = open_answerer(config, built, precision, device=device)
     title, table = "Answers", ""
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     if qa is not None:
         title = f"Scores on {qa.path.name}"
         validation = validate(qa, config, built, precision=precision)
-        rows, table = score_questions(qa, answerer, validation, config=config, output=output)
+        rows, table = score_questions(qa, answerer, validation, config=config, checkpoint=checkpoint, output=output)
     else:
         questions = arguments.question or list(config.test.questions)
         rows, unreadable = answer_questions(
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a trained model about images, or score it on a QA file.")
-    parser.add_argument("--checkpoint", help="a checkpoint's folder (default: final/ of config.yaml's output_dir)")
+    parser.add_argument("--checkpoint", help="folder of a checkpoint or an export (default: final/ of config.yaml's run)")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="used if --checkpoint is not given")
     parser.add_argument("--images", help="an image or a folder with its subfolders (default: test.images)")
     parser.add_argument("--question", action="append", help="may be given several times (default: test.questions)")
@@ -123,30 +125,16 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path, set[st
     typed = {word.partition("=")[2] for word in arguments.overrides}
     if arguments.checkpoint:
         checkpoint = Path(arguments.checkpoint).resolve()
-        verify_folder(checkpoint)
-        return require_models(load_config(checkpoint / "config.yaml", arguments.overrides)), checkpoint, typed
+        return open_config(checkpoint, arguments.overrides), checkpoint, typed
     current = load_config(arguments.config, arguments.overrides)
     checkpoint = current.output_dir / "final"
     if not checkpoint.exists():
         raise InputError(
             f"{checkpoint}: no trained model yet; run sh train.sh first, or name one with --checkpoint DIR."
         )
-    verify_folder(checkpoint)
     others = [word for word in arguments.overrides if not word.startswith("test.")]
-    trained = require_models(load_config(checkpoint / "config.yaml", others))
+    trained = open_config(checkpoint, others)
     return dataclasses.replace(trained, test=current.test), checkpoint, typed | hub_models(current.model)
-
-
-def require_models(config: Config) -> Config:
-    """Return the config if the folders of released weights that it names still exist, else raise InputError."""
-    for key in ("vision_tower", "language_model"):
-        path = getattr(config.model, key)
-        if path is not None and os.path.isabs(path) and not os.path.isdir(path):
-            raise InputError(
-                f"{path}: the checkpoint was trained on top of this folder, which does not exist; say where it is now: "
-                f"model.{key}=FOLDER."
-            )
-    return config
 
 
 def find_images(path: str | Path | None) -> list[Path]:
@@ -253,37 +241,41 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 
 def score_questions(
-    qa: QAFile, answerer: Answerer, validation: Validation, config: Config, output: Path
+    qa: QAFile, answerer: Answerer, validation: Validation, config: Config, checkpoint: Path, output: Path
 ) -> tuple[list[dict], str]:
-    """Ask the questions of a QA file, with their images and with swapped ones; write answers.jsonl and scores.json.
+    """Ask the questions of a QA file, with their images and with swapped ones; write answers.jsonl and scores.json, which
+    names the checkpoint by the SHA-256 of its manifest.
 
     Questions that do not fit into the language model are left out and counted. Returns (rows of answers.jsonl, the printed
     table).
     """
     found = questions_of(qa, range(len(qa)))  # empty if the file holds texts alone, which still have a loss
     questions = [question for question in found if answerer.fits(question.turns)]
-    seconds: list[list[float]] = []  # of the questions with their own images, then of those with swapped ones
+    answered: list[list[Answer]] = []  # the questions with their own images, then those with swapped ones
 
     def ask(asked: Sequence[Question]) -> list[str]:
         requests = [Request(question.turns, question.images) for question in asked]
         answers = answerer.answer_all(requests, config.test.batch_size, functools.partial(tqdm, unit="answer"))
-        seconds.append([answer.seconds for answer in answers])
+        answered.append(answers)
         return [answer.text for answer in answers]
 
-    scores, answers = score(questions, ask, seed=config.seed, left_out=len(found) - len(questions))
-    scores |= validation.values
+    scores, _ = score(questions, ask, seed=config.seed, left_out=len(found) - len(questions))
+    scores |= validation.values | {"checkpoint_sha256": file_sha256(checkpoint / MANIFEST)}
+    given, others = answered[0], iter(answered[1])
+    is_swapped = [question is not None for question in swap_images(questions, config.seed)]
     rows = [
         {
             "id": question.id,
             "image": str(question.images[-1]) if question.images else None,
             "question": question.text,
-            "answer": answer,
+            "answer": answer.text,
+            "blind": next(others).text if swapped else None,
             "reference": question.reference,
-            "correct": is_correct(answer, question.reference),
+            "correct": is_correct(answer.text, question.reference),
             "type": question.type,
-            "seconds": round(taken, 4),
+            "seconds": round(answer.seconds, 4),
         }
-        for question, answer, taken in zip(questions, answers, seconds[0], strict=True)
+        for question, answer, swapped in zip(questions, given, is_swapped, strict=True)
     ]
     write_rows(output / "answers.jsonl", rows)
     with writing(output / "scores.json") as path:

@@ -37,8 +37,8 @@ def write_page(
 ) -> None:
     """Write the page to `path`, replacing a link of that name. Raises OSError.
 
-    rows: {"image": its path or None, "question", "answer"}, and with a reference also {"reference", "correct"};
-    consecutive rows about one image share its thumbnail. unreadable: {"image", "problem"}. table: preformatted text.
+    rows: {"image": its path or None, "question", "answer"}, and with a reference also {"reference", "correct"} and perhaps
+    {"blind"}, the answer about a swapped image; consecutive rows about one image share its thumbnail. unreadable: {"image", "problem"}. table: preformatted text.
     """
     groups: list[tuple[str | None, list[dict]]] = []
     for row in rows:
@@ -62,6 +62,8 @@ def _article(image: str | None, asked: Sequence[dict]) -> str:
         entries.append(f"<dt>{html.escape(row['question'])}</dt><dd{verdict}>{html.escape(row['answer'])}")
         if "correct" in row and not row["correct"]:
             entries.append(f'<div class="reference">expected: {html.escape(row["reference"])}</div>')
+        if row.get("blind") is not None:
+            entries.append(f'<div class="reference">with another image: {html.escape(row["blind"])}</div>')
         entries.append("</dd>")
     figure = ""
     if image is not None:

@@ -85,3 +85,10 @@ def test_answers_are_marked_right_or_wrong_with_the_expected_one(tmp_path):
     reader = Reader((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert [attributes.get("class") for tag, attributes in reader.tags if tag == "dd"] == ["right", "wrong"]
     assert [word for word in reader.words if "expected" in word] == ["expected: yes"]
+
+
+def test_the_answer_about_another_image_stands_beside_its_own(tmp_path):
+    row = {"image": None, "question": "Q", "answer": "dog", "reference": "dog", "correct": True}
+    write_page(tmp_path / "page.html", "t", "a", [row | {"blind": "<cat>"}, row | {"blind": None}])
+    reader = Reader((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert [word for word in reader.words if "another image" in word] == ["with another image: <cat>"]

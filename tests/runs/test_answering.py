@@ -172,6 +172,9 @@ def test_scores_on_a_qa_file(run, final, images, tmp_path):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["n"] == len(given) and scores["accuracy"] == (len(given) - 1) / len(given) > scores["blind"]
     assert scores["by_type"]["own"]["accuracy"] == 1.0 and scores["by_type"]["other"]["accuracy"] == 0.0
+    blind = [row["blind"] == row["reference"] for row in found if row["blind"] is not None]
+    assert sum(blind) / len(blind) == scores["blind"] and found[0]["blind"] is None  # the only one of its type
+    assert scores["checkpoint_sha256"] == hashlib.sha256((final / "manifest.json").read_bytes()).hexdigest()
     assert "never this" in (tmp_path / "out" / "answers.html").read_text()
 
 
@@ -180,6 +183,7 @@ def test_scores_after_training_equal_the_checkpoints_scores(run, final, tmp_path
     found, expected = (json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, final))
     for name in ("loss", "perplexity"):  # summed in another order
         assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-5)
+    del found["checkpoint_sha256"]
     assert found == expected
 
 
