@@ -39,7 +39,7 @@ from evaluation.score import Question, is_correct, questions_of, score, score_ta
 from evaluation.validation import Validation, sum_losses
 from model.answer import Answer, Answerer, Request
 from model.build import Built, autocast, hub_access, hub_models, resolve_precision
-from model.checkpoint_folder import MANIFEST, verify_folder
+from model.checkpoint_folder import MANIFEST
 from model.loaded import open_built, open_config
 from training.memory import explain_out_of_memory
 from training.run import chat_format, max_length, open_answerer, open_qa_file
@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a trained model about images, or score it on a QA file.")
-    parser.add_argument("--checkpoint", help="folder of a checkpoint or an export (default: final/ of config.yaml's run)")
+    parser.add_argument(
+        "--checkpoint", help="folder of a checkpoint or an export (default: final/ of config.yaml's run)"
+    )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="used if --checkpoint is not given")
     parser.add_argument("--images", help="an image or a folder with its subfolders (default: test.images)")
     parser.add_argument("--question", action="append", help="may be given several times (default: test.questions)")

@@ -8,6 +8,7 @@ written and verified is in `model.checkpoint_folder`; optimizer and step are in 
     language_model.safetensors    what else of it was trained (full, top:N, embeddings); all of a model from scratch
     vision_tower.safetensors      what of the encoder was trained
     untrained.json                the parts whose weights are still random, if any
+    config.json                   a message to tools that would load the folder as a model of transformers
     tokenizer/ image_processor/   as the run used them
     state.safetensors state.json  optimizer and step, to resume training; not in final/
     manifest.json                 every file with its size and SHA-256, written last
@@ -16,6 +17,7 @@ written and verified is in `model.checkpoint_folder`; optimizer and step are in 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,11 @@ from model.model import VisionLanguageModel
 from model.trainable import WeightOrigins, parameters_without_lora, saved_parts
 
 UNTRAINED = "untrained.json"
+# transformers would load the base model alone, which sees no image; it repeats an unknown model_type in its error
+NOT_A_MODEL = (
+    "a checkpoint without its base model: open it with model.load(folder), or turn it into a folder for transformers with "
+    "python -m model.export"
+)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # keys of adapter_config.json that do not change what trained LoRA weights compute
 ADAPTER_FREE = (
@@ -44,6 +51,7 @@ LORA_KEYS = {"r": "lora.r", "lora_alpha": "lora.alpha", "target_modules": "lora.
 
 def save_trained(model: VisionLanguageModel, origins: WeightOrigins, folder: Path) -> None:
     """Write every weight that differs from the released ones: the projector, LoRA, and what `origins.trained` lists."""
+    (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=1) + "\n")
     for name, tensors in _files(model, origins).items():
         save_file(on_cpu(tensors), folder / name)
     if origins.random:
@@ -55,6 +63,9 @@ def save_trained(model: VisionLanguageModel, origins: WeightOrigins, folder: Pat
         path = folder / "adapter_config.json"
         values = json.loads(path.read_text(encoding="utf-8"))
         values["target_modules"].sort()  # PEFT keeps a set, whose order differs from process to process
+        base = values.get("base_model_name_or_path")
+        if base and os.path.isabs(base):
+            values["base_model_name_or_path"] = Path(base).name  # the path says nothing on another machine
         path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -196,9 +207,8 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
     ]
     for problem, names in (("unknown to this model", unexpected), ("missing", missing), ("of another shape", shapes)):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise InputError(
-                f"{path}: {len(names)} tensors {problem}: {'; '.join(names[:3])}{more}. The checkpoint was trained with "
+                f"{path}: {len(names)} tensors {problem}: {'; '.join(names)}. The checkpoint was trained with "
                 "another encoder, language model, projector or LoRA than the config says."
             )
 

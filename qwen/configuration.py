@@ -43,6 +43,21 @@ WEIGHTS: list[WeightConverter | WeightRenaming] = [
 ]
 
 
+def released_name(name: str, model_type: str) -> tuple[str, int, int]:
+    """Return (the tensor of a released file that holds the parameter `name`, part i, of n parts along the first
+    dimension): v1 joins q, k and v. Other families' files have the names that the model has in memory."""
+    part, parts = 0, 1
+    if model_type == QWenConfig.model_type:
+        for entry in WEIGHTS:
+            (source,) = entry.source_patterns
+            for number, target in enumerate(entry.target_patterns):
+                if target in name:
+                    name = name.replace(target, source)
+                    if len(entry.target_patterns) > 1:
+                        part, parts = number, len(entry.target_patterns)
+    return name, part, parts
+
+
 class QWenConfig(Qwen2Config):
     """A Qwen v1 `config.json` as a Qwen2 configuration, saved under v1's names.
 

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "training": ["config", "dataprocess", "dataset", "visual", "qwen", "model", "evaluation"],
 }
 # modules that are run with `python -m`: they read the whole config, and may import upward
-SCRIPTS = {"dataprocess.process_image", "dataprocess.train_tokenizer", "dataset.show"}
+SCRIPTS = {"dataprocess.process_image", "dataprocess.train_tokenizer", "dataset.show", "demo.emoji_report"}
+SCRIPTS |= {"model.export.__main__", "model.export.samples", "model.loaded"}  # the last one is `model.load`
 ROOT_MODULES = {"train", "test"}
 # other people's libraries that a package must not import, directly or through ours: the config and data preparation start
 # fast, and only the model's side knows a model library
@@ -37,7 +38,10 @@ MUST_NOT_IMPORT = {
     "model": {"accelerate"},
 }
 # the config sections that builders below training/ may take; a whole Config is for training/ and the scripts
-SECTIONS = {f"config.{name}Config" for name in ("Source", "Data", "Model", "Scratch", "Lora", "Trainable", "Train")}
+SECTIONS = {
+    f"config.{name}Config"
+    for name in ("Source", "Columns", "Augment", "Data", "Model", "Scratch", "Lora", "Trainable", "Train")
+}
 UNSAFE_NAMES = {"torch.load", "torch.save", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader"}
 
 
@@ -232,6 +236,13 @@ def test_no_private_attribute_of_another_class_is_used():
 def unsafe(tree: ast.Module) -> set[str]:
     """Return whatever in a module could run code from a file that it reads."""
     found = set()
+    restricted = set()  # torch.load of tensors only, which runs no code of the file
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and any(
+            word.arg == "weights_only" and isinstance(word.value, ast.Constant) and word.value.value is True
+            for word in node.keywords
+        ):
+            restricted.add(node.func)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = {alias.name for alias in node.names}
@@ -244,7 +255,7 @@ def unsafe(tree: ast.Module) -> set[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
             if name in UNSAFE_NAMES:
-                found.add(name)
+                found.add(f"{name}, weights only" if node in restricted else name)
         if isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
                 found.add(node.func.id)
@@ -256,7 +267,9 @@ def unsafe(tree: ast.Module) -> set[str]:
 
 
 def test_no_module_unpickles_or_executes_files():
-    assert {module: unsafe(tree) for module, tree in modules().items() if unsafe(tree)} == {}
+    found = {module: unsafe(tree) for module, tree in modules().items() if unsafe(tree)}
+    # a file of a package, whose SHA-256 is known, with PyTorch's reader of tensors only
+    assert found == {"demo.real_parts": {"torch.load, weights only"}}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +277,8 @@ def test_no_module_unpickles_or_executes_files():
     [
         "import pickle", "from pickle import loads", "from torch import load", "torch.load(path)", "eval(text)",
         "f(trust_remote_code=True)", "f(trust_remote_code=flag)", "np.load(path, allow_pickle=True)",
-        "yaml.load(text, Loader=yaml.UnsafeLoader)", "import joblib as j",
+        "yaml.load(text, Loader=yaml.UnsafeLoader)", "import joblib as j", "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
     ],
 )  # fmt: skip
 def test_unsafe_code_is_found(line):

@@ -136,14 +136,14 @@ def write_qwen1(folder, seed: int = 0, seq_length: int = 512) -> Path:
 
 def write_qwen2(folder, seed: int = 0) -> Path:
     """Qwen1.5 or Qwen2: vocabulary without image token, tied embeddings, fewer key heads than query heads."""
-    config = Qwen2Config(tie_word_embeddings=True, bos_token_id=None, **_sizes())
-    return _write_modern(folder, Qwen2ForCausalLM, config, CHAT_TOKENS, seed)
+    config = Qwen2Config(tie_word_embeddings=True, bos_token_id=None, **toy_sizes())
+    return write_modern(folder, Qwen2ForCausalLM, config, CHAT_TOKENS, seed)
 
 
 def write_qwen3(folder, seed: int = 0) -> Path:
     """Qwen3: vocabulary with `<|image_pad|>`, added tokens that are not special (`<think>`), untied embeddings."""
-    config = Qwen3Config(tie_word_embeddings=False, bos_token_id=None, head_dim=HIDDEN // HEADS, **_sizes())
-    return _write_modern(folder, Qwen3ForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
+    config = Qwen3Config(tie_word_embeddings=False, bos_token_id=None, head_dim=HIDDEN // HEADS, **toy_sizes())
+    return write_modern(folder, Qwen3ForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
@@ -151,22 +151,22 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 def write_qwen2_moe(folder, seed: int = 0) -> Path:
     """Qwen1.5-MoE: four routed experts, two per token, and a shared one; untied embeddings."""
-    sizes = _sizes() | EXPERTS | {"shared_expert_intermediate_size": 64, "norm_topk_prob": False}
+    sizes = toy_sizes() | EXPERTS | {"shared_expert_intermediate_size": 64, "norm_topk_prob": False}
     config = Qwen2MoeConfig(tie_word_embeddings=False, bos_token_id=None, **sizes)
-    return _write_modern(folder, Qwen2MoeForCausalLM, config, CHAT_TOKENS, seed)
+    return write_modern(folder, Qwen2MoeForCausalLM, config, CHAT_TOKENS, seed)
 
 
 def write_qwen3_moe(folder, seed: int = 0) -> Path:
     """Qwen3-MoE: four routed experts, two per token; untied embeddings."""
-    sizes = _sizes() | EXPERTS | {"norm_topk_prob": True, "head_dim": HIDDEN // HEADS}
+    sizes = toy_sizes() | EXPERTS | {"norm_topk_prob": True, "head_dim": HIDDEN // HEADS}
     config = Qwen3MoeConfig(tie_word_embeddings=False, bos_token_id=None, **sizes)
-    return _write_modern(folder, Qwen3MoeForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
+    return write_modern(folder, Qwen3MoeForCausalLM, config, CHAT_TOKENS + VISION_TOKENS, seed, plain=PLAIN_TOKENS)
 
 
 def write_llama(folder, seed: int = 0, tied: bool = True) -> Path:
     """SmolLM2: Llama's layout with ChatML tokens and tied embeddings; TinyLlama: the same, untied."""
-    config = LlamaConfig(tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, **_sizes())
-    return _write_modern(folder, LlamaForCausalLM, config, CHAT_TOKENS, seed)
+    config = LlamaConfig(tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, **toy_sizes())
+    return write_modern(folder, LlamaForCausalLM, config, CHAT_TOKENS, seed)
 
 
 WRITERS = {
@@ -184,7 +184,7 @@ def scratch_sizes(**sizes) -> ScratchConfig:
     return ScratchConfig(tokenizer=FolderOrHub("not read"), **sizes)
 
 
-def _sizes() -> dict:
+def toy_sizes() -> dict:
     return {
         "vocab_size": ROWS,
         "hidden_size": HIDDEN,
@@ -197,7 +197,7 @@ def _sizes() -> dict:
     }
 
 
-def _write_modern(folder, model_class, config, special: list[str], seed: int, plain=()) -> Path:
+def write_modern(folder, model_class, config, special: list[str], seed: int, plain=()) -> Path:
     folder = _new(folder)
     vocabulary, merges = train_bpe()
     tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), extra_special_tokens=special[1:])

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 import model.answer
+import model.loaded
 import test
 import train
 from config import InputError, run_script
@@ -300,7 +301,7 @@ def test_a_checkpoint_contacts_the_hub_only_with_consent(run, foreign, images, t
     values["output_dir"], values["model"]["language_model"] = str(foreign.parent), "some/body"
     config.write_text(yaml.safe_dump(values))
     with monkeypatch.context() as patch:
-        patch.setattr(test, "open_processors", stop)
+        patch.setattr(model.loaded, "open_processors", stop)
         for more in ([*words, "--allow-download"], ["--config", config, images / "1.png"]):
             assert exit_message(capsys, *more) == "error: offline: False."
 
@@ -309,7 +310,7 @@ def test_a_checkpoint_contacts_the_hub_only_with_consent(run, foreign, images, t
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     with monkeypatch.context() as patch:
-        patch.setattr(test, "open_processors", stop)
+        patch.setattr(model.loaded, "open_processors", stop)
         assert exit_message(capsys, *words).startswith("error: offline: True. The hub was not contacted.")
     assert len(ask(tmp_path / "out", *words)) == 1 and not huggingface_hub.is_offline_mode()
 

@@ -1,0 +1,222 @@
+"""The files beside an exported model's weights: its card, its portable config, and what was exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from config import DataConfig, InputError, LoraConfig, ModelConfig, TrainConfig
+from model.checkpoint_folder import read_json
+
+PRECISION_NOTE = "The proof is computed on a CPU in float32; other kernels and types round differently."
+
+
+def portable_config(
+    model: ModelConfig,
+    data: DataConfig,
+    answering: Mapping[str, Any],
+    *,
+    parts: tuple[str, str],
+    precision: str,
+    seed: int,
+) -> str:
+    """Return a config.yaml that opens the exported folder wherever it is: no path of this machine, nothing to train.
+
+    answering: keys of the section `test`. parts: (vision_tower, language_model) relative to the folder.
+    """
+    kept = {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.name not in ("vision_tower", "language_model", "from_scratch", "start_from")
+    }
+    values = {
+        "data": {"qa_file": "qa.jsonl", "max_length": data.max_length, "system_prompt": data.system_prompt},
+        "model": {"vision_tower": parts[0], "language_model": parts[1], **kept},
+        "output_dir": "run",
+        "seed": seed,
+        "train": {
+            "trainable": {"language_model": "frozen"},
+            "projector_lr": 0.001,
+            "precision": precision,
+        },
+        "test": dict(answering),
+    }
+    return yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+
+
+def part_name(path: str) -> str:
+    """Return a hub name as it is, and of a folder its name."""
+    return Path(path).name if os.path.isabs(path) else path
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """What a card tells of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    lora: LoraConfig
+    checkpoint: Path
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Kind of part -> its name, with the licence that its own card names."""
+        found = {"Image encoder": self.model.vision_tower}
+        if self.model.language_model is not None:
+            found["Language model"] = self.model.language_model
+        return {kind: f"{part_name(str(path))} (licence: {licence_of(str(path))})" for kind, path in found.items()}
+
+    def scores(self) -> dict[str, Any]:
+        path = self.checkpoint / "scores.json"
+        values = read_json(path) if path.exists() else {}
+        return values if isinstance(values, dict) else {}
+
+
+def licence_of(path: str) -> str:
+    """Return the licence that the README.md of a model's folder declares."""
+    card = Path(path) / "README.md"
+    if card.is_file() and (found := re.search(r"^license:\s*(\S+)", card.read_text("utf-8", "replace"), re.MULTILINE)):
+        return found[1]
+    return "see its source"
+
+
+def model_card(story: Story, *, is_llava: bool, dtype: str, proof: dict[str, Any]) -> str:
+    """Return README.md: what the model is, its scores, how to use it, and what was proven."""
+    named = [str(path) for path in (story.model.language_model, story.model.vision_tower) if path is not None]
+    hub = [path for path in named if not os.path.isabs(path)]
+    sources = [source.name for source in story.data.sources]
+    front = ModelCardData(
+        library_name="transformers" if is_llava else None,
+        pipeline_tag="image-text-to-text",
+        base_model=hub or None,
+        language=["en", "zh"],
+        license="other",
+        license_name="licences-of-both-parts",
+        tags=["llava"] if is_llava else None,
+    )
+    words = ", ".join(f"{part} {word}" for part, word in vars(story.train.trainable).items())
+    if story.train.trainable.language_model.kind == "lora":
+        words += f", LoRA r {story.lora.r} alpha {story.lora.alpha:g}"
+    lines = [
+        "---",
+        front.to_yaml(),
+        "---",
+        "",
+        "# A vision-language model",
+        "",
+        *(f"- {kind}: {name}" for kind, name in story.parts.items()),
+        f"- Projector: {story.model.projector}; features of layer {story.model.vision_feature_layer}; weights in {dtype}",
+        f"- Trained: {words}",
+        f"- Data: {', '.join(sources) or 'one QA file'}",
+        "",
+        "The model may be used as the licences of both parts and of the data allow.",
+        *_score_lines(story.scores()),
+        "",
+        "## Use",
+        "",
+        *(LLAVA_USE if is_llava else NATIVE_USE),
+        "",
+        "## Proof",
+        "",
+        *_proof_lines(proof),
+        "",
+        "## Limits",
+        "",
+        "- A special token that a user types, such as `<|im_end|>`, becomes that token in the chat template.",
+        "- A user's text that begins with an empty line is tokenised differently from training if no image precedes it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+LLAVA_USE = """```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+processor = AutoProcessor.from_pretrained(FOLDER)
+content = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+inputs = processor(text=prompt, images=Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
+print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```""".splitlines()
+
+NATIVE_USE = """In the repository of the project that trained it; no code of this folder is run:
+
+```python
+from model import load
+
+print(load(FOLDER).answer("What is in the picture?", ["photo.jpg"]))
+```""".splitlines()
+
+
+def _score_lines(scores: dict[str, Any]) -> list[str]:
+    if "accuracy" not in scores:
+        return []
+    rows = [("all", scores), *sorted((scores.get("by_type") or {}).items())]
+    table = [f"| {name} | {row['n']} | {_rate(row['accuracy'])} | {_rate(row.get('blind'))} |" for name, row in rows]
+    return [
+        "",
+        "## Scores",
+        "",
+        "Exact answers to held-out questions, and blind: the same questions about swapped images.",
+        "",
+        "| type | questions | accuracy | blind |",
+        "|---|---|---|---|",
+        *table,
+    ]
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _proof_lines(proof: dict[str, Any]) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in proof["kinds"].items())
+    equal = ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in proof["answers_equal"].items())
+    return [
+        f"Compared on {proof['samples']} samples ({kinds}); the figures are in `proof.json`.",
+        "",
+        f"1. Merged in place against this folder: logits of {proof['logits_identical']} samples identical, at most "
+        f"{proof['logits_apart']:.3g} apart.",
+        f"2. As trained against merged: logits at most {proof['merged_apart']:.3g} apart, before rounding to "
+        f"{proof['dtype']}.",
+        f"3. Greedy answers equal, of {proof['samples']}: {equal}.",
+        "",
+        PRECISION_NOTE,
+    ]
+
+
+def export_json(format_name: str, dtype: str, max_tokens: int | None, digest: str) -> str:
+    """Return export.json, which marks a folder as an export. digest: of the checkpoint's weights."""
+    values = {
+        "format": format_name,
+        "dtype": dtype,
+        "max_tokens": max_tokens,
+        "checkpoint_sha256": digest,
+        "exported": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "safetensors")
+        },
+    }
+    return json.dumps(values, indent=1) + "\n"
+
+
+def refuse_foreign(folder: Path, is_ours: bool) -> None:
+    """Raise InputError if `folder` exists, is not empty, and is not an earlier export."""
+    if (
+        os.path.lexists(folder)
+        and not is_ours
+        and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir()))
+    ):
+        raise InputError(f"{folder}: exists and was not written by an export; name another --output, or move it away.")
