@@ -38,7 +38,8 @@ def write_page(
     """Write the page to `path`, replacing a link of that name. Raises OSError.
 
     rows: {"image": its path or None, "question", "answer"}, and with a reference also {"reference", "correct"} and perhaps
-    {"blind"}, the answer about a swapped image; consecutive rows about one image share its thumbnail. unreadable: {"image", "problem"}. table: preformatted text.
+    {"blind"}, the answer about a swapped image; consecutive rows about one image share its thumbnail. unreadable:
+    {"image", "problem"}. table: preformatted text.
     """
     groups: list[tuple[str | None, list[dict]]] = []
     for row in rows:

@@ -135,8 +135,8 @@ class PixelShuffle(MLPProjector):
         side = math.isqrt(num_patches)
         if side % factor:
             raise InputError(
-                f'"model.projector" is pixel_shuffle, which joins squares of {factor} x {factor} patches, but the encoder\'s '
-                f"grid is {side} x {side}; use an encoder (or, where it allows several, a model.image_size) with a multiple "
+                f'"model.projector" is pixel_shuffle, which joins squares of {factor} x {factor} patches, but the grid of the '
+                f"encoder is {side} x {side}; use an encoder (or, where it allows several, a model.image_size) with a multiple "
                 f"of {factor} patches a side, another model.pixel_shuffle_factor, or another projector, such as mlp or "
                 "resampler."
             )
