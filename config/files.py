@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 from config.errors import InputError
 
-
 # git-lfs puts such a text in the place of a large file that was not downloaded.
 POINTER_OF_GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -24,18 +23,19 @@ POINTER_OF_GIT_LFS = b"version https://git-lfs.github.com/spec/"
 def pointer_error(path: str | os.PathLike) -> InputError:
     """Return the error for a file that is a pointer of git-lfs."""
     return InputError(
-        f"{path}: is a git-lfs pointer, a few lines of text in place of the file; in its folder, run: git lfs install && git "
-        "lfs pull"
+        f"{path}: is a git-lfs pointer, a few lines of text in place of the file; in its folder, run: git lfs install && "
+        "git lfs pull"
     )
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise InputError if `path` is a pointer of git-lfs. Other files, also those that cannot be read, are no error here."""
-    with contextlib.suppress(OSError):
-        if path.stat().st_size < 1024:
-            with open_regular(path) as file:
-                if file.read(len(POINTER_OF_GIT_LFS)) == POINTER_OF_GIT_LFS:
-                    raise pointer_error(path)
+def refuse_pointers(folder: str | os.PathLike[str]) -> None:
+    """Raise InputError if a file in `folder` is a pointer of git-lfs. A folder or file that cannot be read is no error."""
+    with contextlib.suppress(OSError), os.scandir(os.fspath(folder)) as entries:
+        for entry in entries:
+            if entry.is_file() and entry.stat().st_size < 1024:
+                with open(entry.path, "rb") as file:
+                    if file.read(len(POINTER_OF_GIT_LFS)) == POINTER_OF_GIT_LFS:
+                        raise pointer_error(entry.path)
 
 
 def refuse_link(path: Path) -> None:

@@ -14,13 +14,14 @@ import orjson
 from tqdm import tqdm
 
 from config import InputError, SourceConfig, printable
+from dataprocess.columns import with_own_names
 from dataprocess.containers import stream_records
 from dataprocess.detect import reader_for
 from dataprocess.image_paths import Found, ImageFolder, ImageStore, Listings, folder_from
 from dataprocess.marks import repair_marks
 from dataprocess.outputs import AsideFile, UniqueNames
-from dataprocess.readers import Draft
 from dataprocess.report import Refusal, Tally
+from dataprocess.rows import Draft
 from dataprocess.split import TRAIN, Split
 from dataprocess.verify_images import ImageVerifier
 from dataset.json_stream import Item, NotJson
@@ -68,14 +69,17 @@ class Converter:
         self.split, self.tally = split, tally
         self.store, self.verifier = store, verifier
         self._folders: dict[Path | None, ImageFolder] = {}
+        self._names: dict[str, UniqueNames] = {}  # by source
         self._listings = Listings()  # shared, because listing a folder is slow and sources share folders
 
-    def convert(self, source: SourceConfig) -> None:
-        """Convert every record of a source. Raises InputError if its files or settings cannot be used."""
-        folder, names, read = self._folder_of(source), UniqueNames(), None
+    def convert(self, source: SourceConfig, files: Sequence[Path]) -> None:
+        """Convert every record in `files` of a source. Raises InputError if its files or settings cannot be used."""
+        folder, read = self._folder_of(source), None
+        names = self._names.setdefault(source.name, UniqueNames())
         chunks = stream_records(
             source.annotations,
             source.images,
+            files=files,
             limit=source.limit,
             first_size=BATCH,
             size=BATCH if self.verifier else SMALL_BATCH,
@@ -84,6 +88,10 @@ class Converter:
         progress = tqdm(desc=printable(source.name), unit=" records", delay=2, leave=False, disable=None)
         with progress, _garbage_collection_paused():
             for file, first, items in chunks:
+                if source.columns:
+                    items = with_own_names(
+                        items, source.columns, f'source "{source.name}": {file}', is_first=read is None
+                    )
                 read = read or reader_for(source, file, items)
                 candidates = self._candidates(items, first=first, read=read, source=source, folder=folder)
                 if self.verifier:

@@ -6,21 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from config import CAPTION_FORMATS, InputError, SourceConfig, choose, shortened
-from dataprocess.readers import CAPTION_COLUMNS, FORMATS, IMAGE_COLUMNS, Draft
+from dataprocess.keys import image_keys_of, is_empty
+from dataprocess.readers import FORMATS
+from dataprocess.rows import Draft, column_name, is_row
 from dataset.json_stream import Item
-
-# With one of these keys a "text" is a caption or a part of a conversation, not a record of plain text.
-BESIDE_A_TEXT = {
-    *IMAGE_COLUMNS,
-    "picture",
-    "images",
-    "conversations",
-    "messages",
-    "texts",
-    "question",
-    "answer",
-    "annotation",
-}
+from dataset.record import RecordError
 
 
 def reader_for(source: SourceConfig, file: Path, items: list[Item]) -> Callable[[dict, int], Draft]:
@@ -45,35 +35,61 @@ def check_format(source: SourceConfig) -> None:
 
 
 def detect(source: SourceConfig, file: Path, items: list[Item]) -> str:
-    """The name of the only format that fits the keys of `items`.
+    """The name of the only format that fits the keys of `items` and reads every key with content.
 
-    Raises InputError if no format or several formats fit.
+    Raises InputError if no format or several formats do.
     """
     objects = [item.value for item in items if isinstance(item.value, dict)]
-    found = set().union(*map(_by_keys, objects))
-    if not found:  # records without images, which look the same in several formats
+    found: set[str] = set()
+    unread: dict[str, str] = {}  # format -> why it does not read a record whose keys it fits
+    for obj in objects:
+        for name in _by_keys(obj):
+            if reason := _unread(name, obj):
+                unread.setdefault(name, reason)
+            else:
+                found.add(name)
+    if not found and not unread:  # records without images, which look the same in several formats
         found = {format for format in map(_of_text, objects) if format}
+    if len(found) > 1 and found <= {"llava", "chat", "messages"}:  # read alike, except for what chat adds
+        return "chat" if "chat" in found else "messages"
     if len(found) == 1:
         return found.pop()
-    keys = sorted({str(key) for obj in objects for key in obj})
+    keys = shortened(", ".join(sorted({str(key) for obj in objects for key in obj}))) or "(none)"
+    if unread and not found:
+        name, reason = next(iter(unread.items()))
+        raise InputError(
+            f'source "{source.name}": {file} looks like format {name}, but {reason} Its records have the keys {keys}.'
+        )
     says = f"could be {' or '.join(sorted(found))}" if found else "is unknown"
     raise InputError(
-        f'source "{source.name}": the format of {file} {says}: its records have the keys '
-        f"{shortened(', '.join(keys)) or '(none)'}. Set it in data.sources, for example format: "
-        f"{min(found, default='llava')}. Known: {', '.join(FORMATS)}."
+        f'source "{source.name}": the format of {file} {says}: its records have the keys {keys}. Set it in data.sources, '
+        f"for example format: {min(found, default='llava')}. Known: {', '.join(FORMATS)}."
     )
 
 
+def _unread(format: str, obj: dict) -> str:
+    """Why a reader drops content of a record; "" if it does not, whatever else is wrong with the record."""
+    try:
+        FORMATS[format](obj, 0)
+    except RecordError as error:
+        return error.detail if error.reason == "unknown_key" else ""
+    return ""
+
+
 def _by_keys(obj: dict) -> set[str]:
-    """The formats that an object's keys fit: usually one; none for a record without images."""
+    """The formats that an object's keys fit: usually one; none for a conversation without images."""
     found: set[str] = set()
+    has_image = any(not is_empty(obj[key]) for key in image_keys_of(obj))
     turn_keys = _turn_keys(obj)
-    if turn_keys and obj.get("image") is not None:
-        found.add("llava" if "from" in turn_keys else "chat")
-    if turn_keys and "image" not in obj and isinstance(obj.get("images"), list):
+    if turn_keys and has_image:
+        if _has_parts(obj) or is_empty(obj.get("image")) and isinstance(obj.get("images"), list):
+            found.add("messages")
+        else:
+            found.add("llava" if "from" in turn_keys else "chat")
+    elif turn_keys and _has_parts(obj):
         found.add("messages")
     if obj.get("conversations") and ("image_bytes" in obj or isinstance(obj["conversations"], str)):
-        found.add("chat")
+        found = {"chat"}
     if isinstance(obj.get("messages"), list):
         found.add("messages")
     texts = obj.get("texts")
@@ -85,9 +101,9 @@ def _by_keys(obj: dict) -> set[str]:
         found.add("coco_captions")
     if obj.keys() in ({"picture", "text"}, {"picture"}, {"text_file"}):
         found.add("folder")
-    if _is_row(obj):
+    if not found and not turn_keys and is_row(obj, has_image):
         found.add("csv")
-    if isinstance(obj.get("text"), str) and not obj.keys() & BESIDE_A_TEXT:
+    if isinstance(obj.get("text"), str) and not has_image and not found and not turn_keys:
         found.add("text")
     return found
 
@@ -98,25 +114,23 @@ def _turn_keys(obj: dict) -> set[str]:
     return set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
 
 
+def _has_parts(obj: dict) -> bool:
+    """True if the content of a turn is a list of parts."""
+    return any(isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in obj["conversations"])
+
+
 def _of_text(obj: dict) -> str | None:
     """The format of a conversation without images."""
     keys = _turn_keys(obj)
     return ("llava" if "from" in keys else "chat") if keys else None
 
 
-def _is_row(obj: dict) -> bool:
-    """True if an object has the columns of a table with questions or captions."""
-    named = any(isinstance(obj.get(name), str) for name in IMAGE_COLUMNS)
-    asked = {"question", "answer"} <= obj.keys()
-    return named and (asked or any(isinstance(obj.get(name), str) for name in CAPTION_COLUMNS))
-
-
 def _check_columns(source: SourceConfig, file: Path, items: list[Item]) -> None:
-    columns = next((item.value.keys() for item in items if isinstance(item.value, dict)), ())
-    says = {"question", "answer"} <= set(columns) or any(name in columns for name in CAPTION_COLUMNS)
-    if says and any(name in columns for name in IMAGE_COLUMNS):
+    obj = next((item.value for item in items if isinstance(item.value, dict)), {})
+    if is_row(obj, bool(image_keys_of({column_name(key): None for key in obj}))):
         return
     raise InputError(
-        f'source "{source.name}": {file} has the columns {shortened(", ".join(columns)) or "(none)"}; expected one of '
-        f"{', '.join(IMAGE_COLUMNS)}, and question with answer, or one of {', '.join(CAPTION_COLUMNS)}."
+        f'source "{source.name}": {file} has the columns {shortened(", ".join(obj)) or "(none)"}; expected one of '
+        "image, image_path, file_name, path ..., and question with answer, or caption. Other names can be given in "
+        "data.sources, for example columns: {image: 图片, question: 问题, answer: 答案}."
     )

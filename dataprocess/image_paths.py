@@ -6,12 +6,15 @@ import hashlib
 import os
 import re
 import stat
+import unicodedata
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from config import InputError
+from config import InputError, shortened
 from config.files import publish, remove_partials
+from dataprocess.keys import shown
+from dataprocess.media import bytes_in, path_in
 from dataset.record import RecordError
 from visual.images import ImageError, image_suffix
 
@@ -20,8 +23,9 @@ from visual.images import ImageError, image_suffix
 COCO_2014 = ("COCO_train2014_", "COCO_val2014_")
 # Absolute (POSIX or Windows), or with a part "..".
 _leads_away = re.compile(r"/|\\\\|[A-Za-z]:[\\/]|(?:.*/)?\.\.(?:/|\Z)", re.DOTALL).match
-_is_address = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE).match
+_is_address = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE).match
 
+MAX_HINTS, HINT_NAMES = 3, 5_000  # messages of a source that suggest a file, and names in a folder that are compared
 NAMES_KEPT = 1_000_000  # file names of listed folders in memory, about 100 MB; other files are looked up one by one
 
 
@@ -154,6 +158,7 @@ class ImageFolder:
         self._real_root = "" if root is None else os.path.realpath(root)
         self._folders: dict[str, _Folder] = {}  # key: the part of a path before the file name, with the final "/"
         self._store, self._listings = store, listings
+        self._hints_left = MAX_HINTS
         self.modified: dict[str, int | None] = {}
 
     def find(self, path: object) -> Found:
@@ -174,7 +179,10 @@ class ImageFolder:
         if isinstance(path, bytes):
             return self._store.place(path)
         if not isinstance(path, str) or not path:
-            raise RecordError("wrong_type", f'"image" holds {path!r:.40}; expected a path.')
+            raise RecordError("wrong_type", f'"image" holds {shown(path)}; expected a path.')
+        if (data := bytes_in(path)) is not None:
+            return self._store.place(data)
+        path = path_in(path)
         if _is_address(path):
             raise RecordError(
                 "missing_image",
@@ -182,24 +190,69 @@ class ImageFolder:
             )
         if not self._root:
             raise RecordError(
-                "missing_image", f"{path}: the source has no images folder; give data.sources its images."
+                "missing_image", f"{shown(path)}: the source has no images folder; give data.sources its images."
             )
+        path = self._relative(path)
         if _leads_away(path):
-            raise RecordError("path_outside_folder", f"{path}: expected a path inside {self._root}.")
-        cut = path.rfind("/") + 1
-        name = path[cut:]
+            raise RecordError("path_outside_folder", f"{shortened(path, 300)}: expected a path inside {self._root}.")
         try:
-            folder = self._folders.get(path[:cut]) or self._enter(path[:cut])
+            found = self._at(path) or self._nearly_at(path)
         except ValueError as error:  # characters that a path cannot contain
-            raise RecordError("missing_image", f"{path!r}: {error}.") from None
-        found = self._look(folder, name, None)
+            raise RecordError("missing_image", f"{shown(path)}: {error}.") from None
+        if found is None:
+            folder = self._enter(path[: path.rfind("/") + 1])
+            name = path.rpartition("/")[2]
+            raise RecordError(
+                "missing_image",
+                f"{shortened(os.path.join(folder.path, name), 300)}: no such file{self._hint(folder, name)}",
+            )
+        return found
+
+    def _at(self, path: str, repair: str | None = None) -> Found | None:
+        """The image at a path, or at its COCO name of the other release."""
+        cut = path.rfind("/") + 1
+        folder, name = self._folders.get(path[:cut]) or self._enter(path[:cut]), path[cut:]
+        found = self._look(folder, name, repair)
         if found is None and (bare := coco_name(name)):
             repair = "coco_2014_prefix_added" if name == bare else "coco_2014_prefix_removed"
             for other in [prefix + bare for prefix in COCO_2014] if name == bare else [bare]:
                 found = found or self._look(folder, other, repair)
-        if found is None:
-            raise RecordError("missing_image", f"{os.path.join(folder.path, name)}: no such file.")
         return found
+
+    def _relative(self, path: str) -> str:
+        """A path relative to the root, if it is absolute and inside the root; another path unchanged."""
+        if path.startswith("/") and ".." not in path.split("/"):
+            for root in (self._root, self._real_root):
+                if path.startswith(root.rstrip("/") + "/"):
+                    return path[len(root.rstrip("/")) + 1 :].lstrip("/")
+        return path
+
+    def _nearly_at(self, path: str) -> Found | None:
+        """The image that a path means by one of the rules that leave no doubt."""
+        ends = ["/".join(self._root.split("/")[-count:]) + "/" for count in (1, 2, 3)]
+        variants = [
+            (path.replace("\\", "/"), "backslashes_in_path_replaced"),
+            *((path.removeprefix(end), "image_folder_named_twice") for end in ends),
+            (unicodedata.normalize("NFC", path), "unicode_form_of_path_changed"),
+            (unicodedata.normalize("NFD", path), "unicode_form_of_path_changed"),
+        ]
+        stem, suffix = os.path.splitext(path)
+        variants += [(stem + other, "case_of_suffix_changed") for other in (suffix.lower(), suffix.upper())]
+        for variant, repair in variants:
+            if variant != path and not _leads_away(variant) and (found := self._at(variant, repair)):
+                return found
+        return None
+
+    def _hint(self, folder: _Folder, name: str) -> str:
+        """The end of a message about a missing file: a file of nearly this name, for the first few of a source."""
+        if self._hints_left <= 0:
+            return "."
+        self._hints_left -= 1
+        if not os.path.isdir(folder.real):
+            return "; its folder does not exist."
+        loose = _loose(name)
+        close = [one for one in folder.files if _loose(one) == loose] if len(folder.files) <= HINT_NAMES else []
+        return f'; did you mean "{min(close)}"?' if close else "."
 
     def _look(self, folder: _Folder, name: str, repair: str | None) -> Found | None:
         real = f"{folder.real}/{name}"
@@ -235,6 +288,11 @@ class ImageFolder:
                 f"{path} is a link to {real}, outside {self._root}; set images of the source to the folder of that "
                 "file, or replace the link by a copy.",
             )
+
+
+def _loose(name: str) -> str:
+    """A file name without what is often written differently: case, suffix, blanks, hyphens."""
+    return re.sub(r"[\s_-]+", "", os.path.splitext(name)[0].casefold())
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,15 @@ from dataset.record import IMAGE_MARK
 
 Piece = str | None  # literal text, or None for an image
 
+# Marks of other projects: Qwen2-VL, Phi-3, Llama 3.2, MMMU, InternLM-XComposer, Gemma 3, MiniCPM, llama.cpp. A number says
+# which image is meant.
+_foreign = re.compile(
+    r"<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>|<\|image_pad\|>|<\|image\|>|<\|image_(\d+)\|>"
+    r"|<image[ _-]?(\d+)>|<ImageHere>|<Image>|<IMAGE>|<start_of_image>|<image_placeholder>|<image_soft_token>"
+    r"|<IMG_CONTEXT>|<__media__>"
+)
+_tag = re.compile(r"<img>([^<>\n]{1,4096})</img>")  # Qwen-VL writes the path of an image into the text
+
 _runs = re.compile(rf"{IMAGE_MARK}(?:\s*{IMAGE_MARK})*").finditer  # marks with only white space between them
 _space = re.compile(r"\s*").match
 _line_end = re.compile(r"[ \t]*\n").match
@@ -49,6 +58,40 @@ def literal(text: object, images: int = 0) -> object:
 def mark_count(turns: list[dict]) -> int:
     """Number of marks in the string contents of all turns."""
     return sum(turn["content"].count(IMAGE_MARK) for turn in turns if isinstance(turn["content"], str))
+
+
+def read_foreign_marks(turns: list[dict], images: list) -> tuple[list[dict], list, list[str]]:
+    """Read the marks and paths of images as other projects write them into a user's texts.
+
+    foreign_image_marks: the marks of other projects become `<image>`, unless every image has such a mark already. Numbered
+    images are put into the order of their marks. If an image has no number or several, numbers remain text.
+    image_paths_in_text: `<img>a.jpg</img>`, in a record that names no other image, becomes `<image>`.
+    Returns the turns, the images and the rules that were used; the same objects if none was.
+    """
+    asked = [turn["content"] for turn in turns if turn["role"] == "user" and isinstance(turn["content"], str)]
+    if not any("<" in text for text in asked):
+        return turns, images, []
+    if not images and (paths := [path for text in asked for path in _tag.findall(text)]):
+        return _replaced(turns, _tag), [path.strip() for path in paths], ["image_paths_in_text"]
+    found = [mark for text in asked for mark in _foreign.finditer(text)]
+    marks = len(found) + sum(text.count(IMAGE_MARK) for text in asked)
+    if not found or (images and marks - len(found) == len(images)):
+        return turns, images, []
+    numbers = [int(mark[1] or mark[2] or -1) for mark in found]
+    if images and max(numbers) >= 0:
+        if len(found) != len(images) or len(set(numbers)) < len(numbers):  # text about images that come first
+            return turns, images, []
+        images = [images[sorted(numbers).index(number)] for number in numbers]
+    return _replaced(turns, _foreign), images, ["foreign_image_marks"]
+
+
+def _replaced(turns: list[dict], pattern: re.Pattern) -> list[dict]:
+    return [
+        turn | {"content": pattern.sub(IMAGE_MARK, turn["content"])}
+        if turn["role"] == "user" and isinstance(turn["content"], str)
+        else turn
+        for turn in turns
+    ]
 
 
 def repair_marks(turns: list[dict], images: int) -> tuple[list[dict], list[str]] | None:

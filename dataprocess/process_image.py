@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from config import DEFAULT_CONFIG, Config, DataConfig, InputError, SourceConfig, load_config, printable, run_script
 from config.files import remove_partials
-from dataprocess.containers import stamps
+from dataprocess.containers import groups_of, notes_on, stamps
 from dataprocess.convert import Converter
 from dataprocess.detect import check_format
 from dataprocess.image_paths import ImageStore, modified_ns
@@ -31,7 +32,7 @@ from dataprocess.report import Tally, summary
 from dataprocess.split import TRAIN, VALIDATION, Split
 from dataprocess.verify_images import ImageVerifier
 
-FORMAT_VERSION = 3  # increase when the same raw files would give a different QA file
+FORMAT_VERSION = 4  # increase when the same raw files would give a different QA file
 TOP_REASONS = 5  # reasons listed in the message about too many refusals
 
 
@@ -49,8 +50,9 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
     Report: "read", "kept", "refused" (raw records), "by_source" (the same three), "by_reason", "repairs" (rule -> kept
     records that needed it), "train" and "validation" ({"file", "records", "bytes", "sha256"}), "image_folders" (folder
     -> modification time, so that a later run sees added and removed images; the output folders are left out, because
-    this run changes them), "fingerprint" (null if the run was refused or killed; "outputs" then lists the files among
-    "train" and "validation" that preparation wrote or was about to write).
+    this run changes them), "notes" (encodings other than UTF-8, splits in the names of files, files that are not read; only
+    if there are any), "fingerprint" (null if the run was refused or killed; "outputs" then lists the files among "train"
+    and "validation" that preparation wrote or was about to write).
 
     Only files that an earlier preparation wrote are replaced, which its report tells: one that a user wrote or changed is
     refused before any work begins. Partial files that a killed preparation left are removed.
@@ -94,10 +96,11 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
             store=store,
             verifier=verifier,
         )
+        parts, notes = _parts(data)
         # `Split` needs the held-out sources first.
-        for source in sorted(data.sources, key=lambda source: (VALIDATION, "auto", TRAIN).index(source.split)):
-            converter.convert(source)
-        report = tally.report() | {"image_folders": converter.image_folders}
+        for source, group in sorted(parts, key=lambda part: (VALIDATION, "auto", TRAIN).index(part[0].split)):
+            converter.convert(source, group)
+        report = tally.report() | {"image_folders": converter.image_folders} | ({"notes": notes} if notes else {})
         for side, file in files.items():
             report[side] = {
                 "file": str(file.path), "records": file.lines, "bytes": file.bytes, "sha256": file.sha256
@@ -130,6 +133,17 @@ def _check_source(source: SourceConfig, outputs: list[Path]) -> None:
         )
 
 
+def _parts(data: DataConfig) -> tuple[list[tuple[SourceConfig, list[Path]]], list[str]]:
+    """The sources with their files, divided where the names of the files say a split, and notes about them."""
+    parts, notes = [], []
+    for source in data.sources:
+        groups, found = groups_of(source.annotations, source.split, has_validation=data.validation_file is not None)
+        notes += [*found, *itertools.chain.from_iterable(notes_on(file) for group in groups for file in group.files)]
+        for group in groups:
+            parts.append((dataclasses.replace(source, split=group.split or source.split), group.files))
+    return parts, notes
+
+
 def _problem(report: dict, max_refused: float, refused_file: Path) -> str | None:
     """The reason why these records must not become a QA file, or None."""
     if report["refused"] > max_refused * report["read"]:
@@ -150,7 +164,10 @@ def _problem(report: dict, max_refused: float, refused_file: Path) -> str | None
 def _fingerprint(data: DataConfig, seed: int, outputs: dict[str, Path]) -> str:
     """SHA-256 of everything that decides what is written, except the existence and the content of images."""
     fields = ("name", "format", "annotations", "images", "limit", "captions", "split")
-    described = [[str(getattr(source, field)) for field in fields] for source in data.sources]
+    described = [
+        [str(getattr(source, field)) for field in fields] + ([repr(source.columns)] if source.columns else [])
+        for source in data.sources
+    ]
     files = [str(path) for path in outputs.values()]
     holders = [stamps(source.annotations, source.images) for source in data.sources]
     decisive = [FORMAT_VERSION, described, holders, files, data.validation_fraction, seed, data.verify_images]

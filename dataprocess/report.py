@@ -103,6 +103,7 @@ def summary(report: dict) -> str:
     for side in (TRAIN, VALIDATION):
         if side in report:
             lines.append(f"{side + ':':<{width}}{report[side]['records']:>12,} records in {report[side]['file']}")
+    lines += [f"note: {note}" for note in report.get("notes", [])]
     return "\n".join(lines[1:])
 
 

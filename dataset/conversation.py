@@ -85,9 +85,9 @@ class ChatFormat:
     def encode(self, turns: Sequence[Turn], max_length: int | None = None) -> Encoded:
         """Encode a whole conversation for training.
 
-        Labels cover exactly the answers and the `<|im_end|>` after each answer, or all of a text turn. `max_length`
-        cuts text from the end, never an image. Raises TooLong if an image would be cut, or NothingSupervised, a
-        TooLong, if no label would remain.
+        Labels cover exactly the answers that are targets and the `<|im_end|>` after each of them, or all of a text turn.
+        `max_length` cuts text from the end, never an image. Raises TooLong if an image would be cut, or NothingSupervised,
+        a TooLong, if no label would remain.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -102,7 +102,7 @@ class ChatFormat:
                 assert isinstance(turn.content, str)  # only a user turn may have parts
                 put([*self.encode_text(turn.content), self.end_of_text_id], supervised=True)
                 continue
-            is_answer = turn.role == "assistant"
+            is_answer = turn.role == "assistant" and turn.is_target
             put(self.head[turn.role])
             for part in parts_of(turn):
                 if isinstance(part, Image):

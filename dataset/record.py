@@ -15,6 +15,8 @@ epoch uses one of them or "conversations". Other keys are ignored.
 A text outside of a conversation is a single turn, {"role": "text", "content": "..."}. All of its tokens are supervised.
 It is meant for a language model trained from scratch.
 
+An answer with "loss": false is read, but is not a target of training; at least one answer of a conversation is.
+
 A "content" is a string, in which every `<image>` of a user turn marks one image, or a list of parts, whose text is
 always literal: [{"type": "image"}, {"type": "text", "text": "What does <image> mean?"}].
 """
@@ -32,7 +34,7 @@ from config import InputError, shortened
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant", "text")
 LONGEST_DETAIL, LONGEST_ID = 1000, 200  # characters of a record that a message repeats
-FORMAT_VERSION = "4"  # increase it when the definition of a valid record changes
+FORMAT_VERSION = "5"  # increase it when the definition of a valid record changes
 
 
 class RecordError(InputError):
@@ -66,10 +68,12 @@ class Turn:
 
     content: a string, with `<image>` marks if the role is user. A user turn may have a tuple of parts instead, in which
     no string is empty or follows another string. `parts_of` reads both forms.
+    is_target: whether the loss covers the turn. Only answers and texts can be targets.
     """
 
     role: str
     content: str | tuple[Part, ...]
+    is_target: bool = True
 
 
 Conversation = tuple[Turn, ...]
@@ -207,7 +211,7 @@ def _surely_valid_turns(turns: list, image_count: int) -> bool:
     marks, role = 0, "user"
     for turn in turns:
         content = turn["content"]
-        if turn["role"] != role or not content or content.isspace():
+        if turn["role"] != role or not content or content.isspace() or len(turn) != 2:
             return False
         if not content.isascii():
             content.encode()
@@ -277,12 +281,17 @@ def _conversation(turns: object, image_count: int) -> Conversation:
             raise _at(conversation, "mark_outside_question", f"({role}) contains {what}; only a user turn may")
         if (not words or words.isspace()) and not images and role != "system":
             raise _at(conversation, "empty_question" if role == "user" else "empty_answer", f"({role}) is empty")
-        conversation.append(Turn(role, content if role == "user" else words))
+        loss = turn.get("loss", True)
+        if loss not in (True, False) or not loss and role != "assistant":
+            raise _at(conversation, "wrong_type", f'({role}) has "loss": {_shown(loss)}; only an answer may have false')
+        conversation.append(Turn(role, content if role == "user" else words, bool(loss)))
         marks += images
         previous = role
     if previous not in ("assistant", "text"):
         end = f"ends with a {previous} turn" if previous else "has no turns"
         raise RecordError("no_answer", f"the conversation {end}; it must end with an assistant turn.")
+    if not any(turn.is_target for turn in conversation if turn.role in ("assistant", "text")):
+        raise RecordError("no_answer", 'every answer has "loss": false, so there is nothing to learn.')
     if marks != image_count:
         raise RecordError(
             "marks_and_pictures_disagree",

@@ -52,7 +52,7 @@ Answers = Callable[[Sequence[Question]], list[str]]
 
 
 def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
-    """Return one question for each assistant turn of the records `indices`."""
+    """Return one question for each answer that is a target in the records `indices`."""
     questions = []
     for index in indices:
         record = qa[index]
@@ -60,7 +60,7 @@ def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
         turns: list[tuple[str, list[Part]]] = []
         seen = 0
         for turn in record.conversations:
-            if turn.role == "assistant":
+            if turn.role == "assistant" and turn.is_target:
                 assert isinstance(turn.content, str)  # only a user turn has parts
                 questions.append(
                     Question(

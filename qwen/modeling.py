@@ -24,6 +24,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.utils import ModelOutput
 
 from config import InputError, choose, how_to_convert, is_hub_name
+from config.files import refuse_pointers
 from qwen.attention import PACKED_SDPA
 from qwen.checked_config import check_config
 from qwen.configuration import QWenConfig
@@ -182,6 +183,7 @@ def load_language_model(
     example because the package of the attention is not installed.
     """
     path = str(path)
+    refuse_pointers(path)
     if not Path(path).is_dir() and not is_hub_name(path):
         raise InputError(
             f"language model {path}: folder does not exist. Give a folder with config.json, or a hub name."

@@ -20,6 +20,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 
 from config import InputError
+from config.files import refuse_pointers
 
 STOP_TOKENS = ["<|im_end|>", "<|endoftext|>"]  # both end an answer
 CHAT_TOKENS = ["<|im_start|>", *STOP_TOKENS]
@@ -45,6 +46,7 @@ def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokeni
     rules multiply text or turn the spelling of a special token into that token.
     """
     path = str(path)
+    refuse_pointers(path)
     tokenizer: PreTrainedTokenizerBase
     vocabulary = None if _has(path, "tokenizer.json") else _has(path, "qwen.tiktoken")
     if vocabulary:
@@ -69,7 +71,10 @@ def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokeni
         raise InputError(f"tokenizer {path}: a {kind}, not a byte-level BPE like Qwen's; give a Qwen model's folder.")
     missing = [token for token in CHAT_TOKENS if not _knows(tokenizer, token)]
     if missing and not any_kind:
-        raise InputError(f"tokenizer {path}: {', '.join(missing)} not in the vocabulary; give a Qwen model's folder.")
+        raise InputError(
+            f"tokenizer {path}: {', '.join(missing)} not in the vocabulary, but prompts need them (ChatML); give the folder "
+            "of a Qwen model, or of another one with these tokens, such as SmolLM2-Instruct."
+        )
     if missing:
         _add_special(tokenizer, missing)
     if not any(_knows(tokenizer, token) for token in IMAGE_TOKENS):

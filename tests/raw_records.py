@@ -222,7 +222,7 @@ def coco_image(draw) -> Row:
 @st.composite
 def table_row(draw, columns: list[str]) -> Row:
     """A row with cells for these columns: "image", "id", "question" and "answer", or "caption"."""
-    cells = {"image": draw(st.sampled_from(IMAGES)), "id": str(draw(ids)).strip() or "x", "extra": draw(plain)}
+    cells = {"image": draw(st.sampled_from(IMAGES)), "id": str(draw(ids)).strip() or "x", "source": draw(plain)}
     cells |= {name: draw(literal) for name in ("question", "answer", "caption")}
     dialog = captioned([cells["caption"]])[0]
     if "question" in columns:

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from config import InputError, choose, how_to_convert
+from config.files import refuse_pointers
 from visual.convolutional import EfficientNetLite, outline
 from visual.encoder_config import fewest_weights, read_config, refuse_too_few_weights
 from visual.processor import load_image_processor
@@ -119,6 +120,7 @@ def load_vision_tower(
     InputError: the encoder is not in ENCODERS; weights are quantised, missing, unexpected or have another shape; and the
     errors of transformers, VisionTower and load_image_processor.
     """
+    refuse_pointers(path)
     encoder, config = _encoder_of(path)
     refuse_too_few_weights(path, _fewest_weights(encoder, config))
     if image_size is None:

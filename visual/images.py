@@ -9,6 +9,7 @@ allocated, and files that need far more work to decode than an image of their si
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
@@ -24,6 +25,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from config import InputError
+from config.files import POINTER_OF_GIT_LFS
 
 if TYPE_CHECKING:
     from PIL.TiffImagePlugin import TiffImageFile
@@ -31,14 +33,22 @@ if TYPE_CHECKING:
 # Pillow logs some of the errors that it raises; without a handler they would be printed.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".avif"})
+# Images that are read only with a package of their own, or not at all. They are listed, so that none is passed over.
+OTHER_IMAGE_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw"})
 
 # Formats that are read, whatever a file's suffix: Pillow's name -> the suffix to write. Pillow reads forty more formats, but
 # not for photographs, and EPS would start a PostScript interpreter.
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+# Formats that are read if the installed Pillow or a plugin can: Pillow's name, suffix, first bytes, module, package.
+_PLUGINS = (
+    ("AVIF", ".avif", re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "PIL.AvifImagePlugin", "pillow>=11.3"),
+    ("HEIF", ".heic", re.compile(rb".{4}ftyp(hei|hev|mif|msf)", re.DOTALL), "pillow_heif.HeifImagePlugin", "pillow-heif"),
+    ("JXL", ".jxl", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ", re.DOTALL), "pillow_jxl", "pillow-jxl-plugin"),
+)
 
 # Increase when a file is read, or refused, in another way: verdicts that were stored before are then not used.
-RULES = 3
+RULES = 4
 # Increase when `is_scaled` images get other pixels: their features that were stored before are then not used. (If other
 # images do, increase `FORMAT` of the feature cache.)
 SCALING_RULES = 2
@@ -93,7 +103,7 @@ class ImageError(InputError):
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """List all files below `folder` with an image's suffix (in any case), sorted by path.
+    """List all files below `folder` with an image's suffix (in any case), sorted by path, also of formats that are not read.
 
     Hidden files and folders are left out, links to folders are not followed. InputError: not a folder, or a folder below
     it cannot be read.
@@ -143,7 +153,8 @@ def image_suffix(data: bytes) -> str:
     """
     with _image_errors_only("the image"), _open(data) as image:
         assert image.format is not None
-        return FORMATS["JPEG" if image.format == "MPO" else image.format]  # MPO: a JPEG followed by another one
+        name = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG followed by another one
+        return FORMATS.get(name) or next(suffix for other, suffix, *_ in _PLUGINS if other == name)
 
 
 def is_scaled(data: bytes) -> bool:
@@ -180,7 +191,7 @@ def image_bytes(path: str | Path) -> bytes:
 
 
 def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
 
 
 def _read(source: str | Path | bytes | BinaryIO, draft: bool) -> Image.Image:
@@ -234,6 +245,25 @@ def _hush_pillow() -> None:
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+def _formats_of(data: bytes) -> tuple[str, ...]:
+    """Return the names of the formats that a file's first bytes allow. ImageError: they need a missing package."""
+    if data.startswith(POINTER_OF_GIT_LFS):
+        raise ImageError("a git-lfs pointer, text in place of an image; run: git lfs install && git lfs pull")
+    for name, suffix, magic, module, package in _PLUGINS:
+        if magic.match(data):
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                pass
+            if name in Image.OPEN:
+                return (name,)
+            raise ImageError(
+                f'a {suffix[1:].upper()} image, which needs a package that is not installed: pip install "{package}", or '
+                "convert it to JPEG or PNG."
+            )
+    return tuple(FORMATS)
+
+
 def _open(data: bytes) -> ImageFile.ImageFile:
     """Open an image: read and check its header, without decoding pixels."""
     if data.startswith(b"\xff\xd8") and data.count(b"Exif\0\0") > MAX_JPEG_EXIF_SEGMENTS:
@@ -242,7 +272,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         _check_pixels(*_webp_size(data), data)  # Pillow allocates on opening
     if data.startswith((b"II", b"MM")) and _has_endless_tags(data):
         raise ImageError(_BOMB, "decompression_bomb")
-    image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    image = Image.open(io.BytesIO(data), formats=_formats_of(data))
     width, height = image.size
     _check_pixels(width, height, data)
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):

@@ -238,6 +238,8 @@ def _surely_usable(chat: ChatFormat, record: Record, max_length: int) -> bool:
     is the one to the last question with an image.
     """
     for turns in (record.conversations, *record.alternatives):
+        if not all(turn.is_target for turn in turns):
+            return False
         questions = [i for i, turn in enumerate(turns) if turn.role == "user"]
         if not questions:  # a text turn, which may be cut anywhere
             continue

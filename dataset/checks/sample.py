@@ -56,7 +56,8 @@ def check_labels(checked: Checked, chat: ChatFormat, decode: Callable[[list[int]
             encoded = chat.encode(turns)
             ends = (chat.im_end_id, chat.end_of_text_id)
             decoded = [decode(ids[:-1]) for ids in _supervised_runs(encoded.labels) if ids[-1] in ends]
-            answers = [plain_text(turn.content) for turn in turns if turn.role in ("assistant", "text")]
+            targets = [turn for turn in turns if turn.role in ("assistant", "text") and turn.is_target]
+            answers = [plain_text(turn.content) for turn in targets]
             if list(map(_composed, decoded)) != list(map(_composed, answers)):
                 found, expected = (json.dumps(texts, ensure_ascii=False)[:200] for texts in (decoded, answers))
                 detail = (

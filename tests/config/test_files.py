@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
 
 from config import InputError
-from config.files import make_folder, open_append, open_new, open_regular, write_whole
+from config.files import make_folder, open_append, open_new, open_regular, refuse_pointers, write_whole
+from visual.encoders import load_vision_tower
 
 
 @pytest.fixture
@@ -64,3 +66,15 @@ def test_pipes_and_devices_are_refused(tmp_path, opening):
 def test_reading_follows_a_link(link):
     with open_regular(link) as file:
         assert file.read() == b"mine"
+
+
+@pytest.mark.parametrize("load", ["qwen.tokenizer.load_tokenizer", "qwen.modeling.load_language_model"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_a_pointer_of_git_lfs_in_a_models_folder_is_named(tmp_path, load, file):
+    refuse_pointers(tmp_path)
+    (tmp_path / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n")
+    (tmp_path / "vocab.json").write_text("{}")
+    module, name = load.rsplit(".", 1)
+    for function in (refuse_pointers, getattr(importlib.import_module(module), name), load_vision_tower):
+        with pytest.raises(InputError, match=f"{file}: is a git-lfs pointer, .* git lfs pull"):
+            function(tmp_path)

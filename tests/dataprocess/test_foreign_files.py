@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from config import InputError, SourceConfig, load_config
-from dataprocess import containers, process_image
+from dataprocess import containers, folders, process_image
 from dataset.json_stream import stream_json
 from dataset.open import file_sha256
 from dataset.qa_file import QAFile
@@ -316,15 +316,15 @@ def test_a_caption_that_cannot_be_read_refuses_its_image(shop, monkeypatch):
     (album / "4.txt").write_bytes(b"\xff\xfe\x00")
     (album / "5.txt").write_text("private")
     (album / "6.txt").write_text("word " * 20)
-    opening = containers.open_regular
+    opening = folders.open_regular
 
     def open_public(path: Path):
         if path.name == "5.txt":
             raise PermissionError(13, "Permission denied", str(path))  # root, who may run this test, can read anything
         return opening(path)
 
-    monkeypatch.setattr(containers, "open_regular", open_public)
-    monkeypatch.setattr(containers, "LONGEST_CELL", 50)
+    monkeypatch.setattr(folders, "open_regular", open_public)
+    monkeypatch.setattr(folders, "LONGEST_CELL", 50)
     with at_most(5):
         report = shop.prepare(annotations=album, images=album, format="auto", max_refused=1.0)
     assert report["kept"] == 2 and report["by_reason"] == {

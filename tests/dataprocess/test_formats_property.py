@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 REASONS = set(
     "missing_image path_outside_folder assistant_first two_users_in_a_row two_assistants_in_a_row empty_answer "
     "empty_question no_answer wrong_type not_json bad_unicode marks_and_pictures_disagree mark_outside_question "
-    "unknown_role system_not_first unreadable_image decompression_bomb extreme_shape".split()
+    "unknown_role system_not_first unreadable_image decompression_bomb extreme_shape unknown_key".split()
 )
 cases = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), max_examples=60
@@ -364,7 +364,7 @@ def test_parquet(work, table, data):
 @given(data=st.data())
 def test_csv(work, data):
     columns = data.draw(
-        st.permutations(["id", "image", "question", "answer"]) | st.permutations(["image", "caption", "extra"])
+        st.permutations(["id", "image", "question", "answer"]) | st.permutations(["image", "caption", "source"])
     )
     good = raw.table_row(columns)
     bad = st.sampled_from([(raw.OUTSIDE, "path_outside_folder"), (raw.ABSENT[:-1], "missing_image")])

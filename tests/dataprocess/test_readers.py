@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import InputError, SourceConfig
-from dataprocess import containers
+from dataprocess import containers, tables
 from dataprocess.marks import content_of, repair_marks
-from dataprocess.readers import CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS
+from dataprocess.rows import CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS
 from dataset.qa_file import QAFile
 from dataset.record import IMAGE, parse_record, parts_of
 from tests.dataprocess.helpers import prepare_sources
@@ -175,7 +175,9 @@ def test_messages_with_parts(desk):
         {"messages": turns([text("Hi")], [{"type": "text"}])},
     ]
     report = desk.prepare(desk.write("raw.json", rows), folder)
-    assert report["by_reason"] == {"missing_image": 2, "wrong_type": 2, "mark_outside_question": 1}
+    assert report["by_reason"] == {
+        "missing_image": 1, "unreadable_image": 1, "wrong_type": 2, "mark_outside_question": 1,
+    }  # fmt: skip
     assert all("download it" in one["detail"] for one in desk.refused() if one["reason"] == "missing_image")
     one, two, three, literal = desk.kept()
     assert texts(one) == ["<image>What?", "This."]
@@ -332,9 +334,11 @@ def test_formats_are_detected_from_the_keys_of_the_first_records(desk):
         with pytest.raises(InputError, match=r"is unknown: .* Known: llava, chat, messages, cauldron"):
             desk.prepare(desk.write("raw.json", rows), folder)
     both = [{"messages": turns(*question), "image_id": "a.jpg", "caption": ["一"]}]
-    with pytest.raises(InputError, match="could be ai_challenger or messages: .*keys caption, image_id, messages"):
+    with pytest.raises(InputError, match='looks like format .* is not read, .*keys caption, image_id, messages'):
         desk.prepare(desk.write("raw.json", both), folder)
-    assert desk.prepare(desk.write("raw.json", both), folder, format="ai_challenger")["kept"] == 1
+    both.append({"image_id": "a.jpg", "caption": ["二"]})
+    report = desk.prepare(desk.write("raw.json", both), folder, format="ai_challenger")
+    assert report["kept"] == 1 and report["by_reason"] == {"unknown_key": 1}
 
 
 def test_plain_texts_are_kept_unchanged(desk):
@@ -371,7 +375,7 @@ def test_rows_that_are_not_utf8_are_refused_by_row(desk):
 
 
 def test_parquet_is_read_a_few_rows_at_a_time(desk, monkeypatch):
-    monkeypatch.setattr(containers, "PARQUET_ROWS", 2)
+    monkeypatch.setattr(tables, "PARQUET_ROWS", 2)
     path = desk.parquet("raw.parquet", [{"image": "a.jpg", "question": f"{k}?", "answer": "a"} for k in range(9)])
     assert desk.prepare(path, desk.images("a.jpg"), limit=5)["read"] == 5
     assert [texts(one)[0] for one in desk.kept()] == [f"<image>\n{k}?" for k in range(5)]

@@ -353,3 +353,13 @@ def test_ascii_text_that_fits_in_bytes_certainly_fits():
     chat = byte_chat(None, 2)
     talk = turns(IMAGE_MARK + "What?", "A cat.")
     assert chat.certainly_fits(talk, len(chat.encode(talk).input_ids) + len(IMAGE_MARK))
+
+
+def test_an_answer_that_is_no_target_has_no_labels():
+    talk = [("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+    turns = [Turn(role, text, text != "1") for role, text in talk]
+    chat = byte_chat()
+    whole, part = chat.encode([Turn(role, text) for role, text in talk]), chat.encode(turns)
+    assert part.input_ids == whole.input_ids
+    supervised = [token for token, label in zip(part.input_ids, part.labels, strict=True) if label != IGNORE_INDEX]
+    assert supervised == [*chat.encode_text("2"), chat.im_end_id]
