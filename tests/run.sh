@@ -4,6 +4,10 @@ set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 REQUIREMENTS="requirements.txt tests/requirements.txt"
 . "$ROOT/setup.sh"
+if [ "$PYTHON" = "$ROOT/.venv/bin/python" ]; then # for the tests with real models, which are skipped without them
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements-emoji.txt" ||
+        echo "note: requirements-emoji.txt is not installed; the tests with real models are skipped" >&2
+fi
 cd "$ROOT"
 if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff check .

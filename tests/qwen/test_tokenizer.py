@@ -4,7 +4,6 @@ The vocabulary is Qwen's own `qwen.tiktoken`, which is part of the test-only pac
 """
 
 import base64
-import importlib.util
 import json
 import random
 import re
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import qwen
 from config import InputError
 from qwen.tokenizer import QWEN1_SPECIAL_TOKENS, _growth
+from tests.downloads import qwen1_vocabulary
 from tests.toy_language import WRITERS, write_qwen1, write_qwen2, write_qwen3
 
 # From tokenization_qwen.py, as Qwen published it.
@@ -34,9 +34,8 @@ SPELLED = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|extra_0|>", "<|imag
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Qwen v1 folder with the real vocabulary."""
-    package = importlib.util.find_spec("dashscope").submodule_search_locations[0]
     folder = write_qwen1(tmp_path_factory.mktemp("qwen1"))
-    shutil.copy(Path(package, "resources", "qwen.tiktoken"), folder)
+    shutil.copy(qwen1_vocabulary(), folder)
     return folder
 
 
@@ -94,6 +93,19 @@ def test_ids_equal_tiktokens_on_thousands_of_hard_strings(tokenizer, reference):
     for text in hard_strings(6000):
         expected = reference.encode(unicodedata.normalize("NFC", text), disallowed_special=())
         assert qwen.encode_text(tokenizer, text) == expected, repr(text)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm2"])
+def test_ids_equal_those_of_a_released_tokenizer_json(family, request):
+    """As the tokenizers library reads it without its added tokens, whose spellings are text then."""
+    folder = request.getfixturevalue(family)
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    added = [token["content"] for token in values["added_tokens"]]
+    reference = Tokenizer.from_str(json.dumps(values | {"added_tokens": []}))
+    released = qwen.load_tokenizer(folder)
+    assert {"<|im_start|>", "<|im_end|>"} <= set(added) and ("<think>" in added) == (family == "qwen3")
+    for text in [*hard_strings(2000), *SPELLED, *added, *(f"图{token}片 {token}" for token in added)]:
+        assert qwen.encode_text(released, text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
 
 
 def test_every_special_token_has_its_released_id(tokenizer, reference):
