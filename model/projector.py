@@ -135,10 +135,10 @@ class PixelShuffle(MLPProjector):
         side = math.isqrt(num_patches)
         if side % factor:
             raise InputError(
-                f'"model.projector" is pixel_shuffle, which joins squares of {factor} x {factor} patches, but the grid of the '
-                f"encoder is {side} x {side}; use an encoder (or, where it allows several, a model.image_size) with a multiple "
-                f"of {factor} patches a side, another model.pixel_shuffle_factor, or another projector, such as mlp or "
-                "resampler."
+                f'"model.projector" is pixel_shuffle, which joins squares of {factor} x {factor} patches, but the grid of '
+                f"the encoder is {side} x {side}; use an encoder (or, where it allows several, a model.image_size) with a "
+                f"multiple of {factor} patches a side, another model.pixel_shuffle_factor, or another projector, such as mlp "
+                "or resampler."
             )
         return num_patches // factor**2
 

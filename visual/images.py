@@ -43,7 +43,13 @@ FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP":
 # Formats that are read if the installed Pillow or a plugin can: Pillow's name, suffix, first bytes, module, package.
 _PLUGINS = (
     ("AVIF", ".avif", re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "PIL.AvifImagePlugin", "pillow>=11.3"),
-    ("HEIF", ".heic", re.compile(rb".{4}ftyp(hei|hev|mif|msf)", re.DOTALL), "pillow_heif.HeifImagePlugin", "pillow-heif"),
+    (
+        "HEIF",
+        ".heic",
+        re.compile(rb".{4}ftyp(hei|hev|mif|msf)", re.DOTALL),
+        "pillow_heif.HeifImagePlugin",
+        "pillow-heif",
+    ),
     ("JXL", ".jxl", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ", re.DOTALL), "pillow_jxl", "pillow-jxl-plugin"),
 )
 

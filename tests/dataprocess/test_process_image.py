@@ -248,7 +248,11 @@ def test_images_under_another_key_are_read_or_refused(shop, format):
     ]
     shop.source("x", format, [llava(None, "What?", "This.") | keys for keys in shown], images=folder)
     report = shop.prepare()
-    assert [one.get("image") for one in shop.read()] == [["../images/a.jpg", "../images/b.jpg"], None, "../images/a.jpg"]
+    assert [one.get("image") for one in shop.read()] == [
+        ["../images/a.jpg", "../images/b.jpg"],
+        None,
+        "../images/a.jpg",
+    ]
     assert report["by_reason"] == {"missing_image": 2, "wrong_type": 2}
     named = [refusal["detail"].split()[0] for refusal in shop.refused() if refusal["reason"] == "wrong_type"]
     assert named == ['"video"', '"image"']

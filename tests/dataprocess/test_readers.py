@@ -334,7 +334,7 @@ def test_formats_are_detected_from_the_keys_of_the_first_records(desk):
         with pytest.raises(InputError, match=r"is unknown: .* Known: llava, chat, messages, cauldron"):
             desk.prepare(desk.write("raw.json", rows), folder)
     both = [{"messages": turns(*question), "image_id": "a.jpg", "caption": ["一"]}]
-    with pytest.raises(InputError, match='looks like format .* is not read, .*keys caption, image_id, messages'):
+    with pytest.raises(InputError, match="looks like format .* is not read, .*keys caption, image_id, messages"):
         desk.prepare(desk.write("raw.json", both), folder)
     both.append({"image_id": "a.jpg", "caption": ["二"]})
     report = desk.prepare(desk.write("raw.json", both), folder, format="ai_challenger")
