@@ -44,6 +44,7 @@ STEPS, FEWEST_STEPS, EPOCHS = 400, 100, 40  # of the words: at most, at least, a
 BATCH, FEWEST, NUMBERS = 64, 16, 2**26  # images a step: fewer, but not below 16, if their tokens have more numbers
 RATE, WARMUP = 1e-3, 20
 SHARPNESS = 20.0  # inverse temperature of the cross entropy
+WHITENING = 0.3  # more: the words' own distances; less: all images equally far apart
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def word_vectors(answers: list[Tensor], embeddings: Tensor) -> Tensor:
     """Return a vector [n, D] for each image: the mean embedding of its answers' tokens, weighted by how rare they are.
 
     A token that all answers have, such as the one that ends them, has weight 0 (log of the inverse document frequency). The
-    differences between images are as large as embeddings: the mean of many tokens would differ little.
+    differences between images are whitened: names share words, and mean embeddings share directions, which would make
+    different things look alike. They are as large as embeddings, since the mean of many tokens would differ little.
     """
     counts = torch.bincount(torch.cat([row.unique() for row in answers]), minlength=len(embeddings))
     rarity = (len(answers) / counts.clamp(min=1)).log()
@@ -167,8 +169,22 @@ def word_vectors(answers: list[Tensor], embeddings: Tensor) -> Tensor:
         rows.append((weights[:, None] * embeddings[row.to(embeddings.device)].float().cpu()).sum(0) / weights.sum())
     vectors = torch.stack(rows)
     centre = vectors.mean(0)
-    spread = (vectors - centre).square().mean().sqrt()
-    return centre + (vectors - centre) * (root_mean_square(embeddings) / spread.clamp(min=1e-12))
+    differences = whiten(vectors - centre)
+    spread = differences.square().mean().sqrt()
+    return centre + differences * (root_mean_square(embeddings) / spread.clamp(min=1e-12))
+
+
+def whiten(vectors: Tensor) -> Tensor:
+    """Return vectors [n, D] of mean 0, turned and stretched as little as makes all their directions about equally large.
+
+    A direction is divided by its standard deviation, to whose square WHITENING times the mean square of all directions is
+    added: those that hardly occur stay small.
+    """
+    squares, directions = torch.linalg.eigh(vectors.T @ vectors / len(vectors))
+    squares = squares.clamp(min=0)  # rounding
+    typical = squares.sum() / min(vectors.shape)
+    scales = (squares + WHITENING * typical).clamp(min=1e-12).rsqrt()
+    return vectors @ (directions * scales) @ directions.T
 
 
 def fit_words(

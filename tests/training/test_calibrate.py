@@ -20,7 +20,7 @@ from model.projector import build_projector
 from model.trainable import WeightOrigins
 from tests.toy_project import run_training, write_project
 from training import calibrate
-from training.calibrate import fit_words, root_mean_square, word_vectors
+from training.calibrate import WHITENING, fit_words, root_mean_square, whiten, word_vectors
 from training.run import open_model, open_processors
 
 ONE_STEP = (
@@ -139,8 +139,31 @@ def test_words_that_all_answers_share_do_not_count():
     one, two = torch.tensor(3 / 2).log(), torch.tensor(3.0).log()
     plain = torch.stack([embeddings[1], embeddings[2], (one * embeddings[1] + two * embeddings[3]) / (one + two)])
     centre = plain.mean(0)
-    expected = centre + (plain - centre) * root_mean_square(embeddings) / (plain - centre).square().mean().sqrt()
+    differences = whiten(plain - centre)
+    expected = centre + differences * root_mean_square(embeddings) / differences.square().mean().sqrt()
     torch.testing.assert_close(vectors, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("count, width", [(6, 40), (200, 40)])
+def test_whitened_vectors_are_equally_far_apart_except_along_rare_directions(count, width):
+    """As a singular value decomposition says; and vectors that mostly share a direction no longer look alike."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(width, generator=generator)
+    vectors = torch.randn(count, width, generator=generator) + 5 * torch.randn(count, 1, generator=generator) * shared
+    vectors -= vectors.mean(0)
+    left, sizes, right = torch.linalg.svd(vectors, full_matrices=False)
+    squares = sizes.square() / count
+    typical = squares.sum() / min(count, width)
+    found = whiten(vectors)
+    torch.testing.assert_close(
+        found, left * sizes / (squares + WHITENING * typical).sqrt() @ right, rtol=1e-3, atol=1e-3
+    )
+
+    def alike(rows: torch.Tensor) -> float:
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        return float((rows @ rows.T).triu(1).abs().sum())
+
+    assert alike(found) < 0.7 * alike(vectors)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "pixel_shuffle", "resampler"])
