@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
@@ -108,7 +109,7 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     # from the same parts has no added tokens. It shares the vocabulary, so building it takes microseconds.
     backend = tokenizer.backend_tokenizer
     bare = Tokenizer(backend.model)
-    bare.normalizer, bare.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    bare.normalizer, bare.pre_tokenizer = backend.normalizer, _inside_a_prompt(backend.pre_tokenizer)
     try:
         ids = bare.encode(text, add_special_tokens=False).ids
     except BaseException as error:
@@ -173,6 +174,14 @@ def _growth(rule: dict) -> float:
         start = 4 + int.from_bytes(table[:4], "little")
         return max(1.0, max(map(len, table[start:].split(b"\0"))))
     return 2.0 if kind in ("ByteLevel", "Metaspace") else 1.0
+
+
+def _inside_a_prompt(rule: Any) -> Any:
+    """Return the pre-tokenizer for text that does not begin its input: a prompt begins with a chat token. Sentencepiece's
+    Metaspace would put a space before it."""
+    if isinstance(rule, Metaspace) and rule.prepend_scheme == "first":
+        return Metaspace(rule.replacement, prepend_scheme="never", split=rule.split)
+    return rule
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import tiktoken
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import qwen
@@ -339,3 +339,21 @@ def test_the_unknown_token_may_stand_for_text():
     word.add_special_tokens(["[UNK]", "<|im_end|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=word)
     assert qwen.encode_text(tokenizer, "ö") == [0]
+
+
+def test_sentencepiece_puts_no_space_after_a_chat_token(tmp_path):
+    """A Llama tokenizer with ChatML tokens: a prompt's ids are those of the tokenizer itself."""
+    merges = [("u", "s"), ("us", "e"), ("use", "r"), ("▁", "i"), ("▁i", "s"), ("▁", "▁")]
+    tokens = ["<unk>", *(f"<0x{number:02X}>" for number in range(256)), "▁", *sorted(set("What is this? user ab"))]
+    tokens += [left + right for left, right in merges]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    own = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    own.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    own.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(tmp_path)
+    released = qwen.load_tokenizer(tmp_path)
+    for text in ("user\n", "What is this?", " a  b"):
+        start, *rest = own.encode("<|im_start|>" + text).ids
+        assert start == own.token_to_id("<|im_start|>")
+        assert qwen.encode_text(released, text) == rest, text
