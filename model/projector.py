@@ -137,8 +137,8 @@ class PixelShuffle(MLPProjector):
             raise InputError(
                 f'"model.projector" is pixel_shuffle, which joins squares of {factor} x {factor} patches, but the grid of '
                 f"the encoder is {side} x {side}; use an encoder (or, where it allows several, a model.image_size) with a "
-                f"multiple of {factor} patches a side, another model.pixel_shuffle_factor, or another projector, such as mlp "
-                "or resampler."
+                f"multiple of {factor} patches a side, another model.pixel_shuffle_factor, or another projector, such as "
+                "mlp or resampler."
             )
         return num_patches // factor**2
 
