@@ -40,6 +40,7 @@ NOT_A_MODEL = (
     "a checkpoint without its base model: open it with model.load(folder), or turn it into a folder for transformers with "
     "python -m model.export"
 )
+LISTED = 12  # tensors that a message names at most
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # keys of adapter_config.json that do not change what trained LoRA weights compute
 ADAPTER_FREE = (
@@ -207,8 +208,9 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
     ]
     for problem, names in (("unknown to this model", unexpected), ("missing", missing), ("of another shape", shapes)):
         if names:
+            more = f"; and {len(names) - LISTED} more" if len(names) > LISTED else ""
             raise InputError(
-                f"{path}: {len(names)} tensors {problem}: {'; '.join(names)}. The checkpoint was trained with "
+                f"{path}: {len(names)} tensors {problem}: {'; '.join(names[:LISTED])}{more}. The checkpoint was trained with "
                 "another encoder, language model, projector or LoRA than the config says."
             )
 
