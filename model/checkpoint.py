@@ -210,8 +210,8 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
         if names:
             more = f"; and {len(names) - LISTED} more" if len(names) > LISTED else ""
             raise InputError(
-                f"{path}: {len(names)} tensors {problem}: {'; '.join(names[:LISTED])}{more}. The checkpoint was trained with "
-                "another encoder, language model, projector or LoRA than the config says."
+                f"{path}: {len(names)} tensors {problem}: {'; '.join(names[:LISTED])}{more}. The checkpoint was trained "
+                "with another encoder, language model, projector or LoRA than the config says."
             )
 
 
