@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from config.errors import InputError
 
-# git-lfs puts such a text in the place of a large file that was not downloaded.
+# The content of a git-lfs pointer: the text that replaces a large file until it is downloaded.
 POINTER_OF_GIT_LFS = b"version https://git-lfs.github.com/spec/"
 
 

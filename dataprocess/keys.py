@@ -15,35 +15,13 @@ from dataset.record import RecordError
 from visual.images import IMAGE_SUFFIXES
 
 # Keys with the images of a record, most explicit first. The Chinese names are headers of tables.
-IMAGE_KEYS = (
-    *("image", "images", "image_bytes", "image_base64", "image_base64_str", "image_path", "image_paths", "image_file"),
-    *("image_files", "image_name", "image_names", "img", "imgs", "img_path", "img_paths", "img_file", "img_name"),
-    *(
-        "file_name",
-        "filename",
-        "filepath",
-        "file_path",
-        "path",
-        "picture",
-        "photo",
-        "image_url",
-        "image_urls",
-        "img_url",
-    ),
-    *(
-        "image_id",
-        "图片",
-        "图像",
-        "照片",
-        "图片路径",
-        "图像路径",
-        "图片名",
-        "图片名称",
-        "图片文件",
-        "文件名",
-        "文件路径",
-        "路径",
-    ),
+IMAGE_KEYS = tuple(
+    (
+        "image images image_bytes image_base64 image_base64_str image_path image_paths image_file image_files "
+        "image_name image_names img imgs img_path img_paths img_file img_name file_name filename filepath file_path "
+        "path picture photo image_url image_urls img_url image_id "
+        "图片 图像 照片 图片路径 图像路径 图片名 图片名称 图片文件 文件名 文件路径 路径"
+    ).split()
 )
 _IMAGE_ORDER = {key: number for number, key in enumerate(IMAGE_KEYS)}
 # Names of a table's other columns -> the name that `dataprocess.rows` knows.

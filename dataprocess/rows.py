@@ -68,8 +68,8 @@ def read_csv(obj: dict, index: int) -> Draft:
     if others := sorted(key for key in row if key not in _CAPTION_KEYS and is_of_question(key)):
         raise RecordError(
             "unknown_key",
-            f'"{others[0][:80]}" stands beside a text that may be a question or a caption. Say what it is in "columns" of '
-            "the source, for example {question: text, answer: label}.",
+            f'"{others[0][:80]}" is in a row with a text that may be a question or a caption. Say what it is in "columns" '
+            "of the source, for example {question: text, answer: label}.",
         )
     refuse_unread(row, _CAPTION_KEYS, has_image=bool(images))
     if not images:

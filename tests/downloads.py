@@ -63,8 +63,7 @@ def drawings(folder: Path) -> Path:
 def qwen1_vocabulary() -> Path:
     """Return Qwen v1's own `qwen.tiktoken`, which is a file of the package dashscope."""
     found = importlib.util.find_spec("dashscope")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("dashscope: not installed (tests/requirements.txt)")
+    assert found is not None and found.submodule_search_locations, "install tests/requirements.txt"
     path = Path(found.submodule_search_locations[0], "resources", "qwen.tiktoken")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == QWEN1_SHA256
     return path

@@ -164,7 +164,9 @@ EVALUATION = {"question_id": 1, "image": "a.jpg", "text": "What is this?", "cate
 @pytest.mark.parametrize("row", [POPE, EVALUATION, POPE | {"question_id": None}], ids=["pope", "llava", "no id"])
 @pytest.mark.parametrize("format", ["auto", "csv"])
 def test_a_question_is_never_taken_for_a_caption(desk, row, format):
-    with pytest.raises(InputError, match=r'(question_id|label)" stands beside a text that may be a question .*columns'):
+    with pytest.raises(
+        InputError, match=r'(question_id|label)" is in a row with a text that may be a question .*columns'
+    ):
         desk.prepare(desk.write("raw.jsonl", json.dumps(row)), desk.images("a.jpg"), format=format)
 
 

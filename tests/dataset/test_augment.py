@@ -180,7 +180,7 @@ def test_the_key_of_a_view_has_everything_that_its_pixels_depend_on(monkeypatch)
 
 
 def test_stored_features_of_views_stay_valid():
-    """If this fails, views have other keys or other pixels than before: increase RULES, and set these values anew."""
+    """If this fails, keys or pixels of views have changed: increase RULES, then update these values."""
     view = View(Augmenter(dataclasses.replace(ALL, views=4), 0, SIDE), (1,))
     assert view.key.hex() == "9431f946801d5c97ec7939ada91969f5"
     assert view(Image.new("RGB", (400, 300), "red")).size == (47, 35)
