@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from config import IGNORE_INDEX
 from dataset.batch import Batch
-from dataset.loader import make_loader
+from dataset.loader import QADataset, make_loader
 from dataset.workers import explain_dead_workers
 from model.build import autocast
 from model.projector import Projector
@@ -35,12 +35,14 @@ from training.run import Run
 CALIBRATED = 128  # images that are enough for means and standard deviations
 MAX_IMAGES = 4096  # images that the projector learns words from
 MAX_BYTES = 2**30  # of their features
+VIEWS = 4  # of each image, besides itself, if training sees augmented images
 RECORDS = 4  # for each image, so many random records are read at least, to find images and all their answers
 READ = RECORDS * MAX_IMAGES  # records that are read at most
 MOST_RECORDS = 16  # of an image
 ENCODED_AT_ONCE = 8
 KEPT_ASIDE = 0.1  # fraction of the images that measure the result
 STEPS, FEWEST_STEPS, EPOCHS = 400, 100, 40  # of the words: at most, at least, and rather than more epochs
+STEPS_WITH_VIEWS = 600  # at most
 BATCH, FEWEST, NUMBERS = 64, 16, 2**26  # images a step: fewer, but not below 16, if their tokens have more numbers
 RATE, WARMUP = 1e-3, 20
 SHARPNESS = 20.0  # inverse temperature of the cross entropy
@@ -49,10 +51,11 @@ WHITENING = 0.3  # more: the words' own distances; less: all images equally far 
 
 @dataclass(frozen=True)
 class Examples:
-    """Images with the tokens of their answers."""
+    """Images with the tokens of their answers, then views of them."""
 
     features: Tensor  # [n, N, Dv], on the CPU, in the type that the tower computes in; all finite
-    answers: list[Tensor]  # token ids of each image's answers
+    answers: list[Tensor]  # token ids of each image's answers: of the first len(answers) rows of features
+    image_of: Tensor  # [n] the image of each row; 0, 1, 2... for the images themselves
 
 
 def start_projector(run: Run) -> None:
@@ -70,7 +73,7 @@ def start_projector(run: Run) -> None:
     def work() -> dict[str, Tensor] | None:
         # no more than the run itself will see
         most = max(CALIBRATED, min(MAX_IMAGES, run.total_steps * run.samples_per_step)) if at_words else CALIBRATED
-        examples = sample_examples(run, most)
+        examples = sample_examples(run, most, with_views=at_words)
         if examples is None:
             print_main("projector: starts at random, because no record has exactly one image")
             return None
@@ -86,8 +89,12 @@ def start_projector(run: Run) -> None:
         if at_words:
             targets = word_vectors(examples.answers, embeddings)
             context = autocast(run.precision, run.accelerator.device)
-            found = fit_words(projector, examples.features, targets, seed=config.seed, autocast=context)
-            print_main(f"projector: starts at words, learned from {len(targets):,} images{found}")
+            found = fit_words(projector, examples, targets, seed=config.seed, autocast=context)
+            views = len(examples.features) - len(targets)
+            print_main(
+                f"projector: starts at words, learned from {len(targets):,} images"
+                f"{f' and {views:,} augmented views of them' if views else ''}{found}"
+            )
         return {name: value.cpu() for name, value in projector.state_dict().items()}
 
     with explain_dead_workers():
@@ -100,9 +107,12 @@ def start_projector(run: Run) -> None:
 
 
 @torch.no_grad()
-def sample_examples(run: Run, count: int) -> Examples | None:
-    """Return at most `count` random training images, each once, with the answers of all their records that are read; None if
-    none of READ random records has exactly one image. Their features go into the feature cache if the run has one."""
+def sample_examples(run: Run, count: int, with_views: bool) -> Examples | None:
+    """Return at most `count` random training images with the answers of all their records that are read; None if none of
+    READ random records has exactly one image. Their features go into the feature cache if the run has one.
+
+    with_views: if training augments images, the first VIEWS views that it sees of each follow, in as far as MAX_BYTES
+    allows."""
     qa = run.train_set.qa
     records = np.random.default_rng(run.config.seed).permutation(run.train_set.kept)[:READ]
     by_image: dict[str, list[int]] = {}
@@ -112,19 +122,59 @@ def sample_examples(run: Run, count: int) -> Examples | None:
         images = qa[record].images
         if len(images) == 1 and (images[0] in by_image or len(by_image) < count):
             by_image.setdefault(images[0], []).append(record)
-    keys = [(0, first) for first, *_ in by_image.values()]
+    firsts = [first for first, *_ in by_image.values()]
     others = {qa[first].id: rest[: MOST_RECORDS - 1] for first, *rest in by_image.values()}
     features: list[Tensor] = []
     answers: list[Tensor] = []
-    used = 0
+    image_of: list[int] = []
+    places: dict[str, int] = {}  # record id -> its image's place in `answers`
+    plain = [(0, first) for first in firsts]
+    for name, own in _encoded(
+        run, run.train_set.without_augmentation(), plain, desc="images for the projector's start"
+    ):
+        # a record that replaces another one has another id
+        more = (run.train_set.encode((0, record))[1].labels for record in others.get(name, ()))
+        labels = torch.cat([own.labels, *map(torch.tensor, more)])
+        places[name] = len(answers)
+        image_of.append(len(answers))
+        features.append(own.features)
+        answers.append(labels[labels != IGNORE_INDEX])
+        if len(features) * features[0].nbytes >= MAX_BYTES:
+            break
+    if not features:
+        return None
+    augmenter = run.train_set.augmenter if with_views else None
+    views = 0 if augmenter is None else min(VIEWS, augmenter.settings.views or VIEWS)
+    for name, own in _encoded(
+        run,
+        run.train_set,
+        [(epoch, first) for epoch in range(views) for first in firsts],
+        desc="views of them",
+    ):
+        if len(features) * features[0].nbytes >= MAX_BYTES:
+            break
+        if name in places:
+            image_of.append(places[name])
+            features.append(own.features)
+    return Examples(torch.stack(features), answers, torch.tensor(image_of))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    features: Tensor  # [N, Dv]
+    labels: Tensor  # of the sample
+
+
+def _encoded(run: Run, dataset: QADataset, keys: list[tuple[int, int]], desc: str) -> Iterator[tuple[str, _Encoded]]:
+    """Yield the id and the features of each sample that has exactly one image; those that are not finite are left out."""
     starts = range(0, len(keys), ENCODED_AT_ONCE)
     loader = make_loader(
-        run.train_set.without_augmentation(),
+        dataset,
         (keys[start : start + ENCODED_AT_ONCE] for start in starts),
         run.built.tokenizer.pad_token_id,
         num_workers=run.config.train.num_workers,
     )
-    for batch in tqdm(loader, desc="images for the projector's start", total=len(starts), unit="batch", leave=False):
+    for batch in tqdm(loader, desc=desc, total=len(starts), unit="batch", leave=False):
         # a record that replaces an unreadable one may have another number of images
         if not any(batch.images_in_sample):
             continue
@@ -132,15 +182,7 @@ def sample_examples(run: Run, count: int) -> Examples | None:
         for sample, images in zip(batch.samples(), batch.images_in_sample, strict=True):
             own = [next(of_images) for _ in range(images)]
             if images == 1 and own[0].isfinite().all():  # training names what is not finite
-                features.append(own[0])
-                # a record that replaces another one has another id
-                more = (run.train_set.encode((0, record))[1].labels for record in others.get(sample.id, ()))
-                labels = torch.cat([sample.labels, *map(torch.tensor, more)])
-                answers.append(labels[labels != IGNORE_INDEX])
-                used += own[0].nbytes
-        if used >= MAX_BYTES:
-            break
-    return Examples(torch.stack(features), answers) if features else None
+                yield sample.id, _Encoded(own[0], sample.labels)
 
 
 def encode(run: Run, batch: Batch) -> Tensor:
@@ -189,7 +231,7 @@ def whiten(vectors: Tensor) -> Tensor:
 
 def fit_words(
     projector: Projector,
-    features: Tensor,
+    examples: Examples,
     targets: Tensor,
     seed: int,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
@@ -199,11 +241,14 @@ def fit_words(
     The loss has three terms: the cross entropy of finding each image's target among those of the batch, by the cosine of
     the mean token around the targets' mean; the squared error of the mean token; a tenth of that of every token.
 
-    features: [n, N, Dv]; targets: [n, D]. autocast: makes the context to compute in. Returns a text: how many of the images
-    kept aside have a mean token nearest to their own target among those kept aside; empty for too few images.
+    targets: [len(examples.answers), D]. autocast: makes the context to compute in. Returns a text: how many of the images
+    kept aside have a mean token nearest to their own target among those kept aside; empty for too few images. All views of
+    an image kept aside are kept aside too.
     """
+    features, image_of = examples.features, examples.image_of
     device = projector.output_scale.device
-    aside = math.ceil(KEPT_ASIDE * len(features)) if len(features) >= 10 else 0
+    aside = math.ceil(KEPT_ASIDE * len(targets)) if len(targets) >= 10 else 0
+    learned = (image_of >= aside).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=RATE, weight_decay=0.01)
     targets = targets.to(device)
@@ -222,13 +267,15 @@ def fit_words(
     with torch.no_grad():
         numbers = tokens_of(features[:1]).numel()
     batch = min(BATCH, max(FEWEST, NUMBERS // numbers))
-    steps = min(STEPS, max(FEWEST_STEPS, EPOCHS * len(features) // batch))
+    most = STEPS if len(features) == len(targets) else STEPS_WITH_VIEWS
+    steps = min(most, max(FEWEST_STEPS, EPOCHS * len(features) // batch))
     for step in tqdm(range(steps), desc="the projector learns words", unit="step", leave=False):
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARMUP) * cosine
-        chosen = torch.randint(aside, len(features), (batch,), generator=generator)
-        tokens, wanted = tokens_of(features[chosen]), targets[chosen.to(device)]
-        _, same = chosen.unique(return_inverse=True)
+        chosen = learned[torch.randint(len(learned), (batch,), generator=generator)]
+        images = image_of[chosen]
+        tokens, wanted = tokens_of(features[chosen]), targets[images.to(device)]
+        _, same = images.unique(return_inverse=True)
         finding = F.cross_entropy(SHARPNESS * likeness(tokens, wanted), _shares(same).to(device))
         mean_error = (tokens.mean(1) - wanted).square().mean() / variance
         error = (tokens - wanted[:, None]).square().mean() / variance

@@ -58,7 +58,7 @@ def opened(project):
 
 @pytest.mark.parametrize("augment", [NEW, FIXED])
 def test_training_images_are_augmented_and_no_others(opened, augment):
-    """Neither held-out images, nor those of the projector's start, nor those of a QA file that is opened to ask about."""
+    """Neither held-out images, nor those of a QA file that is opened to ask about."""
     plain, run = opened(), opened(augment)
     keys = [(epoch, index) for epoch in range(2) for index in range(9)]
     assert not any(torch.equal(run.train_set[key].pixel_values, plain.train_set[key].pixel_values) for key in keys)
@@ -66,8 +66,25 @@ def test_training_images_are_augmented_and_no_others(opened, augment):
     assert len(plain.validation_set) == 3 and are_same(*held_out)
     asked = open_qa_file(run.config, run.built, run.config.data.qa_file)
     assert are_same([asked[key] for key in keys], [plain.train_set[key] for key in keys])
-    starts = [sample_examples(one, 9) for one in (run, plain)]
-    assert torch.equal(*(start.features for start in starts)) and len(starts[0].features) == 9
+
+
+@pytest.mark.parametrize(("augment", "views"), [(NEW, 4), (FIXED, 2)])
+def test_the_projectors_start_sees_the_images_and_the_first_views_of_them(opened, augment, views):
+    plain, run = opened(), opened(augment)
+    found, images = (sample_examples(one, 9, with_views=True) for one in (run, plain))
+    assert len(sample_examples(run, 9, with_views=False).features) == 9
+    assert len(images.features) == 9 and torch.equal(images.image_of, torch.arange(9))
+    assert torch.equal(found.features[:9], images.features)
+    assert are_same(found.answers, images.answers)
+    assert torch.equal(found.image_of, torch.arange(9).repeat(1 + views))
+
+    def encoded(one: Run, epoch: int, index: int) -> Tensor:
+        return one.model.patch_features(one.train_set[epoch, index].pixel_values)[0]
+
+    of_records = [encoded(plain, 0, index) for index in range(9)]
+    order = [next(i for i in range(9) if torch.equal(of_records[i], features)) for features in images.features]
+    for place, features in enumerate(found.features[9:]):
+        assert torch.equal(encoded(run, place // 9, order[place % 9]), features)
 
 
 def test_off_gives_the_pixels_of_the_image_processor_alone(opened):

@@ -20,7 +20,7 @@ from model.projector import build_projector
 from model.trainable import WeightOrigins
 from tests.toy_project import run_training, write_project
 from training import calibrate
-from training.calibrate import WHITENING, fit_words, root_mean_square, whiten, word_vectors
+from training.calibrate import WHITENING, Examples, fit_words, root_mean_square, whiten, word_vectors
 from training.run import open_model, open_processors
 
 ONE_STEP = (
@@ -176,9 +176,29 @@ def test_every_kind_of_projector_finds_the_words_of_images_kept_aside(kind):
     torch.manual_seed(0)
     projector = build_projector(kind, 32, 128, 24)
     projector.calibrate(features, output_rms=1.0)
-    text = fit_words(projector, features, words[label], seed=0)
+    text = fit_words(projector, Examples(features, [], torch.arange(200)), words[label], seed=0)
     found = re.search(r"(\d+)% of 20 kept aside", text)
     assert found and int(found[1]) == 100
     with torch.no_grad():
         error = (projector(features[:20]).mean(1) - words[label[:20]]).square().mean() / words.var()
     assert error < 0.5
+
+
+def test_views_are_learned_but_none_of_an_image_kept_aside():
+    """Two of 20 images are kept aside; a view of one of them would make every weight NaN."""
+    generator = torch.Generator().manual_seed(0)
+    features, words = torch.randn(20, 4, 8, generator=generator), torch.randn(20, 6, generator=generator)
+
+    def fitted(views: torch.Tensor) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        projector = build_projector("mlp", 8, 16, 6)
+        projector.calibrate(features, output_rms=1.0)
+        both = Examples(torch.cat([features, views]), [], torch.arange(20).repeat(2))
+        assert "2 kept aside" in fit_words(projector, both, words, seed=0)
+        return projector.state_dict()
+
+    kept_aside = (torch.arange(20) < 2)[:, None, None]
+    plain, unknown = fitted(features.clone()), fitted(features.masked_fill(kept_aside, float("nan")))
+    assert all(torch.equal(plain[name], value) for name, value in unknown.items())
+    others = fitted(features.masked_fill(~kept_aside, 0.0))
+    assert not all(torch.equal(plain[name], value) for name, value in others.items())
