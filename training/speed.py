@@ -25,6 +25,7 @@ from model.elementwise import compile_elementwise, use_liger
 from model.fused_lora import fuse_lora, fused_layers
 from qwen.attention import PACKED_SDPA
 from training.cached_features import CachedEncoder
+from training.calibrate import VIEWS
 from training.memory import activation_bytes_per_token, size_text
 from training.processes import on_main, print_main
 from training.run import Run
@@ -219,7 +220,8 @@ def feature_cache(run: Run) -> tuple[Choice, FeatureCache | None]:
         return Choice(name, "off", f"{beside} cannot be written"), None
     epochs = run.total_steps * run.samples_per_step / run.order.pass_length
     images = sum(map(_count_images, run.datasets))
-    images += min(views, math.ceil(epochs)) * _count_images(run.train_set)  # the projector's start uses unchanged ones
+    at_start = VIEWS if config.train.projector_start == "words" and run.built.is_projector_new else 0
+    images += min(views, max(math.ceil(epochs), at_start)) * _count_images(run.train_set)
     size = expected_bytes(images, tower, dtype)
     free = shutil.disk_usage(beside).free
     evaluations = run.total_steps // config.train.eval_steps if config.train.eval_steps else 0
