@@ -6,26 +6,50 @@ A wrong key, a wrong type or a contradiction is an InputError that names the key
 package imports nothing else of the project, and no torch.
 """
 
-from config.errors import InputError, choose, how_to_convert, is_hub_name, nearest, printable, run_script, shortened
-from config.load import DEFAULT_CONFIG, changed_keys, load_config, start_differences, to_yaml
-from config.rules import CAPTION_FORMATS, RATE_KEYS, frozen_error, trained_parts
-from config.schema import (
-    IGNORE_INDEX,
-    STAGES_FOLDER,
-    AugmentConfig,
-    ColumnsConfig,
-    Config,
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    ScratchConfig,
-    SourceConfig,
-    StageConfig,
-    TestConfig,
-    TrainableConfig,
-    TrainConfig,
+from config.errors import (
+    InputError,
+    choose,
+    explain_imports,
+    how_to_convert,
+    is_hub_name,
+    is_text,
+    nearest,
+    nearest_path,
+    printable,
+    run_script,
+    shortened,
 )
-from config.typed_yaml import Switch, Trainable
+
+with explain_imports():  # every script imports this package first
+    from config.load import (
+        DEFAULT_CONFIG,
+        changed_keys,
+        is_extendable,
+        is_moved,
+        load_config,
+        moved_parts,
+        refuse_options,
+        start_differences,
+        to_yaml,
+    )
+    from config.rules import CAPTION_FORMATS, RATE_KEYS, frozen_error, trained_parts
+    from config.schema import (
+        IGNORE_INDEX,
+        STAGES_FOLDER,
+        AugmentConfig,
+        ColumnsConfig,
+        Config,
+        DataConfig,
+        LoraConfig,
+        ModelConfig,
+        ScratchConfig,
+        SourceConfig,
+        StageConfig,
+        TestConfig,
+        TrainableConfig,
+        TrainConfig,
+    )
+    from config.typed_yaml import Switch, Trainable
 
 __all__ = [
     "CAPTION_FORMATS",
@@ -52,10 +76,16 @@ __all__ = [
     "choose",
     "frozen_error",
     "how_to_convert",
+    "is_extendable",
     "is_hub_name",
+    "is_moved",
+    "is_text",
     "load_config",
+    "moved_parts",
     "nearest",
+    "nearest_path",
     "printable",
+    "refuse_options",
     "run_script",
     "start_differences",
     "shortened",

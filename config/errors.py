@@ -1,14 +1,20 @@
-"""InputError, the one exception for bad input, and the small helpers that write its messages."""
+"""InputError, the one exception for bad input, the small helpers that write its messages, and how a script runs and ends."""
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import difflib
+import errno
+import importlib
+import io
 import os
+import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 Value = TypeVar("Value")
 
@@ -22,6 +28,7 @@ class InputError(Exception):
 
 # Control characters (C0, DEL, C1), line and paragraph separators, and those that reorder the text around them.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
@@ -40,6 +47,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     return text if text.isascii() and text.isprintable() else _UNPRINTABLE.sub(escaped, text)
 
 
+def is_text(text: str) -> bool:
+    """Return whether `text` can be written in UTF-8: a file name or an argument of other bytes cannot."""
+    return text.isascii() or not _SURROGATE.search(text)
+
+
 def shortened(text: str, length: int = 200) -> str:
     """Return `text`, or if it has more than `length` characters its beginning and end."""
     if len(text) <= length:
@@ -52,6 +64,18 @@ def nearest(name: object, options: Iterable[object]) -> str:
     """`; did you mean "x"?` for the option spelled most like `name`, or a full stop."""
     close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
     return f'; did you mean "{close[0]}"?' if close else "."
+
+
+def nearest_path(path: Path, others: Iterable[Path] = ()) -> str:
+    """`; did you mean "x"?` for the path in the same folder, or among `others`, whose name is spelled most like that of
+    `path`, which does not exist; or a full stop."""
+    try:
+        beside = sorted(path.parent.iterdir())
+    except OSError:
+        beside = []
+    places = {other.name: other for other in [*others, *beside]}
+    close = difflib.get_close_matches(path.name, list(places), n=1, cutoff=0.6)
+    return f'; did you mean "{places[close[0]]}"?' if close else "."
 
 
 def choose(table: Mapping[str, Value], key: str, what: str) -> Value:
@@ -85,19 +109,157 @@ def how_to_convert(path: str | Path) -> str:
     )
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main()` and exit with its result. An InputError becomes one line on stderr and exit code 2; a closed
-    pipe (`train.py | head`) ends the script as it ends other commands."""
+# Faults of the machine rather than of the program, also where Python does not name the file.
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is exceeded",
+    errno.EFBIG: "a file would exceed the size limit (ulimit -f)",
+}
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_OF_THE_MACHINE = (*_FULL, *_FORBIDDEN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENAMETOOLONG)
+
+
+def run_script(main: str | Callable[[], int | None], check: Callable[[], object] | None = None) -> NoReturn:
+    """Run a script's `main()` and exit with its result. No environment ends in a traceback.
+
+    main: the function, or its dotted name ("train.main"). The module of a name is imported here, so that a script can call
+    this before its own imports: a missing package and an interrupted import end in a line too.
+    check: called before that import, which may take seconds, to find wrong arguments at once.
+
+    Exit codes: 2 after one line on stderr for an InputError, a missing package, and what the machine refuses (full disk,
+    read-only folder); 130 for an interrupt. A closed pipe (`train.py | head`) ends the script as it ends other commands.
+    """
+    code: object = None
     try:
-        code = main()
+        _open_streams()
+        try:
+            if isinstance(main, str):
+                os.getcwd()  # raises if the current folder was deleted
+                _use_utf8()
+                _refuse_other_bytes(sys.argv[1:])
+                if check is not None:
+                    check()
+                main = _imported(main)
+            code = main()
+        except SystemExit as ended:  # argparse, for example after --help
+            code = ended.code
         sys.stdout.flush()
-        sys.exit(code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail again when it flushes stdout at exit
-        sys.exit(141)  # a shell's exit code for SIGPIPE
+        code = 141  # a shell's exit code for SIGPIPE
     except InputError as error:
-        print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
-        sys.exit(2)
+        code = _fail(f"error: {printable(str(error), lines=True)}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = _fail("interrupted", 130)
+    except Exception as error:
+        if (message := explain_fault(error)) is None:
+            raise
+        code = _fail(f"error: {printable(message, lines=True)}", 2)
+    _is_output_lost()  # else Python would fail when it flushes stdout at exit
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def explain_imports() -> Iterator[None]:
+    """Exit with code 2 and one line if a package is missing or too old, or so is Python. Errors in our own modules pass."""
+    how = (
+        ". Run sh train.sh, which prepares .venv with all packages, or activate that environment: . .venv/bin/activate"
+    )
+    try:
+        if sys.version_info < (3, 11):  # noqa: UP036 - the Python on the PATH may be older
+            found = f"{sys.executable} is Python {platform.python_version()}, but 3.11 or newer is needed"
+            sys.exit(_fail(f"error: {found}{how}", 2))
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        root = Path(__file__).parent.parent
+        if not package or (root / package).is_dir() or (root / f"{package}.py").is_file():
+            raise
+        if isinstance(error, ModuleNotFoundError):
+            found = f"the package {package} is not installed in {sys.executable}"
+        else:
+            found = f"the package {package} in {sys.executable} cannot be used ({shortened(str(error))})"
+        sys.exit(_fail(f"error: {found}{how}", 2))
+
+
+def explain_fault(error: Exception) -> str | None:
+    """Return a message for an error that a file or the machine causes; None for any other error.
+
+    That is an OSError, or the form in which libraries written in Rust report one ("... (os error 28)").
+    """
+    if isinstance(error, OSError):
+        named, number = [error.filename, error.filename2], error.errno
+    elif found := re.search(r"\(os error (\d+)\)", str(error)):
+        named, number = [], int(found[1])
+    else:
+        return None
+    paths = [os.fsdecode(name) for name in named if isinstance(name, str | bytes)]
+    if not paths and number == errno.ENOENT and isinstance(error, OSError):
+        return "the current folder does not exist any more; change to another folder."
+    if not paths and number not in _OF_THE_MACHINE:
+        return None
+    # a partial file would get its name at the end
+    paths = [re.sub(r"/\.([^/]+?)\.([0-9a-f]{8}\.)?partial$", r"/\1", path) for path in paths]
+    where = " -> ".join(paths) or ("standard output" if _is_output_lost() else "a file")
+    if number in _FULL:
+        return f"{where}: cannot be written: {_FULL[number]}. Free some space, or write to another disk."
+    reason = str(error) if number is None else os.strerror(number)
+    if number in _FORBIDDEN:
+        return f"{where}: {reason}. Give a folder that this user may read and write, in the config or as an option."
+    return f"{where}: {reason}."
+
+
+def _open_streams() -> None:
+    """Make the standard streams usable: a closed one discards what is written, and a character that the terminal does
+    not have is written as an escape."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # else a file opened later would become the stream
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _use_utf8() -> None:
+    """Start the script again in Python's UTF-8 mode if the locale is another one: it could not open files whose names have
+    characters of other languages. The terminal keeps its encoding."""
+    if sys.flags.utf8_mode or codecs.lookup(sys.getfilesystemencoding()).name == "utf-8":
+        return
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _refuse_other_bytes(words: list[str]) -> None:
+    """Raise InputError for an argument that is not UTF-8: no tokenizer takes such a text, and few libraries such a path."""
+    for word in words:
+        if not is_text(word):
+            raise InputError(
+                f'the argument "{shortened(word)}" is not UTF-8 text; set the terminal to UTF-8, or rename the file.'
+            )
+
+
+def _imported(name: str) -> Callable[[], int | None]:
+    module, _, function = name.rpartition(".")
+    with explain_imports():
+        return getattr(importlib.import_module(module), function)
+
+
+def _is_output_lost() -> bool:
+    """Return whether stdout cannot be written. What it holds is then discarded."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # stdout is not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # stderr is full
+        print(message, file=sys.stderr)
+    return code

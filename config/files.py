@@ -85,7 +85,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open_new(partial) as file:
+        with naming(path), open_new(partial) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -123,6 +123,17 @@ def create_partial(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError of the block that names no file, such as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
     """Make a folder beside `path`, under a name of its own, for the caller to rename. If it was not, it is removed."""
     partial = _fresh_name(path)
@@ -143,7 +154,7 @@ def publish(path: Path, content: bytes) -> None:
     """
     file = create_partial(path)
     try:
-        with file:
+        with naming(path), file:
             file.write(content)
         os.replace(file.name, path)
     except BaseException:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from config.errors import InputError
+from config.errors import InputError, shortened
 from config.files import open_regular
 from config.rules import (
     OF_ALL_STAGES,
@@ -22,17 +23,17 @@ from config.rules import (
     refuse_unused_learning_rates,
     stage_entries,
 )
-from config.schema import STAGES_FOLDER, Config, StageConfig, TrainableConfig
-from config.typed_yaml import apply_override, build, kind_of, merge, read_yaml
+from config.schema import STAGES_FOLDER, Config, SourceConfig, StageConfig, TrainableConfig
+from config.typed_yaml import FolderOrHub, apply_override, build, kind_of, merge, nearest_key, read_yaml
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "config.yaml"  # what train.sh and test.sh read
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values), and check everything.
 
-    Paths in the file are relative to its folder, those in overrides to the current folder. Raises InputError that names the
-    key.
+    Paths in the file are relative to `folder` (None: the file's own), those in overrides to the current folder. Raises
+    InputError that names the key.
 
     With `train.stages`, each stage has a complete Config: the file's values, replaced by the stage's own, replaced by the
     command line's. The result is the last stage's config, with all stages in `train.stages`.
@@ -50,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected keys and values, found {kind_of(values)}.")
-    folder = path.resolve().parent
+    folder = folder or path.resolve().parent
     for_stages = [word for word in overrides if word.partition("=")[0].strip().split(".")[:2] == ["train", "stages"]]
     for override in for_stages:
         apply_override(values, override)
@@ -93,8 +94,17 @@ def _stage(values: dict, entry: dict, number: int, overrides: Sequence[str], fol
         raise InputError(f'stage "{name}" (train.stages.{number}): {error}') from None
 
 
-def to_yaml(config: Config) -> str:
-    """Return the config as YAML text with absolute paths, which `load_config` reads back to an equal config."""
+def to_yaml(config: Config, relative_to: Path | None = None) -> str:
+    """Return the config as YAML text, which `load_config` reads back to an equal config.
+
+    relative_to: the folder of the file, to which its paths are relative; None: they are absolute.
+    """
+
+    def place(path: str) -> str:
+        if relative_to is None:
+            return path
+        relative = os.path.relpath(path, relative_to.resolve())
+        return relative if relative.startswith("..") else f"./{relative}"  # "a/b" could be a hub name
 
     def plain(value: Any) -> Any:
         if isinstance(value, StageConfig):
@@ -106,9 +116,20 @@ def to_yaml(config: Config) -> str:
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, tuple):
             return [plain(item) for item in value]
-        return str(value) if isinstance(value, (Path, str)) else value
+        if isinstance(value, Path) or (isinstance(value, FolderOrHub) and os.path.isabs(value)):
+            return place(str(value))
+        return str(value) if isinstance(value, str) else value
 
     return yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False)
+
+
+def refuse_options(words: Sequence[str]) -> None:
+    """Raise InputError for words of a command line that look like options and are none, such as --lora_lr=1e-4."""
+    for word in words:
+        name, _, value = word.lstrip("-").partition("=")
+        key = nearest_key(name.replace("-", "_"), Config)
+        hint = f'; did you mean "{key}={value or "VALUE"}"?' if key else "."
+        raise InputError(f'"{word}": no such option{hint} A key of the config is given as key=value, without dashes.')
 
 
 # keys that may change when an interrupted run resumes: they do not change what is learned
@@ -148,6 +169,7 @@ START_KEYS = {
     "model.from_scratch.tie_word_embeddings": "refused",
     "model.attention": "said",  # released models are causal, and mixed attention is trained on top of them
     "model.vision_feature_layer": "refused",
+    "model.vision_features": "refused",
     "model.image_size": "said",  # DINO's positions extend to larger images, which are often used in a last stage
     "model.projector": "refused",
     "model.projector_hidden_size": "refused",
@@ -161,16 +183,52 @@ START_KEYS = {
 }
 
 
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """Return `key: old -> new` for every key that differs and changes what is learned.
+# keys that a run which is extended (train.py --extend) may change: its length and its data
+EXTENDABLE_KEYS = (
+    "train.num_train_epochs train.max_steps train.steps_per_epoch "
+    "data.qa_file data.validation_file data.validation_fraction data.sources"
+).split()
+
+
+def is_extendable(key: str) -> bool:
+    """Return whether a run that is extended may change this key."""
+    return key in EXTENDABLE_KEYS or key.startswith("data.sources.")
+
+
+def changed_keys(old: Config, new: Config, equal: Collection[str] = ()) -> dict[str, str]:
+    """Return key -> `key: old -> new` for every key that differs and changes what is learned.
 
     A micro-batch and the accumulation may change together: their product is the number of samples in a step, which decides
-    the order of samples and the number of steps.
+    the order of samples and the number of steps. A path may change if the old one does not exist any more and the new one
+    is at the same place as seen from a folder that was moved. equal: keys of paths whose contents are known to be equal.
     """
     free = {key for key in _flat(old) if key in FREE_KEYS or f"{key.split('.')[0]}.*" in FREE_KEYS}
     if _samples_per_step(old) == _samples_per_step(new):
         free |= {"train.per_device_train_batch_size", "train.gradient_accumulation_steps"}
-    return [text for key, text in _differences(old, new).items() if key not in free]
+    before, after = _flat(old), _flat(new)
+    return {
+        key: text
+        for key, text in _differences(old, new).items()
+        if key not in free
+        and not (key in equal and None not in (before.get(key), after.get(key)))
+        and not is_moved(before.get(key), after.get(key), old.output_dir)
+    }
+
+
+def moved_parts(path: str | Path, output_dir: Path) -> str:
+    """Return the part of a path that stays when the folder that holds it and the run is moved: `path` relative to
+    `output_dir`, without the leading "..". Empty if the path is above the run."""
+    parts = Path(os.path.relpath(path, output_dir)).parts
+    return "/".join(part for part in parts if part != "..")
+
+
+def is_moved(before: object, after: object, output_dir: Path) -> bool:
+    """Return whether `after` is the place of `before`, a path of a run in `output_dir`, after both have been moved."""
+    paths = (Path, FolderOrHub)
+    if not isinstance(before, paths) or not isinstance(after, paths) or not os.path.isabs(before):
+        return False
+    kept = moved_parts(before, output_dir)
+    return bool(kept) and not os.path.exists(before) and str(after).endswith(f"/{kept}")
 
 
 def _samples_per_step(config: Config) -> int:
@@ -186,15 +244,27 @@ def start_differences(old: Config, new: Config, verdict: str) -> list[str]:
 
 def _differences(old: Config, new: Config) -> dict[str, str]:
     before, after = _flat(old), _flat(new)
+    lone = {source.name for source in old.data.sources} ^ {source.name for source in new.data.sources}
+    prefixes = tuple(f"data.sources.{name}." for name in lone)  # "data.sources" lists their names
     return {
-        key: f"{key}: {before.get(key)} -> {after.get(key)}"
+        key: f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
         for key in {**before, **after}
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not key.startswith(prefixes)
     }
 
 
+def _shown(value: Any) -> str:
+    text = ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+    return shortened(text)
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value of a config or a section."""
+    """Return dotted key -> value of a config or a section. The key of a source has its name."""
+    if isinstance(value, tuple) and value and all(isinstance(item, SourceConfig) for item in value):
+        found: dict[str, Any] = {prefix: tuple(source.name for source in value)}
+        for source in value:
+            found |= _flat(source, f"{prefix}.{source.name}")
+        return found
     if not dataclasses.is_dataclass(value):
         return {prefix: value}
     parts = [_flat(getattr(value, f.name), f"{prefix}.{f.name}".lstrip(".")) for f in dataclasses.fields(value)]

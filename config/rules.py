@@ -78,21 +78,25 @@ def refuse_contradictions(config: Config, random: set[str] | None = None) -> Non
     _refuse_random_and_frozen(config, random)
     if train.eval_steps is not None and config.data.validation_file is None:
         raise InputError(
-            '"train.eval_steps" is set, but "data.validation_file" is not, so there is nothing to evaluate on.'
+            '"train.eval_steps" is set, but "data.validation_file" is not, so there is nothing to evaluate on; set '
+            "train.eval_steps to null, or give data.validation_file the name of a file, beside data.qa_file."
         )
     if config.data.validation_file is not None and config.data.validation_file == config.data.qa_file:
         raise InputError(
-            '"data.validation_file" is the same file as "data.qa_file"; held-out questions need their own.'
+            '"data.validation_file" is the same file as "data.qa_file"; held-out questions need their own; '
+            "give it another name, or set it to null."
         )
     if train.num_train_epochs == 0 and train.max_steps is None:
-        raise InputError('"train.num_train_epochs" is 0 and "train.max_steps" is not set, so nothing would train.')
+        raise InputError(
+            '"train.num_train_epochs" is 0 and "train.max_steps" is not set, so nothing would train; set one of them.'
+        )
     if train.num_train_epochs == 0 and train.steps_per_epoch is not None:
         raise InputError('"train.steps_per_epoch" is set, but "train.num_train_epochs" is 0; say how many epochs.')
     if not config.test.questions:
         raise InputError('"test.questions" is empty; give at least one question.')
     if not config.lora.target_modules:
         raise InputError('"lora.target_modules" is empty; name modules, for example [q_proj, v_proj], or all-linear.')
-    _refuse_source_contradictions(config.data)
+    refuse_source_contradictions(config.data)
     augment = config.data.augment
     if augment is not None and not any(augment.strengths.values()):
         raise InputError(
@@ -114,7 +118,8 @@ def _kinds_at(rate_key: str) -> list[str]:
     return [kind for (_, kind), key in RATE_KEYS.items() if key == rate_key]
 
 
-def _refuse_source_contradictions(data: DataConfig) -> None:
+def refuse_source_contradictions(data: DataConfig) -> None:
+    """Raise InputError for sources that contradict each other or the other keys of their section."""
     names = [source.name for source in data.sources]
     for i, source in enumerate(data.sources):
         where = f"data.sources.{i}"
@@ -122,10 +127,24 @@ def _refuse_source_contradictions(data: DataConfig) -> None:
             raise InputError(f'"{where}.name": "{source.name}" is the name of two sources; names must differ.')
         if source.captions == "one_per_epoch" and source.format not in ("auto", *CAPTION_FORMATS):
             raise InputError(
-                f'"{where}.captions": one_per_epoch needs several captions per image; {source.format} has none.'
+                f'"{where}.captions": one_per_epoch needs several captions per image; {source.format} has none; '
+                "set it to all."
             )
+        if source.prompts and source.format not in ("auto", "csv", "folder", *CAPTION_FORMATS):
+            raise InputError(
+                f'"{where}.prompts" are questions for captions, but {source.format} has its own questions; leave them out.'
+            )
+        for number, prompt in enumerate(source.prompts):
+            if not prompt.strip() or "<image>" in prompt:
+                raise InputError(
+                    f'"{where}.prompts.{number}": {prompt!r:.80} is not a question about an image; write text, without '
+                    "<image>, which is put before it."
+                )
         if source.split == "validation" and data.validation_file is None:
-            raise InputError(f'"{where}.split" is validation, but "data.validation_file" is not set.')
+            raise InputError(
+                f'"{where}.split" is validation, but "data.validation_file" is not set; give it the name of a file, beside '
+                "data.qa_file, or set the split to train."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +203,7 @@ def _refuse_sizes(sizes: ScratchConfig) -> None:
     if sizes.num_experts and sizes.num_experts_per_tok and sizes.num_experts_per_tok > sizes.num_experts:
         raise InputError(
             f'"{where}.num_experts_per_tok" is {sizes.num_experts_per_tok}, more than there are experts '
-            f"({sizes.num_experts})."
+            f"({sizes.num_experts}); make it smaller."
         )
     heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads or sizes.num_attention_heads
     if sizes.hidden_size % (2 * heads):

@@ -41,6 +41,7 @@ class SourceConfig:
     captions: Literal["all", "one_per_epoch"] = "all"
     split: Literal["auto", "train", "validation"] = "auto"
     columns: ColumnsConfig | None = None
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class ModelConfig:
     from_scratch: ScratchConfig | None = None
     attention: Literal["causal", "mixed"] = "causal"
     vision_feature_layer: int = -2
+    vision_features: Literal["hidden_state", "normed_without_first"] = "hidden_state"
     image_size: int | None = bounds(None, low=1, high=2**11)
     projector: str = "mlp"
     projector_hidden_size: int | None = bounds(None, low=1, high=2**16)

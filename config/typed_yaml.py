@@ -109,6 +109,8 @@ def _as_typed(value: Any) -> Any:
 
 def apply_override(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
+    if not equals and key.endswith((".yaml", ".yml")):
+        raise InputError(f'"{override}": a config file needs its option; did you mean --config {override}?')
     if not equals or not key.strip():
         raise InputError(f'"{override}": expected key=value, for example train.lora_lr=2e-4.')
     value = _as_typed(read_yaml(text, f'"{override}"'))
@@ -189,6 +191,12 @@ def build(
         elif f.default is dataclasses.MISSING:
             raise InputError(f'"{full}" is missing; it has no default, so the config must give it.')
     return cls(**built)
+
+
+def nearest_key(word: str, root: type[DataclassInstance]) -> str | None:
+    """Return the dotted key of a config that a misspelled or misplaced key means, or None."""
+    match = re.search(r'did you mean "(.*)"', _nearest_key(word, "", [], root=root))
+    return match[1] if match else None
 
 
 def _nearest_key(key: str, where: str, fields: Iterable[str], root: type[DataclassInstance]) -> str:

@@ -17,7 +17,8 @@ from config import InputError, SourceConfig, printable
 from dataprocess.columns import with_own_names
 from dataprocess.containers import stream_records
 from dataprocess.detect import reader_for
-from dataprocess.image_paths import Found, ImageFolder, ImageStore, Listings, folder_from
+from dataprocess.image_paths import Found, ImageFolder, Listings, folder_from
+from dataprocess.image_store import ImageStore
 from dataprocess.marks import repair_marks
 from dataprocess.outputs import AsideFile, UniqueNames
 from dataprocess.report import Refusal, Tally

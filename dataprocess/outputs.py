@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from config import InputError
-from config.files import create_partial, open_regular
+from config import InputError, shortened
+from config.files import create_partial, naming, open_regular
 
 
 class AsideFile:
@@ -33,7 +33,8 @@ class AsideFile:
     def write_terminated(self, lines: bytes | bytearray) -> None:
         """Write lines that already end in newlines."""
         self.lines += lines.count(b"\n")
-        self.bytes += self._file.write(lines)
+        with naming(self.path):
+            self.bytes += self._file.write(lines)
         self._digest.update(lines)
 
     @property
@@ -43,8 +44,9 @@ class AsideFile:
 
     def publish(self) -> None:
         """Write everything to disk and give the file its name."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         os.replace(self._file.name, self.path)
         self._file.close()
 
@@ -52,8 +54,9 @@ class AsideFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
         Path(self._file.name).unlink(missing_ok=True)
+        with naming(self.path):
+            self._file.close()  # fails if the disk is full
 
 
 def read_report(report_file: Path) -> dict | None:
@@ -98,10 +101,14 @@ def outputs_of(report: dict, report_file: Path) -> dict[str, dict]:
     }
 
 
-def refuse_foreign(report_file: Path, qa_files: Sequence[tuple[str, Path]], refused_file: Path) -> None:
-    """Raise InputError if preparation would replace a file that it did not write, or that was changed since.
+def refuse_foreign(
+    report_file: Path, qa_files: Sequence[tuple[str, Path]], refused_file: Path, *, annotations: Mapping[str, str]
+) -> None:
+    """Raise InputError if preparation would replace a file that it did not write, that was changed since, or that it made of
+    another data set: of sources whose annotations are none of these.
 
-    qa_files: (key of the config, its file). Empty files may be replaced. Reads every file whose size is that in the report.
+    qa_files: (key of the config, its file), the training file first. Empty files may be replaced. Reads every file whose
+    size is that in the report. annotations: source -> absolute path of its annotations.
     """
     report = read_report(report_file)
     for path in (report_file, refused_file):
@@ -111,6 +118,8 @@ def refuse_foreign(report_file: Path, qa_files: Sequence[tuple[str, Path]], refu
                 'give another "data.qa_file".'
             )
     written = outputs_of(report, report_file) if report else {}
+    if report and _holds_something(qa_files[0][1]) and qa_files[0][1].is_file():
+        _refuse_other_data(report, report_file, qa_files[0][1], annotations=annotations)
     for key, path in qa_files:
         if not _holds_something(path):
             continue
@@ -127,6 +136,27 @@ def refuse_foreign(report_file: Path, qa_files: Sequence[tuple[str, Path]], refu
                 f"{path}: was changed after it had been made: {change} in {report_file}. To keep the changes, remove "
                 '"data.sources". To make it again, remove the file.'
             )
+
+
+def _refuse_other_data(report: dict, report_file: Path, qa_file: Path, *, annotations: Mapping[str, str]) -> None:
+    """Raise InputError if none of the annotations that the QA file was made of is used now.
+
+    The folder may have been moved, as in `outputs_of`. Reports of earlier versions do not name the annotations.
+    """
+    made_of, file = report.get("annotations"), report["train"].get("file")
+    if not isinstance(made_of, dict) or not made_of or not isinstance(file, str):
+        return
+    known: set[str] = set()
+    for path in map(str, made_of.values()):
+        moved = os.path.join(report_file.parent, os.path.relpath(path, os.path.dirname(file)))
+        known |= {path, os.path.abspath(moved)}
+    if not known & set(annotations.values()):
+        listed = shortened(", ".join(f"{name}: {path}" for name, path in made_of.items()), 300)
+        raise InputError(
+            f'{qa_file}: was made from another data set ({listed}), of which "data.sources" now uses nothing, so it is not '
+            'replaced. Give this data set another "data.qa_file" (and "data.validation_file"), or delete the file, to make '
+            "it of the new sources."
+        )
 
 
 def _change(path: Path, entry: dict) -> str:

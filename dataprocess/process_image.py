@@ -1,11 +1,12 @@
-"""Convert raw annotations to the QA file: `python -m dataprocess.process_image --config FILE [key=value ...]`.
+"""Convert raw annotations to the QA file: `python -m dataprocess.process_image --config FILE [key=value ...]`, or without a
+config one source, for example to score a model on it: `... --from FILE --output QA.jsonl [--images DIR] [key=value ...]`.
 
 Every raw record is either kept or refused with a reason: read = kept + refused. Files written next to `qa.jsonl`:
 
     qa.report.json      the counts
     qa.refused.jsonl    one line per refused record
     qa.images.sqlite    which images were verified (only with data.verify_images)
-    qa.images/          images that were stored inside the records (only if there are any)
+    qa.images.zip       images that were stored inside the records (only if there are any)
 
 A second run with the same settings, annotation files and images does nothing. This module knows nothing about models.
 """
@@ -19,14 +20,22 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from config import DEFAULT_CONFIG, Config, DataConfig, InputError, SourceConfig, load_config, printable, run_script
+
+if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
+    run_script("dataprocess.process_image.main")
+
 from config.files import remove_partials
+from config.rules import refuse_source_contradictions
+from config.typed_yaml import Typed, apply_override, build
 from dataprocess.containers import groups_of, notes_on, stamps
 from dataprocess.convert import Converter
 from dataprocess.detect import check_format
-from dataprocess.image_paths import ImageStore, modified_ns
+from dataprocess.image_paths import modified_ns
+from dataprocess.image_store import ImageStore
 from dataprocess.outputs import AsideFile, read_report, refuse_foreign, write_report
 from dataprocess.report import Tally, summary
 from dataprocess.split import TRAIN, VALIDATION, Split
@@ -36,7 +45,9 @@ FORMAT_VERSION = 4  # increase when the same raw files would give a different QA
 TOP_REASONS = 5  # reasons listed in the message about too many refusals
 
 
-def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> dict:
+def prepare(
+    data: DataConfig, *, seed: int, images_may_change: bool = False, copies: Iterable[str | os.PathLike] = ()
+) -> dict:
     """Write the QA file and the validation file from `data.sources`. Returns the report, which is also in a file.
 
     A source with split "auto" is divided by image: the fraction `data.validation_fraction` of all images (of all
@@ -47,15 +58,21 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
     Nothing is done if settings, annotation files and images are the same as in the last run. With `images_may_change`
     the images are not compared.
 
+    copies: images that are known to be copies, byte for byte, of held-out images under other names; they are held out as
+    well, see `Split`. They are found by the check of the data before training. With them the files are always made again,
+    and a later run with the same settings keeps the result.
+
     Report: "read", "kept", "refused" (raw records), "by_source" (the same three), "by_reason", "repairs" (rule -> kept
     records that needed it), "train" and "validation" ({"file", "records", "bytes", "sha256"}), "image_folders" (folder
     -> modification time, so that a later run sees added and removed images; the output folders are left out, because
-    this run changes them), "notes" (encodings other than UTF-8, splits in the names of files, files that are not read; only
-    if there are any), "fingerprint" (null if the run was refused or killed; "outputs" then lists the files among "train"
-    and "validation" that preparation wrote or was about to write).
+    this run changes them), "notes" (encodings other than UTF-8, splits in the names of files, files that are not read,
+    copies; only if there are any), "annotations" (source -> its annotations), "copies" ({"images", "moved": records that are
+    held out because of them}; only if there are any), "fingerprint" (null if the run was refused or killed; "outputs" then
+    lists the files among "train" and "validation" that preparation wrote or was about to write).
 
-    Only files that an earlier preparation wrote are replaced, which its report tells: one that a user wrote or changed is
-    refused before any work begins. Partial files that a killed preparation left are removed.
+    Only files that an earlier preparation of this data set wrote are replaced, which its report tells: one that a user wrote
+    or changed, and one made from sources of which none is left, is refused before any work begins. Partial files that a
+    killed preparation left are removed.
 
     Raises InputError for settings or files that cannot be used, and if more than the fraction `data.max_refused` of the
     raw records was refused. In that case the report and the list of refused records are written, but no QA file.
@@ -67,9 +84,12 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
     for source in data.sources:
         _check_source(source, [*outputs.values(), report_file, refused_path])
     fingerprint = _fingerprint(data, seed, outputs)
-    finished, qa_files = _finished(report_file, fingerprint), list(zip(keys, outputs.values(), strict=False))
+    copied = {os.path.realpath(path) for path in copies}
+    finished = None if copied else _finished(report_file, fingerprint)
+    qa_files = list(zip(keys, outputs.values(), strict=False))
+    annotations = {source.name: os.path.abspath(source.annotations) for source in data.sources}
     if finished is None:
-        refuse_foreign(report_file, qa_files, refused_path)
+        refuse_foreign(report_file, qa_files, refused_path, annotations=annotations)
     os.makedirs(outputs[TRAIN].parent, exist_ok=True)
     with contextlib.ExitStack() as stack:
         verifier = None
@@ -79,7 +99,7 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
             if images_may_change or not (_images_changed(finished) or (verifier and verifier.changed())):
                 return finished
         if finished:
-            refuse_foreign(report_file, qa_files, refused_path)
+            refuse_foreign(report_file, qa_files, refused_path, annotations=annotations)
 
         written = [*outputs.values(), refused_path, report_file]
         for folder in {path.parent for path in written}:
@@ -87,11 +107,12 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
         files = {side: stack.enter_context(AsideFile(path)) for side, path in outputs.items()}
         refused_file = stack.enter_context(AsideFile(refused_path))
         tally = Tally(source.name for source in data.sources)
-        store = ImageStore(outputs[TRAIN].with_suffix(".images"))
+        store = stack.enter_context(ImageStore(outputs[TRAIN].with_suffix(".images")))
+        split = Split(seed, data.validation_fraction if data.validation_file else 0.0, copied)
         converter = Converter(
             files=files,
             refused=refused_file,
-            split=Split(seed, data.validation_fraction if data.validation_file else 0.0),
+            split=split,
             tally=tally,
             store=store,
             verifier=verifier,
@@ -100,15 +121,24 @@ def prepare(data: DataConfig, *, seed: int, images_may_change: bool = False) -> 
         # `Split` needs the held-out sources first.
         for source, group in sorted(parts, key=lambda part: (VALIDATION, "auto", TRAIN).index(part[0].split)):
             converter.convert(source, group)
-        report = tally.report() | {"image_folders": converter.image_folders} | ({"notes": notes} if notes else {})
+        if copied:
+            notes.append(
+                f"images held out because they are copies, byte for byte, of held-out images: {len(copied):,}; records "
+                f"moved to the validation file with them: {split.moved:,} (of sources with split: train they are refused)"
+            )
+        report = tally.report() | {"annotations": annotations, "image_folders": converter.image_folders}
+        report |= {"notes": notes} if notes else {}
+        report |= {"copies": {"images": len(copied), "moved": split.moved}} if copied else {}
         for side, file in files.items():
             report[side] = {
                 "file": str(file.path), "records": file.lines, "bytes": file.bytes, "sha256": file.sha256
             }  # fmt: skip
             report["image_folders"].pop(file.folder, None)
-        if store.is_used:
-            report["image_folders"][store.folder] = modified_ns(store.folder)
         problem = _problem(report, data.max_refused, refused_path)
+        if store.is_used:
+            if not problem:
+                store.publish()
+            report["image_folders"][store.folder] = modified_ns(store.folder)
         # A kill from here on leaves a report that does not count as finished, and says which files are ours.
         ours = [str(path) for path in outputs.values() if not problem or path.exists()]
         write_report(report_file, report | {"fingerprint": None, "outputs": ours})
@@ -165,7 +195,9 @@ def _fingerprint(data: DataConfig, seed: int, outputs: dict[str, Path]) -> str:
     """SHA-256 of everything that decides what is written, except the existence and the content of images."""
     fields = ("name", "format", "annotations", "images", "limit", "captions", "split")
     described = [
-        [str(getattr(source, field)) for field in fields] + ([repr(source.columns)] if source.columns else [])
+        [str(getattr(source, field)) for field in fields]
+        + ([repr(source.columns)] if source.columns else [])
+        + ([repr(source.prompts)] if source.prompts else [])
         for source in data.sources
     ]
     files = [str(path) for path in outputs.values()]
@@ -189,7 +221,9 @@ def _images_changed(report: dict) -> bool:
     return any(modified_ns(folder) != before for folder, before in report["image_folders"].items())
 
 
-def prepare_from_config(config: Config, images_may_change: bool = False) -> dict | None:
+def prepare_from_config(
+    config: Config, images_may_change: bool = False, copies: Iterable[str | os.PathLike] = ()
+) -> dict | None:
     """Draw the demo's raw data if the config asks for it and it is missing, then call `prepare`.
 
     Returns the report, or None if there are no sources and data.qa_file is used as it is.
@@ -203,22 +237,68 @@ def prepare_from_config(config: Config, images_may_change: bool = False) -> dict
             make_demo(data.demo_folder)
     if not data.sources:
         return None
-    return prepare(data, seed=config.seed, images_may_change=images_may_change)
+    return prepare(data, seed=config.seed, images_may_change=images_may_change, copies=copies)
+
+
+def convert_source(
+    annotations: str, output: str, *, images: str | None = None, settings: Sequence[str] = ()
+) -> tuple[Path, dict]:
+    """Make a QA file of one source, without a config: every record that can be used, nothing held out.
+
+    images: the folder of its images; by default that of `annotations`. settings: `key=value` for keys of a source, as in
+    data.sources (`format=csv`, `columns.image=图片`), or with "data." for `data.max_refused` and `data.verify_images`. Paths
+    are relative to the current folder. Returns (the QA file, the report). Raises InputError like `prepare`.
+    """
+    path = Path(annotations).expanduser()
+    if not path.exists():
+        raise InputError(f"--from {annotations}: no such file or folder.")
+    folder = images or str(path if path.is_dir() else path.parent)
+    name = path.resolve().stem.replace(":", "_") or "source"
+    source = {"name": name, "annotations": Typed(annotations), "images": Typed(folder)}
+    values = {"data": {"qa_file": Typed(output), "sources": [source]}}
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if not key.startswith("data."):
+            setting = f"data.sources.0.{setting}"
+        elif key not in ("data.max_refused", "data.verify_images"):
+            raise InputError(f'"{key}" means nothing with --from; data.max_refused and data.verify_images do.')
+        apply_override(values, setting)
+    data = build(DataConfig, values["data"], Path.cwd(), where="data")
+    try:
+        refuse_source_contradictions(data)
+        return data.qa_file, prepare(data, seed=0)
+    except InputError as error:
+        advice = "data.qa_file is --output here, and the source is --from; its keys are given as key=value: format=csv"
+        raise InputError(f"{error}\n({advice}, columns.question=问题, and data.max_refused=0.1)") from None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Convert the raw annotations in data.sources to the QA file.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="convert this file or folder, without a config")
+    parser.add_argument("--output", metavar="FILE", help="with --from: the QA file to make, for example scoring.jsonl")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to change, for example data.max_refused=0.1"
+        "--images", metavar="DIR", help="with --from: the folder of its images (default: the file's own)"
     )
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings to change, for example data.max_refused=0.1; with --from also those of the source: format=csv",
+    )
+    arguments = parser.parse_intermixed_args()
+    if arguments.source is None and (arguments.output or arguments.images):
+        parser.error("--output and --images need --from; with a config, set data.qa_file and data.sources")
+    if arguments.source is not None:
+        if not arguments.output:
+            parser.error("--from needs --output, the QA file to make, for example --output scoring.jsonl")
+        qa_file, report = convert_source(
+            arguments.source, arguments.output, images=arguments.images, settings=arguments.overrides
+        )
+        print(printable(f"{summary(report)}\nto score a model on it: python test.py --qa {qa_file}", lines=True))
+        return
     config = load_config(arguments.config, arguments.overrides)
     for each in [stage.config for stage in config.train.stages] or [config]:
-        report = prepare_from_config(each)
-        text = summary(report) if report else f"data.sources is empty; {each.data.qa_file} is used as it is"
+        made = prepare_from_config(each)
+        text = summary(made) if made else f"data.sources is empty; {each.data.qa_file} is used as it is"
         print(printable(text, lines=True))
-
-
-if __name__ == "__main__":
-    run_script(main)

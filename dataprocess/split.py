@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from hashlib import blake2b
 
 from dataprocess.image_paths import Found, coco_name
@@ -17,14 +19,20 @@ class Split:
     of its bytes if they were read, else its file name. The folder, the place in the file and the order of records make
     no difference. Equal file names in different folders get the same side, which does no harm.
 
+    copies: resolved paths of images that are known to be copies, byte for byte, of held-out images under other names. They
+    are held out as well: records about them go to validation from a source with split "auto" (counted in `moved`), and are
+    refused from one with split "train".
+
     Process sources with split "validation" first, then "auto", then "train": the records that a side may take depend on
     the images that were held out before.
     """
 
-    def __init__(self, seed: int, fraction: float):
+    def __init__(self, seed: int, fraction: float, copies: Iterable[str] = ()):
         self._seeded = blake2b(f"{seed}/".encode(), digest_size=8)
         self._chosen_below = int(fraction * 2**64).to_bytes(8, "big")
-        self._held: set[str] = set()
+        self._copies = frozenset(copies)
+        self._held = {name for path in self._copies if (name := coco_name(os.path.basename(path)))}
+        self.moved = 0
 
     def side(self, split: str, images: list[Found], name: str | None) -> str:
         """TRAIN or VALIDATION for a record with these images.
@@ -37,13 +45,18 @@ class Split:
             return VALIDATION
         if split == "auto" and len(images) == 1:  # a shortcut for nearly all records
             portable, identity = _names(images[0])
+            if self._copies and images[0].real in self._copies:
+                self.moved += 1
+                return VALIDATION
             return VALIDATION if identity in self._held or self._is_chosen(portable) else TRAIN
         names = [_names(image) for image in images]
-        held = [identity in self._held for _, identity in names]
+        copied = [image.real in self._copies for image in images]
+        held = [copy or identity in self._held for copy, (_, identity) in zip(copied, names, strict=True)]
         if split == TRAIN:
             if True in held:
                 path = images[held.index(True)].real
-                raise RecordError("image_held_out", f"{path} is a validation image; it may not be trained on.")
+                other = " under another name" if path in self._copies else ""
+                raise RecordError("image_held_out", f"{path} is a validation image{other}; it may not be trained on.")
             return TRAIN
         chosen = [self._is_chosen(portable) for portable, _ in names]
         if not images:
@@ -57,6 +70,7 @@ class Split:
             raise RecordError(
                 "images_on_both_sides", "some of its images are held out for validation and some are not."
             )
+        self.moved += True in copied
         return VALIDATION
 
     def hold_out(self, images: list[Found]) -> None:

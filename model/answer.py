@@ -7,6 +7,7 @@ threads read the images of the next ones.
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,6 +94,7 @@ class Answerer:
         self.model, self.tokenizer, self.chat, self.read_pixels = model, tokenizer, chat, read_pixels
         self.autocast, self.max_tokens = autocast, max_tokens
         self.options = {"do_sample": False, **options}
+        self._is_noted = False
 
     def fits(self, turns: Sequence[tuple[str, Sequence]]) -> bool:
         """Return whether the prompt of `turns` and the longest answer fit into `max_tokens`."""
@@ -181,9 +183,24 @@ class Answerer:
         answers = {request.number: Answer(text, seconds) for request, text in zip(readable, texts, strict=True)}
         return {**errors, **answers}
 
+    def _note_long(self, length: int) -> None:
+        """Print one note, the first time that a prompt of `length` tokens with its answer goes beyond the positions that the
+        language model was made for. Qwen v1 raises InputError instead."""
+        positions = self.model.causal_lm.config.max_position_embeddings
+        new_tokens = self.options.get("max_new_tokens", 0)
+        if not self._is_noted and length + new_tokens > positions:
+            self._is_noted = True
+            print(
+                f"note: a prompt of {length} tokens with {new_tokens} new ones (max_new_tokens) goes beyond the {positions} "
+                "positions that the language model was made for (max_position_embeddings); such answers may be poor",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _texts(self, batch: _Batch, pixels: dict[Path, Tensor]) -> list[str]:
         index = {image: i for i, image in enumerate(pixels)}
         prompts = [Prompt(request.ids, [index[image] for image in request.images]) for request in batch]
+        self._note_long(max(len(request.ids) for request in batch))
         device = next(self.model.projector.parameters()).device
         pixel_values = torch.stack(list(pixels.values())).to(device) if pixels else None
         was_training = self.model.training

@@ -7,7 +7,7 @@ Importing this package registers the model type `qwen` (Qwen v1) with transforme
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from qwen.configuration import WEIGHTS, QWenConfig, longest_input
+from qwen.configuration import WEIGHTS, QWenConfig, longest_input, trained_length
 from qwen.lora import lora_target_modules
 from qwen.modeling import (
     LANGUAGE_MODELS,
@@ -40,4 +40,5 @@ __all__ = [
     "lora_target_modules",
     "new_language_model",
     "set_image_attention",
+    "trained_length",
 ]

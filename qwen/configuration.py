@@ -133,3 +133,17 @@ def longest_input(path: str | Path) -> int | None:
         return None
     length = config.get("seq_length")
     return length if config.get("model_type") == QWenConfig.model_type and type(length) is int else None
+
+
+def trained_length(path: str | Path) -> int | None:
+    """Return the number of positions that the language model of a folder or hub name was made for; None if its config does
+    not say so or cannot be read.
+
+    Beyond it other models than Qwen v1 compute something, but at positions that they never saw.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(str(path))
+    except (OSError, ValueError):
+        return None
+    length = config.get("seq_length" if config.get("model_type") == QWenConfig.model_type else "max_position_embeddings")
+    return length if type(length) is int and length > 0 else None

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from config import Config, InputError
+import qwen
+from config import RATE_KEYS, Config, InputError
 from config.files import open_regular
 from dataprocess.process_image import prepare_from_config
 from dataprocess.report import summary
@@ -59,7 +60,7 @@ def look_ahead(config: Config, starts_over: bool = False) -> None:
         processors = open_processors(config)
 
     def look() -> None:
-        check_data(config, processors, findings, quiet=True)
+        check_data(config, processors, findings, quiet=True, resumes=resumes)
         findings.save()
         findings.stop()
 
@@ -81,19 +82,48 @@ def check_data(
     *,
     thorough: bool = False,
     quiet: bool = False,
+    resumes: bool = False,
 ) -> dict[Path, np.ndarray]:
     """Check every record of the training and the validation file, and add what is wrong to `findings`.
 
     processors: None if they could not be opened; then token lengths are not checked. thorough: take larger samples and print
-    what the files hold. quiet: print no notes. Returns for each file the records that are left out because data.max_length
-    leaves no use for them; they are counted, and listed in a file of the run.
+    what the files hold. quiet: print no notes. resumes: the run has begun, so its records stay those it began with.
+    Otherwise, training images that are copies of held-out ones are held out too, by preparing the data once more. Returns
+    for each file the records that are left out because data.max_length leaves no use for them; they are counted, and listed
+    in a file of the run.
     """
+    copies: set[str] = set()
+    while True:
+        found = Findings(findings.listing)
+        left_out, lines, leaks = _check_files(config, processors, found, thorough=thorough, resumes=resumes)
+        if resumes or not config.data.sources or leaks <= copies:
+            break
+        copies |= leaks  # to hold them out may bring further images to the validation file
+        with findings.collect():
+            report = prepare_from_config(config, copies=copies)
+            if report is not None and not quiet:
+                print_main(summary(report))
+            continue
+        return left_out  # too many records are refused then
+    findings.extend(found)
+    for line in [] if quiet else lines:
+        print_main(line)
+    return left_out
+
+
+def _check_files(
+    config: Config, processors: Processors | None, findings: Findings, *, thorough: bool, resumes: bool
+) -> tuple[dict[Path, np.ndarray], list[str], set[str]]:
+    """Check the files once. Returns (for each file, the records left out; notes; the training images that are held out
+    too)."""
     data, chat, limit = config.data, None, config.data.max_length
+    positions = None if config.model.language_model is None else qwen.trained_length(config.model.language_model)
     if processors is not None:
         limit = max_length(config, processors)
         with findings.collect():
             chat = chat_format(config, processors)
-    held_out, left_out = None, {}
+    held_out, left_out, leaks = None, {}, set()
+    said = [f"note: {note}" for note in (*_idle_rates(config), *_beyond_positions(config, positions))]
     for path in [data.validation_file, data.qa_file]:  # held-out first: training images are looked up among its images
         if path is None:
             continue
@@ -115,19 +145,30 @@ def check_data(
             is_held_out=is_held_out,
             held_out=held_out,
         )
+        if is_held_out and checked.read == 0 and data.sources:
+            checked.fault = _nothing_held_out(config)
         lines = _check_sample(config, checked, processors, chat=chat, thorough=thorough)
         if held_out is not None:
             check_leakage(checked, held_out)
+            leaks = checked.leaks
         if is_held_out:
             held_out = checked
         lines += _add_findings(config, checked, findings)
         lines += [f"note: {note}" for note in notes(checked, data.max_refused, thorough)]
         left_out[path], more = _leave_out(config, checked, findings, limit=limit)
         if is_held_out and chat is not None and processors is not None and not checked.fault:
-            more += _note_long_questions(config, path, chat, left_out=left_out[path], max_tokens=processors.max_tokens)
-        for line in [] if quiet else lines + more:
-            print_main(line)
-    return left_out
+            more += _note_long_questions(
+                config,
+                path,
+                chat,
+                left_out=left_out[path],
+                positions=processors.max_tokens or positions,
+                is_limit=processors.max_tokens is not None,
+            )
+        if not is_held_out and not checked.fault:
+            more += _unused_parts(config, checked, findings, resumes=resumes)
+        said += lines + more
+    return left_out, said, leaks
 
 
 def _check_sample(
@@ -205,19 +246,98 @@ def _is_list(path: Path) -> bool:
     return isinstance(row, dict) and "reason" in row
 
 
-def _note_long_questions(
-    config: Config, path: Path, chat: ChatFormat, left_out: np.ndarray, max_tokens: int | None
-) -> list[str]:
-    """Return a note about the held-out questions that the language model cannot be asked, because it fails beyond
-    `max_tokens`."""
-    if max_tokens is None:
-        return []
-    qa, new_tokens = QAFile(path), config.test.max_new_tokens
-    questions = questions_of(qa, np.setdiff1d(np.arange(len(qa)), left_out).tolist())
-    count = sum(not prompt_fits(chat, question.turns, max_tokens, new_tokens=new_tokens) for question in questions)
-    if not count:
+def _idle_rates(config: Config) -> list[str]:
+    """Return a note for each part that trains with a learning rate of 0."""
+    found = []
+    for (part, kind), key in RATE_KEYS.items():
+        if getattr(config.train.trainable, part).kind == kind and getattr(config.train, key) == 0:
+            found.append(
+                f"train.{key} is 0, so what trains of the {part.replace('_', ' ')} will not change; give it a positive "
+                f"rate, or set train.trainable.{part} to frozen and train.{key} to null"
+            )
+    return found
+
+
+def _beyond_positions(config: Config, positions: int | None) -> list[str]:
+    """Return a note if data.max_length is more than the positions that the language model was made for."""
+    if positions is None or config.data.max_length <= positions:
         return []
     return [
-        f"note: {path.name}: {count} of {len(questions)} questions do not fit into the {max_tokens} tokens that the "
-        f"language model takes, with test.max_new_tokens ({new_tokens}); scores and samples leave them out"
+        f"data.max_length is {config.data.max_length}, but the language model was made for {positions} positions "
+        f"(max_position_embeddings or seq_length in its config.json); set it to {positions} or less"
     ]
+
+
+def _nothing_held_out(config: Config) -> str:
+    """Return the fault of a validation file that preparation left empty."""
+    data = config.data
+    if any(source.split != "train" for source in data.sources):
+        why = f"too few images for data.validation_fraction ({data.validation_fraction:g}); raise it"
+    else:
+        why = "every source has split: train; set it to auto or validation for one of them"
+    return (
+        f"{data.validation_file}: contains no records: {why}, or set data.validation_file and train.eval_steps to null to "
+        "do without."
+    )
+
+
+def _unused_parts(config: Config, checked: Checked, findings: Findings, resumes: bool) -> list[str]:
+    """Add a finding if a part that sees only images would train on none. Returns notes: the same for a run that has begun,
+    and sources that are not used."""
+    weights = {source.name: source.weight for source in config.data.sources}
+    used = {name: count for name, count in checked.sources.items() if weights.get(name, 1.0) > 0}
+    said = [
+        f'note: source "{name}" has weight 0 in data.sources, so its {count.records:,} records are not trained on'
+        for name, count in checked.sources.items()
+        if name not in used
+    ]
+    parts = [part for part in ("vision_tower", "projector") if getattr(config.train.trainable, part) != "frozen"]
+    if not parts or not checked.read or any(count.usable_images for count in used.values()):
+        return said
+    keys = " and ".join(f"train.trainable.{part}" for part in parts)
+    message = (
+        f"{checked.path}: no record that is trained on has an image, so {' and '.join(parts).replace('_', ' ')} would train "
+        f"on nothing. Add records with images, or set {keys} to frozen and the learning rate to null (a projector with "
+        "random weights also needs train.freeze_random: [projector])."
+    )
+    if resumes:
+        return [*said, f"note: {message}"]
+    findings.faults.append(message)
+    return said
+
+
+def _note_long_questions(
+    config: Config, path: Path, chat: ChatFormat, left_out: np.ndarray, *, positions: int | None, is_limit: bool
+) -> list[str]:
+    """Return a note about the held-out questions that, with their answers, need more than the language model's `positions`.
+
+    is_limit: the model cannot be asked them, because it fails beyond; otherwise it answers worse.
+    """
+    if positions is None:
+        return []
+    qa, new_tokens = QAFile(path), config.test.max_new_tokens
+    room = positions - new_tokens - len(chat.head["assistant"])
+    records = np.setdiff1d(np.arange(len(qa)), left_out).tolist()
+    # without tokenising the many that are short
+    doubtful = [record for record in records if not chat.certainly_fits(qa[record].conversations, room)]
+    long = [
+        question
+        for question in questions_of(qa, doubtful)
+        if not prompt_fits(chat, question.turns, positions, new_tokens=new_tokens)
+    ]
+    if not long:
+        return []
+    found = (
+        f"note: {path.name}: {len(long)} of {len(questions_of(qa, records))} questions do not fit into the {positions} "
+    )
+    if is_limit:
+        ends = (
+            f"tokens that the language model takes, with test.max_new_tokens ({new_tokens}); scores and samples leave them "
+            "out"
+        )
+    else:
+        ends = (
+            f"positions that the language model was made for, with test.max_new_tokens ({new_tokens}), so their answers may "
+            "be poor; shorten them, or lower test.max_new_tokens"
+        )
+    return [found + ends]

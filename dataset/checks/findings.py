@@ -105,6 +105,11 @@ class Findings:
     def __bool__(self) -> bool:
         return bool(self.rows or self.faults)
 
+    def extend(self, other: Findings) -> None:
+        """Add what `other` found."""
+        self.rows.extend(other.rows)
+        self.faults += other.faults
+
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
         """Turn an InputError of the block into a finding and continue after the block."""

@@ -8,11 +8,11 @@ Reads one record at a time and keeps numbers, not objects. Knows no tokenizer cl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import random
-import stat
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from dataset.conversation import ChatFormat, TooLong
 from dataset.json_stream import Item, NotJson, stream_json
 from dataset.language import language_of
 from dataset.record import IMAGE_MARK, Conversation, Record, RecordError, parse_record
+from visual.images import ImageError, image_bytes, image_state
 
 
 @dataclass
@@ -37,6 +38,7 @@ class SourceCount:
     turns: int = 0  # questions and answers
     images: int = 0
     text_only: int = 0  # records without an image
+    usable_images: int = 0  # images of records that fit into max_length and whose image files exist
     languages: Counter[str] = field(default_factory=Counter)
 
 
@@ -63,6 +65,7 @@ class Checked:
     text_hashes: set[int] = field(default_factory=set)
     # Filled for a training file: the matches.
     suspects: list[tuple[Place, str, int]] = field(default_factory=list)  # record, path of the image, its key
+    leaks: set[str] = field(default_factory=set)  # paths of the images that are held out too, by `check_leakage`
     held_out_texts: int = 0  # records without an image that are also in the held-out file
 
 
@@ -114,6 +117,7 @@ def check_file(
                 continue
             if not readable:
                 continue
+            checked.sources[record.source].usable_images += len(record.images)
             good += 1  # reservoir sampling: every good record is in the sample with the same probability
             if len(checked.sample) < sample_size:
                 checked.sample.append((_place(path, item, record), record))
@@ -130,7 +134,8 @@ def check_file(
 
 
 def check_leakage(train: Checked, held_out: Checked) -> None:
-    """Add to `train.wrong` the records with an image that is also held out, compared by content, not by name."""
+    """Add to `train.wrong` the records with an image that is also held out, compared by content, not by name, and the paths
+    of these images to `train.leaks`."""
     if not train.suspects:
         return
     wanted = {index for *_, key in train.suspects for index in held_out.image_keys[key]}
@@ -144,6 +149,7 @@ def check_leakage(train: Checked, held_out: Checked) -> None:
     digest = functools.cache(_digest)  # several records may use the same image
     for place, path, _ in train.suspects:
         if match := by_digest.get(digest(path)):
+            train.leaks.add(path)
             train.wrong.add(
                 place,
                 "leaked_image",
@@ -196,23 +202,23 @@ def _check_paths(
     for name in record.images:
         path = os.path.join(folder, name)
         try:
-            state = os.stat(path)
-            wrong = None if stat.S_ISREG(state.st_mode) else "not a file"
+            state = image_state(path)
+            wrong = None if state.is_file else "not a file"
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             wrong = getattr(error, "strerror", None) or str(error)
         if wrong:
             checked.bad_images.add(_place(checked.path, item, record), "missing_image", f"{path}: {wrong}.")
             return False
-        if state.st_size == 0:
+        if state.size == 0:
             checked.bad_images.add(
                 _place(checked.path, item, record), "unreadable_image", f"{path}: the file is empty."
             )
             return False
         if is_held_out:
-            checked.image_sizes.add(state.st_size)
-            checked.image_keys.setdefault(_image_key(path, state.st_size), []).append(item.index)
-        elif held_out and state.st_size in held_out.image_sizes:
-            key = _image_key(path, state.st_size)
+            checked.image_sizes.add(state.size)
+            checked.image_keys.setdefault(_image_key(path, state.size), []).append(item.index)
+        elif held_out and state.size in held_out.image_sizes:
+            key = _image_key(path, state.size)
             if key in held_out.image_keys:
                 checked.suspects.append((_place(checked.path, item, record), path, key))
     return True
@@ -274,21 +280,25 @@ def plain_text(content: str | tuple) -> str:
 
 def _image_key(path: str, size: int) -> int:
     """Hash the size and 64 bytes from the middle of a file: equal for equal files, almost always unique otherwise."""
+    middle = slice(size // 2, size // 2 + 64)
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
-            return hash((size, os.pread(handle, 64, size // 2)))
+            return hash((size, os.pread(handle, 64, middle.start)))
         finally:
             os.close(handle)
+    except NotADirectoryError:  # in an archive
+        with contextlib.suppress(ImageError):
+            return 0
     except OSError:
-        return 0  # cannot be opened; reported when the image is decoded
+        pass
+    return 0  # cannot be opened; reported when the image is decoded
 
 
 def _digest(path: str | Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    except OSError:
+        return hashlib.blake2b(image_bytes(path)).digest()
+    except ImageError:
         return os.urandom(16)  # differs from every other digest
 
 

@@ -196,13 +196,19 @@ def test_paths_on_the_command_line_are_relative_to_the_current_folder(path, tmp_
 
 def test_changed_keys_lists_only_what_changes_learning(path):
     old = load_config(path)
-    assert changed_keys(old, old) == []
+    assert changed_keys(old, old) == {}
     new = load_config(
         path, ["lora.r=8", "train.projector_lr=2e-3", "test.batch_size=1", "output_dir=b", "train.save_steps=7"]
     )
-    assert changed_keys(old, new) == ["lora.r: 4 -> 8", "train.projector_lr: 0.001 -> 0.002"]
-    assert [line.split(":")[0] for line in changed_keys(old, load_config(path, ["data.sources.0.weight=2"]))] == [
-        "data.sources"
+    assert changed_keys(old, new) == {
+        "lora.r": "lora.r: 4 -> 8",
+        "train.projector_lr": "train.projector_lr: 0.001 -> 0.002",
+    }
+    name = old.data.sources[0].name
+    heavier = changed_keys(old, load_config(path, ["data.sources.0.weight=2"]))
+    assert list(heavier.values()) == [f"data.sources.{name}.weight: 1.0 -> 2.0"]
+    assert list(changed_keys(old, load_config(path, ["data.sources=[]"])).values()) == [
+        f"data.sources: {', '.join(source.name for source in old.data.sources)} -> none"
     ]
 
 
@@ -210,20 +216,21 @@ def test_a_resumed_run_keeps_its_augmentation_and_an_old_run_had_none(path):
     plain, augmented = load_config(path), load_config(path, ["data.augment={crop: 0.3, views: 8}"])
     assert plain.data.augment is None
     more = load_config(path, ["data.augment={crop: 0.5, views: 8}"])
-    assert changed_keys(augmented, more) == ["data.augment.crop: 0.3 -> 0.5"]
-    assert {"data.augment.crop: None -> 0.3", "data.augment.views: None -> 8"} <= {*changed_keys(plain, augmented)}
+    assert list(changed_keys(augmented, more).values()) == ["data.augment.crop: 0.3 -> 0.5"]
+    assert {"data.augment.crop: None -> 0.3", "data.augment.views: None -> 8"} <= {
+        *changed_keys(plain, augmented).values()
+    }
     assert changed_keys(augmented, plain) and not changed_keys(augmented, augmented)
     old = yaml.safe_load(to_yaml(plain))
     del old["data"]["augment"]
-    assert changed_keys(load_config(write(path.parent, old)), plain) == []
+    assert changed_keys(load_config(write(path.parent, old)), plain) == {}
 
 
 def test_micro_batch_and_accumulation_are_free_if_a_step_keeps_its_samples(path):
     def changed(size: int, accumulation: int) -> list[str]:
         train = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        return changed_keys(
-            load_config(path), load_config(path, [f"train.{key}={value}" for key, value in train.items()])
-        )
+        new = load_config(path, [f"train.{key}={value}" for key, value in train.items()])
+        return list(changed_keys(load_config(path), new).values())
 
     old = load_config(path).train
     samples = old.per_device_train_batch_size * old.gradient_accumulation_steps

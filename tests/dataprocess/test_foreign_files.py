@@ -258,9 +258,9 @@ def test_images_in_the_records_are_not_written_through_a_link(shop):
     victim = shop.folder / "victim"
     victim.write_bytes(MINE)
     data = (shop.folder / "images" / "3.png").read_bytes()
+    (shop.out / "qa.images").mkdir()  # as earlier versions made it
     store = process_image.ImageStore(shop.out / "qa.images")
-    name = store.place(data).name
-    (shop.out / "qa.images").mkdir()
+    name = store.place(data)
     (shop.out / "qa.images" / f".{name}.{os.getpid()}").symlink_to(victim)
     (shop.out / "qa.images" / name).symlink_to(victim)
     (shop.out / "qa.images" / f".{name}.0123abcd.partial").write_bytes(data[:9])  # left by a kill
@@ -361,3 +361,49 @@ def test_the_summary_is_printed_without_control_characters(shop, capsys, monkeyp
     process_image.main()
     printed = capsys.readouterr().out
     assert "\\x1b]0;x\\x07" in printed and "\x1b" not in printed
+
+
+# --- another data set
+
+
+def test_a_file_of_another_data_set_is_not_replaced(shop, monkeypatch):
+    shop.prepare()
+    first = shop.outputs()
+    other = shop.folder / "other.json"
+    other.write_text((shop.folder / "raw.json").read_text())
+    with pytest.raises(InputError, match=r'qa\.jsonl: was made from another data set \(x: .*raw\.json\)') as error:
+        shop.prepare(annotations=other)
+    assert 'another "data.qa_file"' in str(error.value) and "delete the file" in str(error.value)
+    assert shop.outputs() == first
+    (shop.out / "qa.jsonl").unlink()  # as the message says
+    assert shop.prepare(annotations=other)["annotations"] == {"x": str(other)}
+
+
+def test_sources_of_the_same_data_set_are_added_removed_edited_and_moved(shop, tmp_path):
+    def prepare(home: Path, *names: str) -> dict:
+        sources = [
+            SourceConfig(f"s-{name}", home / f"{name}.json", "llava", images=home / "images") for name in names
+        ]
+        return prepare_sources(sources, home / "out" / "qa.jsonl")
+
+    for name in "abc":
+        shutil.copy(shop.folder / "raw.json", shop.folder / f"{name}.json")
+    prepare(shop.folder, "a")
+    assert prepare(shop.folder, "a", "b")["kept"] == 40
+    assert prepare(shop.folder, "b", "c")["kept"] == 40
+    shop.write(["1.png"])
+    shutil.copy(shop.folder / "raw.json", shop.folder / "b.json")
+    assert prepare(shop.folder, "b")["kept"] == 1
+    moved = tmp_path / "moved"
+    shop.folder.joinpath("images").rename(moved_images := tmp_path / "kept-images")
+    moved.mkdir()
+    for path in [shop.out, *shop.folder.glob("*.json")]:
+        path.rename(moved / path.name)
+    moved_images.rename(moved / "images")
+    assert prepare(moved, "b", "c")["kept"] == 21
+    with pytest.raises(InputError, match="another data set"):
+        prepare(moved, "a")
+    report = json.loads((moved / "out" / "qa.report.json").read_text())
+    del report["annotations"]  # as earlier versions wrote it
+    (moved / "out" / "qa.report.json").write_text(json.dumps(report))
+    assert prepare(moved, "a")["kept"] == 20

@@ -27,7 +27,7 @@ from dataprocess.rows import CAPTION_PROMPTS
 from dataset.qa_file import QAFile
 from demo import draw
 from tests.dataprocess.helpers import prepare_sources
-from visual.images import verify_image
+from visual.images import image_bytes, verify_image
 
 SIDES = ("qa.jsonl", "held.jsonl")
 
@@ -834,7 +834,7 @@ def test_identical_images_share_a_side_when_verified(shop):
     sides = []
     for verified in (True, False):
         shop.prepare(validation_fraction=0.4, verify_images=verified)
-        read = [{(shop.folder / "out" / one["image"]).read_bytes() for one in shop.read(n)} for n in SIDES]
+        read = [{image_bytes(shop.folder / "out" / one["image"]) for one in shop.read(n)} for n in SIDES]
         sides.append(read)
     assert not sides[0][0] & sides[0][1] and len(sides[0][1]) > 9
     assert sides[1][0] & sides[1][1]  # by name alone they are different images
@@ -918,3 +918,60 @@ def test_the_command_draws_the_demo_prepares_it_and_exits_with_2_on_bad_input(sh
         process_image.run_script(process_image.main)
     assert stop.value.code == 2
     assert "lava" in capsys.readouterr().err
+
+
+# --- a QA file of one source, without a config
+
+
+def run_command(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["process_image", *map(str, arguments)])
+    process_image.main()
+
+
+@pytest.mark.parametrize(
+    "name, text, settings, count",
+    [
+        ("table.csv", "图片,问题,答案\nphotos/a.jpg,颜色？,红\nphotos/b.jpg,颜色？,蓝\n".encode("gbk"), [], 2),
+        ("odd.csv", b"file;asks;says\nphotos/a.jpg;Colour?;red\n",
+         ["columns={image: file, question: asks, answer: says}"], 1),
+        ("odd.tsv", b"bild\tquestion\tanswer\nphotos/a.jpg\tColour?\tred\n", ["columns.image=bild", "format=csv"], 1),
+        ("talk.json", json.dumps([llava("photos/a.jpg"), llava("photos/b.jpg")]).encode(), ["limit=1"], 1),
+        ("bad.json", json.dumps([llava("photos/a.jpg"), llava("gone.jpg")]).encode(),
+         ["data.max_refused=0.5", "data.verify_images=false"], 1),
+    ],
+)  # fmt: skip
+def test_one_command_makes_a_scoring_file_of_any_source(shop, monkeypatch, capsys, name, text, settings, count):
+    for one in "ab":
+        write_image(shop.folder / "photos", f"{one}.jpg", "red")
+    (shop.folder / name).write_bytes(text)
+    (shop.folder / "out").mkdir()
+    monkeypatch.chdir(shop.folder / "out")
+    run_command(monkeypatch, "--from", f"../{name}", "--output", "scoring.jsonl", *settings)
+    records = QAFile(shop.folder / "out" / "scoring.jsonl")
+    assert len(records) == count and records[0].images == ("../photos/a.jpg",)
+    assert f"python test.py --qa {shop.folder / 'out' / 'scoring.jsonl'}" in capsys.readouterr().out
+    run_command(monkeypatch, "--from", f"../{name}", "--output", "scoring.jsonl", *settings)  # again: nothing to do
+
+
+def test_the_command_without_a_config_names_what_to_change(shop, monkeypatch, capsys):
+    photos = shop.images("photos", "a.jpg")
+    monkeypatch.chdir(shop.folder)
+    (shop.folder / "talk.json").write_text(json.dumps([llava("a.jpg")]))
+    command = ["--from", "talk.json", "--output", "scoring.jsonl", "data.verify_images=false"]
+    for arguments, message in (
+        ([*command, "format=lava"], "lava"),
+        ([*command, "colums.image=x"], "did you mean"),
+        ([*command, "data.validation_file=x"], "data.max_refused and data.verify_images do"),
+        (command, "a.jpg: no such file"),  # beside the file, and not in the folder
+        (["--from", "gone.csv", "--output", "x.jsonl"], "gone.csv: no such file or folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_command(monkeypatch, *arguments)
+    run_command(monkeypatch, *command, "--images", photos)
+    (shop.folder / "scoring.jsonl").write_text("mine\n")
+    with pytest.raises(InputError, match=r"was changed after [\s\S]*data.qa_file is --output here"):
+        run_command(monkeypatch, *command, "--images", photos, "limit=1")
+    for arguments, message in ((["--from", "talk.json"], "needs --output"), (["--images", "x"], "need --from")):
+        with pytest.raises(SystemExit) as stop:
+            run_command(monkeypatch, *arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -24,6 +24,7 @@ from dataprocess.rows import CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS
 from dataset.qa_file import QAFile
 from dataset.record import IMAGE, parse_record, parts_of
 from tests.dataprocess.helpers import prepare_sources
+from visual.images import image_bytes, image_state
 
 
 def image_file(color="red", size=(16, 12), format="PNG") -> bytes:
@@ -38,6 +39,7 @@ class Desk:
     def __init__(self, folder: Path):
         self.folder = folder
         self.qa = folder / "out" / "qa.jsonl"
+        self.last: Path | None = None  # annotations of the last preparation
 
     def images(self, *names: str, folder: str = "images") -> Path:
         for number, name in enumerate(names):
@@ -62,6 +64,9 @@ class Desk:
 
     def prepare(self, annotations: Path, images: Path | None = None, verify_images=True, **settings) -> dict:
         source = SourceConfig("x", annotations, images=images, **settings)
+        if annotations != self.last:
+            self.qa.unlink(missing_ok=True)  # made of other annotations, it would not be replaced
+        self.last = annotations
         return prepare_sources([source], self.qa, verify_images=verify_images)
 
     def kept(self) -> list[dict]:
@@ -70,7 +75,7 @@ class Desk:
             parse_record(one, "qa.jsonl")
             paths = one.get("image") or []
             for path in [paths] if isinstance(paths, str) else paths:
-                assert (self.qa.parent / path).is_file()
+                assert image_state(self.qa.parent / path).is_file
         return records
 
     def refused(self) -> list[dict]:
@@ -122,6 +127,39 @@ def test_coco_captions_join_on_the_integer_id(desk, backwards, bom):
         "an annotation about image_id 99",
         "an annotation about image_id 98",
     }
+
+
+PROMPTS = ("这是什么？", "Tell me <b>all</b>.", "What?")
+
+
+def test_prompts_of_a_source_are_used_in_turn_for_every_caption_format(desk):
+    folder = desk.images("a.jpg", "b.jpg")
+    raw = [{"image_id": f"{name}.jpg", "caption": ["One.", " ", "二。", "Three."]} for name in "ab"]
+    desk.prepare(desk.write("ai.json", raw), folder, prompts=PROMPTS)
+    assert [texts(one)[0] for one in desk.kept()] == [f"<image>\n{PROMPTS[k % 3]}" for k in (0, 1, 2, 1, 2, 3)]
+    assert [texts(one)[1] for one in desk.kept()] == ["One.", "二。", "Three."] * 2
+    desk.prepare(desk.write("ai.json", raw), folder, prompts=PROMPTS, captions="one_per_epoch")
+    first, second = QAFile(desk.qa)
+    turns = [first.conversations, *first.alternatives]
+    assert [one[0].content for one in turns] == [f"<image>\n{prompt}" for prompt in PROMPTS]
+    table = "image,caption\na.jpg,A cat.\nb.jpg,A dog.\na.jpg,一只猫。\nb.jpg,A dog.\n"
+    desk.prepare(desk.write("table.csv", table), folder, prompts=PROMPTS)
+    assert [texts(one)[0] for one in desk.kept()] == [f"<image>\n{PROMPTS[k % 3]}" for k in range(4)]
+    desk.write("images/a.txt", "A cat.")
+    desk.write("images/b.txt", "A dog.")
+    desk.prepare(folder, folder, prompts=PROMPTS[:1])
+    assert [texts(one)[0] for one in desk.kept()] == [f"<image>\n{PROMPTS[0]}"] * 2
+    before = desk.qa.read_bytes()
+    assert desk.prepare(folder, folder, prompts=PROMPTS[1:2])["kept"] == 2
+    assert desk.qa.read_bytes() != before  # other prompts make the file again
+    rows = '[{"image": "a.jpg", "question": "What?", "answer": "Red."}]'
+    for name, text in (("rows.json", rows), ("talk.json", json.dumps([{"image": "a.jpg", **turns_of("What?")}]))):
+        with pytest.raises(InputError, match=f"prompts are questions for captions, .*{name} .* have their own questions"):
+            desk.prepare(desk.write(name, text), folder, prompts=PROMPTS)
+
+
+def turns_of(question: str) -> dict:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "This."}]}
 
 
 def test_one_per_epoch_works_for_coco_captions(desk):
@@ -212,7 +250,7 @@ def test_cauldron_parquet_shards_in_a_folder(desk):
     two, literal, last = desk.kept()
     assert texts(last) == ["Last?", "Yes."] and "image" not in last
     assert texts(two) == ["<image>\n<image>\nTwo?", "Yes.", "Sure?", "Yes!"]
-    assert [(desk.qa.parent / path).read_bytes() for path in two["image"]] == [red, blue]
+    assert [image_bytes(desk.qa.parent / path) for path in two["image"]] == [red, blue]
     assert [os.path.splitext(path)[1] for path in two["image"]] == [".png", ".jpg"]
     assert parts_of(parse_record(literal, "").conversations[0]) == [IMAGE, "\nWhat is <image>?"]
     assert literal["image"] == two["image"][0]  # identical images share one file

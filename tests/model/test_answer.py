@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(model.answer, "generate", answer)
     vlm = nn.Module()
     vlm.projector = nn.Linear(1, 1)
+    vlm.causal_lm = nn.Module()
+    vlm.causal_lm.config = SimpleNamespace(max_position_embeddings=1000)
     return Answerer(vlm, Ids(), Chat(), Reader(), contextlib.nullcontext), batches
 
 
@@ -322,3 +325,13 @@ def test_any_other_error_is_raised(toy):
     answerer.read_pixels = lambda path: 1 // 0
     with pytest.raises(ZeroDivisionError):
         list(answerer.stream([question(1, 1)], 1))
+
+
+def test_prompts_beyond_the_positions_of_the_model_are_named_once(toy, capsys):
+    answerer, _ = toy
+    answerer.options["max_new_tokens"] = 10
+    answerer.answer_all([question(990, 1), question(3)], 1)
+    assert "note" not in capsys.readouterr().err
+    answerer.answer_all([question(991, 1), question(995), question(3)], 1)
+    (note,) = capsys.readouterr().err.splitlines()
+    assert "tokens with 10 new ones (max_new_tokens) goes beyond the 1000 positions" in note
