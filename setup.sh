@@ -43,7 +43,10 @@ elif has_packages python3; then
     PYTHON=python3
 else
     PYTHON="$ROOT/.venv/bin/python"
-    if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then # no .venv, or an incomplete one
+    if [ -e "$ROOT/.venv" ] || [ -L "$ROOT/.venv" ]; then # never deleted: it may be the user's own
+        "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 ||
+            fail "$ROOT/.venv exists, but has no Python 3.11 or newer; move it away or remove it, then run the command again."
+    else
         BASE=
         for name in python3 python3.13 python3.12 python3.11; do
             if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
@@ -52,12 +55,18 @@ else
             fi
         done
         [ -n "$BASE" ] || fail "Python 3.11 or newer is needed; found $(python3 --version 2>&1 || echo none)."
-        "$BASE" -m venv --clear "$ROOT/.venv" ||
-            fail "cannot create $ROOT/.venv with $BASE (on Debian and Ubuntu: apt install python3-venv)."
+        "$BASE" -m venv --without-pip "$ROOT/.venv" || fail "cannot create $ROOT/.venv with $BASE."
+    fi
+    if "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1; then
+        install() { "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1"; }
+    elif command -v uv >/dev/null 2>&1; then # `uv venv` makes environments without pip
+        install() { uv pip install --quiet --python "$PYTHON" -r "$1"; }
+    else
+        fail "$ROOT/.venv has no pip (on Debian and Ubuntu: apt install python3-venv), and uv is not installed either."
     fi
     echo "Installing the packages into $ROOT/.venv (once)"
     for file in $REQUIREMENTS; do
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file" ||
-            fail "pip could not install $file into $ROOT/.venv; fix the cause shown above, then run the command again."
+        install "$ROOT/$file" ||
+            fail "$file could not be installed into $ROOT/.venv; fix the cause shown above, then run the command again."
     done
 fi

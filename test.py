@@ -9,6 +9,8 @@ answers.html (with --qa also scores.json) into --output, by default <run>/answer
 name are read from the local cache; missing ones are downloaded if config.yaml names them too, or with --allow-download.
 """
 
+# ruff: noqa: E402 - the arguments are checked before the libraries are imported, which takes seconds
+
 from __future__ import annotations
 
 import argparse
@@ -21,69 +23,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import torch
-from accelerate import PartialState
-from tqdm import tqdm
-
 from config import DEFAULT_CONFIG, Config, InputError, load_config, printable, run_script
-from config.files import open_new, refuse_link, write_whole
-from dataset.checks.records import check_file
-from dataset.conversation import question_parts
-from dataset.loader import make_loader
-from dataset.open import file_sha256
-from dataset.qa_file import QAFile
-from evaluation.page import write_page
-from evaluation.score import Question, is_correct, questions_of, score, score_table, swap_images
-from evaluation.validation import Validation, sum_losses
-from model.answer import Answer, Answerer, Request
-from model.build import Built, autocast, hub_access, hub_models, resolve_precision
-from model.checkpoint_folder import MANIFEST
-from model.loaded import open_built, open_config
-from training.memory import explain_out_of_memory
-from training.run import chat_format, max_length, open_answerer, open_qa_file
-from training.speed import packing
-from visual.images import ImageError, list_images
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    config, checkpoint, own_models = open_checkpoint(arguments)
-    if config.train.num_threads:
-        torch.set_num_threads(config.train.num_threads)
-    images = None if arguments.qa or arguments.no_image else find_images(arguments.images or config.test.images)
-    qa = QAFile(Path(arguments.qa)) if arguments.qa else None
-    if not arguments.output:
-        refuse_link(checkpoint.parent / "answers")
-    output = make_folder(Path(arguments.output) if arguments.output else checkpoint.parent / "answers")
-    device = PartialState().device
-    word = config.train.precision
-    precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
-    with hub_access(config.model, own_models, arguments.allow_download):
-        built = open_built(config, checkpoint, precision)
-    built.model.to(device).eval()
-    answerer = open_answerer(config, built, precision, device=device)
-    title, table = "Answers", ""
-    unreadable: list[dict] = []
-    if qa is not None:
-        title = f"Scores on {qa.path.name}"
-        validation = validate(qa, config, built, precision=precision)
-        rows, table = score_questions(qa, answerer, validation, config=config, checkpoint=checkpoint, output=output)
-    else:
-        questions = arguments.question or list(config.test.questions)
-        rows, unreadable = answer_questions(
-            answerer, images, questions, batch_size=config.test.batch_size, output=output
-        )
-    about = f"{len(rows)} answers by {checkpoint}"
-    with writing(output / "answers.html") as page:
-        write_page(page, title, about, rows=rows, unreadable=unreadable, table=table)
-    if unreadable and not rows:
-        raise InputError(
-            f"none of the {len(unreadable)} images can be read; {output / 'unreadable.jsonl'} gives the reasons."
-        )
-    print(printable(f"{output / 'answers.jsonl'}\n{output / 'answers.html'}", lines=True))
-    return 0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -117,6 +57,83 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.no_image and arguments.images:
         raise InputError(f"--no-image and {arguments.images}: ask about an image or without one, not both.")
     return arguments
+
+
+def check_arguments() -> None:
+    """Parse the command line and the config. Raises InputError for what is wrong in them."""
+    arguments = parse_arguments(None)
+    if not arguments.checkpoint:
+        load_config(arguments.config, arguments.overrides)
+
+
+if __name__ == "__main__":  # imports this file as a module: what is below never runs as a script
+    run_script("test.main_with_messages", check_arguments)
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from config.files import naming, open_new, refuse_link, write_whole
+from dataset.checks.records import check_file
+from dataset.conversation import question_parts
+from dataset.loader import make_loader
+from dataset.open import file_sha256
+from dataset.qa_file import QAFile
+from evaluation.page import write_page
+from evaluation.score import Question, is_correct, questions_of, score, score_table, swap_images
+from evaluation.validation import Validation, sum_losses
+from model.answer import Answer, Answerer, Request
+from model.build import Built, autocast, hub_access, hub_models, resolve_precision
+from model.checkpoint_folder import MANIFEST
+from model.hub import check_hub
+from model.loaded import open_built, open_config
+from training.memory import explain_out_of_memory
+from training.run import chat_format, max_length, open_answerer, open_qa_file
+from training.speed import packing
+from visual.images import ImageError, list_images
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    config, checkpoint, own_models = open_checkpoint(arguments)
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    images = None if arguments.qa or arguments.no_image else find_images(arguments.images or config.test.images)
+    qa = QAFile(Path(arguments.qa)) if arguments.qa else None
+    if not arguments.output:
+        refuse_link(checkpoint.parent / "answers")
+    output = make_folder(Path(arguments.output) if arguments.output else checkpoint.parent / "answers")
+    device = PartialState().device
+    word = config.train.precision
+    precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
+    if arguments.allow_download or hub_models(config.model) <= own_models:
+        check_hub(config.model)
+    with hub_access(config.model, own_models, arguments.allow_download):
+        built = open_built(config, checkpoint, precision)
+    built.model.to(device).eval()
+    answerer = open_answerer(config, built, precision, device=device)
+    title, table = "Answers", ""
+    unreadable: list[dict] = []
+    if qa is not None:
+        title = f"Scores on {qa.path.name}"
+        validation = validate(qa, config, built, precision=precision)
+        rows, table = score_questions(qa, answerer, validation, config=config, checkpoint=checkpoint, output=output)
+    else:
+        questions = arguments.question or list(config.test.questions)
+        rows, unreadable = answer_questions(
+            answerer, images, questions, batch_size=config.test.batch_size, output=output
+        )
+    about = f"{len(rows)} answers by {checkpoint}"
+    with writing(output / "answers.html") as page:
+        write_page(page, title, about, rows=rows, unreadable=unreadable, table=table)
+    if unreadable and not rows:
+        raise InputError(
+            f"none of the {len(unreadable)} images can be read; {output / 'unreadable.jsonl'} gives the reasons."
+        )
+    print(printable(f"{output / 'answers.jsonl'}\n{output / 'answers.html'}", lines=True))
+    return 0
 
 
 def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path, set[str]]:
@@ -194,7 +211,7 @@ def answer_questions(
     answers = tqdm(answerer.stream(requests, batch_size), total=len(asked), unit="answer")
     with writing(output / "answers.jsonl") as path:
         file = open_new(path)
-    with file:
+    with naming(path), file:
         for (image, question), answer in zip(asked, answers, strict=True):
             if isinstance(answer, ImageError):
                 if not unreadable or unreadable[-1]["image"] != str(image):  # one line an image
@@ -312,7 +329,3 @@ def main_with_messages() -> int:
     """Run `main`, with a message instead of a traceback when memory is full."""
     with explain_out_of_memory("Make test.batch_size or test.max_new_tokens smaller."):
         return main()
-
-
-if __name__ == "__main__":
-    run_script(main_with_messages)

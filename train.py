@@ -1,10 +1,12 @@
 """Train a vision-language model as a config says. `sh train.sh` runs this with the environment prepared.
 
-    python train.py --config config.yaml [key=value ...] [--resume auto|none|DIR] [--stage NAME] [--check]
+    python train.py --config config.yaml [key=value ...] [--resume auto|none|DIR] [--extend] [--stage NAME] [--check]
 
 Prepares the QA file if needed, builds encoder, projector and language model, trains, saves, and scores the held-out
 questions; stage after stage if the config has stages. The training loop is `train` below.
 """
+
+# ruff: noqa: E402 - the arguments are checked before the libraries are imported, which takes seconds
 
 from __future__ import annotations
 
@@ -13,15 +15,48 @@ import math
 import os
 import signal
 
+from config import DEFAULT_CONFIG, Config, InputError, load_config, refuse_options, run_script
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a vision-language model as a config says.")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        help="auto: resume from the newest checkpoint; none: start over; or a checkpoint folder",
+    )
+    parser.add_argument(
+        "--extend", action="store_true", help="resume with more epochs, steps or data than the run began with"
+    )
+    parser.add_argument("--stage", metavar="NAME", help="train this stage alone (default: all stages, in order)")
+    parser.add_argument("--check", action="store_true", help="check config, data and model; train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.lora_lr=2e-4")
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    refuse_options(unknown)
+    if arguments.extend and arguments.resume == "none":
+        raise InputError("--extend resumes a run, and --resume none starts over; give one of them.")
+    return arguments
+
+
+def check_arguments() -> None:
+    """Parse the command line and the config. Raises InputError for what is wrong in them."""
+    arguments = parse_arguments(None)
+    load_config(arguments.config, arguments.overrides)
+
+
+if __name__ == "__main__":  # imports this file as a module: what is below never runs as a script
+    run_script("train.main_with_messages", check_arguments)
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked after the tokenizer was used
 
 import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from config import DEFAULT_CONFIG, Config, InputError, load_config, run_script
 from dataset.batch import Batch
 from dataset.workers import explain_dead_workers
+from model.hub import check_hub
 from training.held_out import evaluate, score_held_out
 from training.interrupt import StopRequest, exit_on_sigterm
 from training.memory import explain_out_of_memory
@@ -42,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(config.train.num_threads)
     if arguments.stage:
         stage_index(config.train.stages, arguments.stage)  # reject an unknown stage name early
+    check_hub(*(stage.config.model for stage in config.train.stages), config.model)
     with process_group():
         if arguments.check:
             check_stages(config, arguments)
@@ -58,6 +94,8 @@ def train_stage(config: Config, arguments: argparse.Namespace) -> int:
     with open_run(config, arguments) as run:
         if run is None:  # finished before
             return 0
+        if arguments.extend and run.position.planned_steps != run.total_steps:
+            print_main(describe_extension(run))
         if stopped := train(run):
             # --resume none would start over, and --resume DIR would go back to that checkpoint
             command = "the same command" + ("" if arguments.resume == "auto" else " with --resume auto")
@@ -123,6 +161,21 @@ def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float) -> fl
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
 
 
+def describe_extension(run: Run) -> str:
+    """Return a line about an extended run: every further step has the learning rate that it has in a run of the new length.
+
+    Nothing of the old schedule is kept, so an extended run that is killed and resumed has the same rates.
+    """
+    step, total_steps, planned = run.position.step, run.total_steps, run.position.planned_steps
+    ratio = run.config.train.warmup_ratio
+    now = f"{learning_rate_factor(step, total_steps, ratio):.0%} of its peak at step {step + 1}"
+    before = f" ({learning_rate_factor(step, planned, ratio):.0%} before)" if planned else ""
+    return (
+        f"extended to {total_steps:,} steps{f' (planned before: {planned:,})' if planned else ''}: from here on the "
+        f"learning rate is that of a run of {total_steps:,} steps, {now}{before}, along the cosine to 0 at the end."
+    )
+
+
 def set_learning_rates(run: Run, factor: float) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
@@ -162,20 +215,6 @@ def log_skipped(run: Run, outcome: Outcome, micro_batches: list[Batch]) -> None:
         )
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a vision-language model as a config says.")
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        help="auto: resume from the newest checkpoint; none: start over; or a checkpoint folder",
-    )
-    parser.add_argument("--stage", metavar="NAME", help="train this stage alone (default: all stages, in order)")
-    parser.add_argument("--check", action="store_true", help="check config, data and model; train nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.lora_lr=2e-4")
-    return parser.parse_intermixed_args(argv)
-
-
 def main_with_messages() -> int:
     """Run `main`, with a message instead of a traceback when memory is full, and end on SIGTERM."""
     advice = (
@@ -184,7 +223,3 @@ def main_with_messages() -> int:
     )
     with exit_on_sigterm(), explain_out_of_memory(advice):
         return main()
-
-
-if __name__ == "__main__":
-    run_script(main_with_messages)

@@ -7,6 +7,8 @@ reconstructed from its pixel_values, and so augmented if `data.augment` is set. 
 reads the whole config.
 """
 
+# ruff: noqa: E402 - the arguments are checked before the libraries are imported, which takes seconds
+
 from __future__ import annotations
 
 import argparse
@@ -14,10 +16,36 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from config import DEFAULT_CONFIG, AugmentConfig, Config, InputError, load_config, printable, run_script
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Show what the model gets: images, tokens and labels, as a page.")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
+    parser.add_argument("--stage", metavar="NAME", help="the stage to show (default: the last)")
+    parser.add_argument("--count", type=int, default=24, help="samples to show (default: 24)")
+    parser.add_argument("--output", type=Path, help="the page (default: show.html in output_dir)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config keys, for example data.max_length=512"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.count < 1:
+        raise InputError(f"--count is {arguments.count}; show at least 1 sample.")
+    return arguments
+
+
+def check_arguments() -> None:
+    """Parse the command line and the config. Raises InputError for what is wrong in them."""
+    arguments = parse_arguments(None)
+    load_config(arguments.config, arguments.overrides)
+
+
+if __name__ == "__main__":  # imports this file as a module: what is below never runs as a script
+    run_script("dataset.show.main", check_arguments)
+
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from config import DEFAULT_CONFIG, AugmentConfig, Config, InputError, load_config, printable, run_script
 from config.files import publish
 from dataprocess.process_image import prepare_from_config
 from dataset.batch import Batch
@@ -27,6 +55,7 @@ from dataset.open import sample_order
 from dataset.order import PackedRow, micro_batches, pack, packed_rows
 from dataset.show_page import Row, Vocabulary, write_page, write_row
 from model.build import Processors
+from model.hub import check_hub
 from qwen import image_token_id
 from training.run import chat_format, max_length, open_processors, open_qa_file
 from training.speed import packing
@@ -35,11 +64,10 @@ from training.stages import stage_index
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if arguments.count < 1:
-        raise InputError(f"--count is {arguments.count}; show at least 1 sample.")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.stage is not None:
         config = config.train.stages[stage_index(config.train.stages, arguments.stage)].config
+    check_hub(config.model)
     prepare_from_config(config)
     page = show(config, str(arguments.config), arguments.count)
     output = arguments.output or config.output_dir / "show.html"
@@ -54,18 +82,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{output}: cannot be written ({error.strerror}); name another file with --output.") from None
     print(printable(str(output)))
     return 0
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Show what the model gets: images, tokens and labels, as a page.")
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the YAML file (default: config.yaml)")
-    parser.add_argument("--stage", metavar="NAME", help="the stage to show (default: the last)")
-    parser.add_argument("--count", type=int, default=24, help="samples to show (default: 24)")
-    parser.add_argument("--output", type=Path, help="the page (default: show.html in output_dir)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="config keys, for example data.max_length=512"
-    )
-    return parser.parse_intermixed_args(argv)
 
 
 def show(config: Config, config_name: str, count: int) -> str:
@@ -192,7 +208,3 @@ def rows_of(
         Row(*row, positions, shown.numpy(), [name])
         for row, shown, name in zip(tensors, images.split(batch.images_in_sample), names, strict=True)
     ]
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 from config import InputError
 
@@ -16,6 +17,6 @@ def require_packages(*names: str) -> None:
     """Raise InputError if one of the modules `names`, which requirements-emoji.txt installs, is missing."""
     if missing := missing_packages(*names):
         raise InputError(
-            f"{', '.join(missing)}: not installed; run pip install -r requirements-emoji.txt, or use demo/emoji.sh, which "
-            "installs everything."
+            f"{', '.join(missing)}: not installed; run {sys.executable} -m pip install -r requirements-emoji.txt, or use "
+            "demo/emoji.sh, which installs everything."
         )

@@ -19,13 +19,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+from config import InputError, run_script
+
+if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
+    run_script("demo.draw.main")
+
 import numpy as np
 
-from config import InputError
 from demo import world
 
 SCENES = 3600  # training images of scenes
@@ -284,14 +287,6 @@ def main() -> int:
     parser.add_argument("--folder", default="data/demo")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    try:
-        counts = make_demo(arguments.folder, arguments.seed)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    counts = make_demo(arguments.folder, arguments.seed)
     print(f"{arguments.folder}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

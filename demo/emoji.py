@@ -27,9 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config import InputError, choose, run_script
+
+if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
+    run_script("demo.emoji.main")
+
 import numpy as np
 
-from config import InputError, choose, run_script
 from config.files import publish
 from demo import require_packages
 from demo.emoji_drawings import SIDE, STYLES, Icons, load_icons, plain_code
@@ -299,7 +303,3 @@ def main() -> int:
     for name, count in counts.items():
         print(f"{arguments.output / name}: {count}")
     return 0
-
-
-if __name__ == "__main__":
-    run_script(main)

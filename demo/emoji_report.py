@@ -14,6 +14,8 @@ Writes into --output, by default emoji_report/ beside the checkpoint:
     answers.png    the same as one image, if there is a font with Chinese characters
 """
 
+# ruff: noqa: E402 - the arguments are checked before the libraries are imported, which takes seconds
+
 from __future__ import annotations
 
 import argparse
@@ -23,12 +25,45 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from config import Config, InputError, load_config, printable, run_script
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Report how well a model names emoji in a style it has not seen.")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint's folder, which test.py has asked")
+    parser.add_argument(
+        "--answers", type=Path, help="folder that test.py wrote (default: answers/ beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--baselines-only", action="store_true", help="no checkpoint: nearest neighbour and ridge alone"
+    )
+    parser.add_argument("--config", default="recipes/emoji.yaml", help="names the encoder for --baselines-only")
+    parser.add_argument(
+        "--emoji", type=Path, default=Path("data/emoji"), help="folder of demo.emoji (default: data/emoji)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for the report (default: emoji_report/ beside the checkpoint)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the answers that are shown (default: 0)")
+    parser.add_argument("--font", help="a font file with Chinese characters, for answers.png (default: look for one)")
+    parser.add_argument("--allow-download", action="store_true", help="download an encoder that is named by hub name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.vision_tower=FOLDER")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.baselines_only == (arguments.checkpoint is not None):
+        raise InputError("give either --checkpoint DIR, for the report, or --baselines-only.")
+    if arguments.seed < 0:
+        raise InputError(f"--seed {arguments.seed}: give 0 or a larger number.")
+    return arguments
+
+
+if __name__ == "__main__":  # imports this file as a module: what is below never runs as a script
+    run_script("demo.emoji_report.main", lambda: parse_arguments(None))
+
 import numpy as np
 import torch
 from PIL import ImageFont
 from tqdm import tqdm
 
-from config import Config, InputError, load_config, printable, run_script
 from config.files import make_folder, open_regular, publish
 from dataset.open import file_sha256
 from demo.emoji_baselines import EmojiData, concept_of, name_by_features, read_emoji, style_of
@@ -112,34 +147,6 @@ def main(argv: list[str] | None = None) -> int:
     if font is None:
         print("answers.png: not written, because no font with Chinese characters was found; name one with --font FILE.")
     return 0
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Report how well a model names emoji in a style it has not seen.")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint's folder, which test.py has asked")
-    parser.add_argument(
-        "--answers", type=Path, help="folder that test.py wrote (default: answers/ beside the checkpoint)"
-    )
-    parser.add_argument(
-        "--baselines-only", action="store_true", help="no checkpoint: nearest neighbour and ridge alone"
-    )
-    parser.add_argument("--config", default="recipes/emoji.yaml", help="names the encoder for --baselines-only")
-    parser.add_argument(
-        "--emoji", type=Path, default=Path("data/emoji"), help="folder of demo.emoji (default: data/emoji)"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="folder for the report (default: emoji_report/ beside the checkpoint)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="chooses the answers that are shown (default: 0)")
-    parser.add_argument("--font", help="a font file with Chinese characters, for answers.png (default: look for one)")
-    parser.add_argument("--allow-download", action="store_true", help="download an encoder that is named by hub name")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.vision_tower=FOLDER")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.baselines_only == (arguments.checkpoint is not None):
-        raise InputError("give either --checkpoint DIR, for the report, or --baselines-only.")
-    if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed}: give 0 or a larger number.")
-    return arguments
 
 
 def open_config(arguments: argparse.Namespace) -> tuple[Config, Path | None]:
@@ -301,7 +308,3 @@ def write_answers(output: Path, rows: Sequence[dict], about: dict, font: ImageFo
     images = [read_image(row["image"]) for row in rows]
     publish(output / "answers.png", draw_sheet(rows, images, title=title, font=font))
     return ["answers.html", "answers.png"]
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -9,9 +9,13 @@ weights still differ from run to run. The printed scores are on held-out images 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
+
+from config import run_script
+
+if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
+    run_script("demo.pretrain_backbones.main")
 
 import torch
 
@@ -48,7 +52,3 @@ def main() -> int:
         language.save(model, tokenizer, arguments.out / "language_model")
         _table("correct answers of the language model", language.probe(model.float(), tokenizer, batches=20))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,11 +26,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import InputError, choose, run_script
+
+if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
+    run_script("demo.real_parts.main")
+
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import InputError, choose, run_script
 from demo import require_packages
 
 POSITIONS_FOR = 518  # side in pixels of the images that the ViT's positions were trained for
@@ -257,7 +261,3 @@ def main() -> int:
     for name in arguments.parts or PARTS:
         print(f"{name}: {make_part(name, arguments.output)}", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    run_script(main)

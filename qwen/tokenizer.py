@@ -11,6 +11,7 @@ import binascii
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, Pre
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 
-from config import InputError
+from config import InputError, is_text, shortened
 from config.files import refuse_pointers
 
 STOP_TOKENS = ["<|im_end|>", "<|endoftext|>"]  # both end an answer
@@ -43,8 +44,10 @@ def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokeni
     `qwen.tiktoken` of a Qwen v1 folder is read directly; any other folder is read by AutoTokenizer, never with remote
     code. The image token is `<|image_pad|>` if the vocabulary has it, else `<|extra_0|>` (v1), else `<|image_pad|>` is
     added. AutoTokenizer gives the same ids for a folder written by `save_pretrained`.
-    Text is normalised to NFC, as Qwen does. InputError if the path cannot be read or is not a Qwen tokenizer, or if its
-    rules multiply text or turn the spelling of a special token into that token.
+    A byte-level tokenizer.json is used as it is written, also where transformers would give it the rules of a class, such as
+    Qwen2Tokenizer beside `model_type: qwen2`. Qwen's rules normalise text to NFC.
+    InputError if the path cannot be read or is not a Qwen tokenizer, or if its rules multiply text or turn the spelling of a
+    special token into that token.
     """
     path = str(path)
     refuse_pointers(path)
@@ -55,6 +58,8 @@ def load_tokenizer(path: str | Path, any_kind: bool = False) -> PreTrainedTokeni
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            if isinstance(tokenizer, PreTrainedTokenizerFast) and not _is_as_written(tokenizer, path):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         except BaseException as error:  # transformers and tokenizers raise nearly anything on damaged files
             if not (isinstance(error, Exception) or _is_panic(error)):
                 raise
@@ -103,7 +108,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Encode text without added tokens: "<|im_end|>" or "<think>" in the text is encoded as its characters.
 
-    InputError: the tokenizer's rules turn the text into a special token, or fail on it.
+    InputError: the text has unpaired surrogates; the tokenizer's rules turn it into a special token, or fail on it.
     """
     # `split_special_tokens` is not enough: some added tokens ("<think>", "<tool_call>") are not special. A tokenizer built
     # from the same parts has no added tokens. It shares the vocabulary, so building it takes microseconds.
@@ -113,6 +118,8 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     try:
         ids = bare.encode(text, add_special_tokens=False).ids
     except BaseException as error:
+        if not is_text(text):
+            raise InputError(f"the text {shortened(text)!r} is not UTF-8 (it has unpaired surrogates).") from None
         if type(error) is not Exception and not _is_panic(error):  # the library's errors have no class of their own
             raise
         raise InputError(
@@ -141,6 +148,46 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast, size: int) -> dict[int, 
         if (index := backend.token_to_id(token)) is not None:
             special[index] = token
     return special
+
+
+def _is_as_written(tokenizer: PreTrainedTokenizerFast, path: str) -> bool:
+    """Return whether a tokenizer has the rules, the vocabulary and the added tokens of the folder's tokenizer.json.
+
+    Classes of transformers take the vocabulary from the file and the rules from their own code. True for a folder without
+    the file, and for a file that is not byte-level: sentencepiece's rules are written in several ways.
+    """
+    file = _has(path, "tokenizer.json")
+    if file is None:
+        return True
+    with open(file, encoding="utf-8") as opened:
+        values = json.load(opened)
+    model, added = values["model"], values.get("added_tokens") or []
+    if model.get("type", "BPE") != "BPE":
+        return True
+    rules = Tokenizer.from_str(json.dumps(values | {"added_tokens": [], "model": model | {"vocab": {}, "merges": []}}))
+    backend = tokenizer.backend_tokenizer
+    if "ByteLevel" not in _rule(rules.pre_tokenizer):
+        return True
+    settings = (
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+        "dropout",
+    )
+    return (
+        _rule(rules.normalizer) == _rule(backend.normalizer)
+        and _rule(rules.pre_tokenizer) == _rule(backend.pre_tokenizer)
+        and all((getattr(rules.model, name) or None) == (getattr(backend.model, name) or None) for name in settings)
+        and backend.get_vocab(with_added_tokens=False) == model["vocab"]
+        and all(backend.token_to_id(token["content"]) == token["id"] for token in added)
+    )
+
+
+def _rule(part: Any) -> str:
+    """Return a rule of a tokenizer as text, without trim_offsets, which changes no id."""
+    return "" if part is None else re.sub('"trim_offsets":(true|false),?', "", part.__getstate__().decode())
 
 
 def _refuse_growth(tokenizer: PreTrainedTokenizerFast, path: str) -> None:

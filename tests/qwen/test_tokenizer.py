@@ -108,6 +108,49 @@ def test_ids_equal_those_of_a_released_tokenizer_json(family, request):
         assert qwen.encode_text(released, text) == reference.encode(text, add_special_tokens=False).ids, repr(text)
 
 
+DIGITS = {"type": "Digits", "individual_digits": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}|\p{L}+|."}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"pre_tokenizer": BYTES},  # GPT-2's
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES | {"use_regex": False}]}},
+        {"normalizer": None},
+        {"normalizer": {"type": "Lowercase"}},
+        {"model": {"ignore_merges": True}},
+    ],
+)
+def test_a_byte_level_tokenizer_json_is_used_as_it_is_written(changed, tmp_path):
+    """Beside `model_type: qwen2`, for which AutoTokenizer takes the rules from Qwen2Tokenizer."""
+    folder = write_qwen2(tmp_path / "toy")
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocabulary = values["model"]["vocab"] | {"redpicture": 430}  # ignore_merges finds it, merges do not
+    model = values["model"] | changed.get("model", {})
+    values |= changed | {"model": model | {"vocab": vocabulary if "model" in changed else model["vocab"]}}
+    path.write_text(json.dumps(values))
+    plain = Tokenizer.from_str(json.dumps(values | {"added_tokens": []}))
+    loaded = qwen.load_tokenizer(folder)
+    loaded.save_pretrained(tmp_path / "saved")
+    again = qwen.load_tokenizer(tmp_path / "saved")
+    texts = [*hard_strings(200), "In 12345 redpicture", "IS it A Star? cafe\u0301"]
+    for text in texts:
+        ids = plain.encode(text, add_special_tokens=False).ids
+        assert qwen.encode_text(loaded, text) == ids == qwen.encode_text(again, text), repr(text)
+    released = AutoTokenizer.from_pretrained(folder)
+    assert [released(text).input_ids == qwen.encode_text(loaded, text) for text in texts].count(False) == 0 or changed
+    for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        assert loaded.convert_tokens_to_ids(token) == released.convert_tokens_to_ids(token)
+    assert loaded.pad_token == loaded.eos_token == "<|endoftext|>" and type(loaded) is (
+        PreTrainedTokenizerFast if changed else type(released)
+    )
+
+
 def test_every_special_token_has_its_released_id(tokenizer, reference):
     assert (tokenizer.convert_tokens_to_ids("<|endoftext|>"), tokenizer.convert_tokens_to_ids("<|im_end|>")) == (
         151643,

@@ -47,6 +47,13 @@ def final(run):
 
 
 @pytest.fixture
+def base_models(run, tmp_path):
+    """Links to the released models, at the place where a copy of the checkpoint in `tmp_path`/x/y looks for them."""
+    for path in (run.config.model.vision_tower, run.config.model.language_model):
+        (tmp_path / Path(path).name).symlink_to(path)
+
+
+@pytest.fixture
 def images(run):
     return run.config.data.sources[0].images
 
@@ -223,7 +230,7 @@ def test_questions_beyond_the_models_length_are_left_out_and_counted(tmp_path, c
 
 
 @pytest.fixture
-def foreign(final, tmp_path):
+def foreign(final, base_models, tmp_path):
     """A copy of the checkpoint in a folder that somebody else may have prepared."""
     shutil.copytree(final, tmp_path / "foreign" / "final")
     return tmp_path / "foreign" / "final"
@@ -302,8 +309,11 @@ def test_a_checkpoint_contacts_the_hub_only_with_consent(run, foreign, images, t
     config.write_text(yaml.safe_dump(values))
     with monkeypatch.context() as patch:
         patch.setattr(model.loaded, "open_processors", stop)
+        asked: list = []
+        patch.setattr(test, "check_hub", asked.append)  # one short try
         for more in ([*words, "--allow-download"], ["--config", config, images / "1.png"]):
             assert exit_message(capsys, *more) == "error: offline: False."
+        assert [one.language_model for one in asked] == ["some/body"] * 2
 
     cached = tmp_path / "cache" / "models--some--body"
     shutil.copytree(run.config.model.language_model, cached / "snapshots" / ("0" * 40))
@@ -369,7 +379,7 @@ def test_overrides_change_the_generation(final, images, tmp_path):
     assert sum(len(row["answer"]) for row in longer) > sum(len(row["answer"]) for row in one)
 
 
-def test_a_moved_checkpoint_gives_the_same_answers(final, images, tmp_path, monkeypatch):
+def test_a_moved_checkpoint_gives_the_same_answers(final, base_models, images, tmp_path, monkeypatch):
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(final, moved)
     monkeypatch.chdir(tmp_path)
