@@ -1,12 +1,18 @@
 """The workload of `benchmarks.data`: raw annotations as LLaVA and AI Challenger publish them, their images, a QA file.
 
-Everything is made from a seed. The images are empty: no measurement opens them. Imports only the standard library.
+Everything is made from a seed. The images are empty: no measurement opens them, except for those of `write_small_images`,
+which are in files, in a zip and in a tar. Imports only the standard library.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import struct
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +42,8 @@ SOURCES = (
     Source("mix", 50_000, (1, 7), (1, 3)),
     Source("captions", 210_000, (5, 5), (1, 1)),
 )
+# Places of the same small images, below the folder of the workload.
+IMAGE_PLACES = {"files": "small/train", "zip": "small/train.zip", "tar": "small/train.tar"}
 ALL_RECORDS = sum(source.share for source in SOURCES)
 MIX_FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")
 TEXT_ONLY = 0.06  # of the mix
@@ -115,3 +123,53 @@ def _qa_record(chance: random.Random, number: int, sentences: list[str]) -> dict
     turns[0]["content"] = "<image>\n" + turns[0]["content"]
     source = SOURCES[number % len(SOURCES)].name
     return {"id": f"{source}:{number}", "image": f"images/{number:012d}.jpg", "conversations": turns, "source": source}
+
+
+def write_small_images(folder: Path, count: int) -> None:
+    """Write PNGs of 32 x 32 pixels and a few hundred bytes to each of IMAGE_PLACES, with a question about each, unless
+    `folder` holds them already."""
+    stamp, wanted = folder / "small.json", json.dumps({"version": 1, "images": count})
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    chance = random.Random(SEED)
+    files = folder / IMAGE_PLACES["files"]
+    files.mkdir(parents=True, exist_ok=True)
+    with (
+        zipfile.ZipFile(folder / IMAGE_PLACES["zip"], "w") as archive,
+        tarfile.open(folder / IMAGE_PLACES["tar"], "w") as tape,
+        open(folder / "small.jsonl", "w", encoding="utf-8") as questions,
+    ):
+        for i in range(count):
+            name, data = _small_name(i), _small_image(chance)
+            (files / name).write_bytes(data)
+            archive.writestr(f"train/{name}", data)
+            member = tarfile.TarInfo(f"train/{name}")
+            member.size = len(data)
+            tape.addfile(member, io.BytesIO(data))
+            tape.getmembers().clear()  # it would keep an object of each
+            row = {"image": name, "question": "Which colours?", "answer": f"Those of {i}."}
+            questions.write(json.dumps(row) + "\n")
+    stamp.write_text(wanted)
+
+
+def small_image_paths(folder: Path, kind: str, count: int) -> list[str]:
+    """Return the paths of the small images in one of IMAGE_PLACES."""
+    place = f"{folder / IMAGE_PLACES[kind]}/" + ("" if kind == "files" else "train/")
+    return [place + _small_name(i) for i in range(count)]
+
+
+def _small_name(number: int) -> str:
+    return f"{number * 7:012d}.png"
+
+
+def _small_image(chance: random.Random, side: int = 32, tile: int = 4) -> bytes:
+    """An image of tiles in random colours, as PNG."""
+    rows = bytearray()
+    for _ in range(side // tile):
+        line = b"\0" + b"".join(chance.randbytes(3) * tile for _ in range(side // tile))
+        rows += line * tile
+    head = struct.pack(">LLBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(bytes(rows))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data)) for kind, data in chunks
+    )

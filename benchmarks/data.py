@@ -3,6 +3,9 @@
 Three tasks, each in processes of its own, ours and the plain way by turns: make a QA file of raw annotations (the mix that
 LLaVA-like training starts from); open a QA file; read it at random from forked workers. The plain way is what one writes
 first: json.load, lists of dicts. It does the same work and keeps the same records, or this stops.
+
+With --images N two other tasks, on N small images that are in files, in one zip and in one tar: prepare records about them,
+with every image decoded, and read them at random from forked workers.
 """
 
 from __future__ import annotations
@@ -21,7 +24,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.annotations import ALL_RECORDS, SEED, SOURCES, write_annotations
+from benchmarks.annotations import (
+    ALL_RECORDS,
+    IMAGE_PLACES,
+    SEED,
+    SOURCES,
+    small_image_paths,
+    write_annotations,
+    write_small_images,
+)
 from benchmarks.measuring import Clock, machine, make_parser, measure_by_turns, median_of, memory, open_workdir, table
 
 VALIDATION_FRACTION = 0.01
@@ -161,6 +172,37 @@ def _worker(read: Callable[[int], int], order: array, together: Any, answers: An
     answers.put((begun, ended, memory("Private_Dirty", "smaps_rollup") - before, letters))
 
 
+def prepare_images(folder: Path, kind: str) -> dict:
+    """Prepare the records about the small images in one of IMAGE_PLACES, with every image decoded."""
+    from config import DataConfig, SourceConfig
+    from dataprocess.process_image import prepare
+
+    output = folder / f"small-{kind}"
+    shutil.rmtree(output, ignore_errors=True)
+    source = SourceConfig("small", folder / "small.jsonl", images=folder / IMAGE_PLACES[kind])
+    clock = Clock()
+    report = prepare(DataConfig(qa_file=output / "qa.jsonl", sources=(source,), validation_fraction=0.0), seed=SEED)
+    return clock.read() | {"kept": report["kept"], "refused": report["refused"]}
+
+
+def read_images(folder: Path, kind: str) -> dict:
+    """Read the small images of one of IMAGE_PLACES at random. "open", "held": CPU seconds and MiB of the first read."""
+    from visual.images import image_bytes
+
+    count = json.loads((folder / "small.json").read_text())["images"]
+    paths = small_image_paths(folder, kind, count)
+    clock = Clock()
+    image_bytes(paths[0])
+    opened = clock.read()
+    read = _read_at_random(count, lambda i: len(image_bytes(paths[i])))
+    return read | {"open": opened["cpu"], "held": opened["held"]}
+
+
+IMAGE_MEASURES: dict[str, Callable[[Path], dict]] = {
+    f"{name}_images_{kind}": partial(measure, kind=kind)
+    for name, measure in (("prepare", prepare_images), ("read", read_images))
+    for kind in IMAGE_PLACES
+}
 MEASURES: dict[str, Callable[[Path], dict]] = {
     "prepare_ours": prepare_ours, "prepare_again": partial(prepare_ours, again=True), "prepare_plain": prepare_plain,
     "open_first": partial(open_indexed, first=True), "open_indexed": open_indexed, "open_plain": open_plain,
@@ -175,6 +217,14 @@ def check_agreement(answers: dict[str, list[dict]]) -> None:
         seen = {tuple(one[key] for key in same) for name in answers if name.startswith(task) for one in answers[name]}
         if len(seen) > 1:
             raise ValueError(f"{task}: ours and the plain way differ in {', '.join(same)}: {sorted(seen)}")
+
+
+def check_images_agree(answers: dict[str, list[dict]]) -> None:
+    """Raise ValueError if files and archives do not give the same records and bytes, or a record is refused."""
+    for task, keys in (("prepare", ["kept", "refused"]), ("read", [f"letters_{workers}" for workers in WORKERS])):
+        seen = {tuple(one[key] for key in keys) for name in answers if name.startswith(task) for one in answers[name]}
+        if len(seen) > 1 or task == "prepare" and any(refused for _, refused in seen):
+            raise ValueError(f"{task}: files and archives differ in {', '.join(keys)}: {sorted(seen)}")
 
 
 def markdown(answers: dict[str, list[dict]]) -> str:
@@ -213,17 +263,42 @@ def markdown(answers: dict[str, list[dict]]) -> str:
     return "\n\n".join(parts)
 
 
+def images_markdown(answers: dict[str, list[dict]]) -> str:
+    results = {name: {key: median(one[key] for one in found) for key in found[0]} for name, found in answers.items()}
+    prepared = [results[f"prepare_images_{kind}"] for kind in IMAGE_PLACES]
+    read = [results[f"read_images_{kind}"] for kind in IMAGE_PLACES]
+    rows = [
+        ["preparing, CPU seconds", *(f"{one['cpu']:.2f}" for one in prepared)],
+        ["preparing, seconds", *(f"{one['wall']:.2f}" for one in prepared)],
+        ["preparing, MiB at the highest", *(f"{one['peak']:,.0f}" for one in prepared)],
+        ["until the first read, CPU milliseconds", *(f"{1000 * one['open']:,.1f}" for one in read)],
+        ["index, MiB", *(f"{one['held']:,.1f}" for one in read)],
+    ]
+    for workers in WORKERS:
+        rows.append([f"reads a second, workers: {workers}", *(f"{one[f'reads_{workers}']:,.0f}" for one in read)])
+    rounds = median_of(len(answers["prepare_images_files"]))
+    head = [f"{prepared[0]['kept']:,.0f} small images", "files", "one zip", "one tar"]
+    return f"{machine(())}; {rounds}.\n\n{table(head, rows)}"
+
+
 def main() -> None:
-    parser = make_parser("The cost of the data, beside the plain way.", MEASURES)
+    parser = make_parser("The cost of the data, beside the plain way.", MEASURES | IMAGE_MEASURES)
     parser.add_argument("--records", type=int, default=ALL_RECORDS, help="raw records (default: %(default)s)")
     parser.add_argument("--qa-records", type=int, default=1_000_000, help="of the QA file (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="compare this many small images in files, a zip and a tar instead")
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(MEASURES[arguments.measure](arguments.workdir)))
+        print(json.dumps((MEASURES | IMAGE_MEASURES)[arguments.measure](arguments.workdir)))
         return
     if arguments.quick:
         arguments.records, arguments.qa_records, arguments.rounds = 2000, 3000, 1
     with open_workdir(arguments.workdir) as folder:
+        if arguments.images:
+            write_small_images(folder, 200 if arguments.quick else arguments.images)
+            answers = measure_by_turns("data", IMAGE_MEASURES, arguments.rounds, workdir=folder)
+            check_images_agree(answers)
+            print(images_markdown(answers))
+            return
         write_annotations(folder, arguments.records, arguments.qa_records)
         answers = measure_by_turns("data", MEASURES, arguments.rounds, workdir=folder)
     check_agreement(answers)

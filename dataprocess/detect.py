@@ -8,7 +8,7 @@ from pathlib import Path
 from config import CAPTION_FORMATS, InputError, SourceConfig, choose, shortened
 from dataprocess.keys import image_keys_of, is_empty
 from dataprocess.readers import FORMATS
-from dataprocess.rows import Draft, column_name, is_row
+from dataprocess.rows import Draft, column_name, is_row, with_prompts
 from dataset.json_stream import Item
 from dataset.record import RecordError
 
@@ -26,6 +26,9 @@ def reader_for(source: SourceConfig, file: Path, items: list[Item]) -> Callable[
         )
     if name == "csv":
         _check_columns(source, file, items)
+    if source.prompts:
+        _check_captions(source, file, name, items=items)
+        return with_prompts(FORMATS[name], source.prompts)
     return FORMATS[name]
 
 
@@ -123,6 +126,19 @@ def _of_text(obj: dict) -> str | None:
     """The format of a conversation without images."""
     keys = _turn_keys(obj)
     return ("llava" if "from" in keys else "chat") if keys else None
+
+
+def _check_captions(source: SourceConfig, file: Path, format: str, *, items: list[Item]) -> None:
+    """Raise InputError if the source's prompts would be used for nothing, because its records have questions."""
+    has_captions = format in (*CAPTION_FORMATS, "folder")
+    if format == "csv":
+        rows = [item.value for item in items if isinstance(item.value, dict)]
+        has_captions = any("caption" in map(column_name, row) for row in rows)
+    if not has_captions:
+        raise InputError(
+            f'source "{source.name}": prompts are questions for captions, but the records of {file} (format {format}) have '
+            "their own questions; leave prompts out."
+        )
 
 
 def _check_columns(source: SourceConfig, file: Path, items: list[Item]) -> None:

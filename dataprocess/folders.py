@@ -18,6 +18,7 @@ from dataprocess.sniff import HEAD_BYTES, encoding_of
 from dataprocess.tables import LONGEST_CELL, item_of
 from dataset.json_stream import Item
 from dataset.record import RecordError
+from visual.archives import file_names, top_folder
 from visual.images import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES
 
 TABLES = (".csv", ".tsv")
@@ -190,9 +191,21 @@ def text_names(folder: Path) -> list[str]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """Paths of the images below a folder, also of those in formats that may not be readable here."""
+    """Paths of the images below a folder or in an archive, also of those in formats that may not be readable here."""
     suffixes = IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES
-    return [name for name in walk(folder) if os.path.splitext(name)[1].lower() in suffixes]
+    names = _walk_archive(folder) if folder.is_file() else walk(folder)
+    return [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
+
+
+def _walk_archive(archive: Path) -> Iterator[str]:
+    """Yield the paths of all files in an archive without hidden ones, as if it were unpacked."""
+    try:
+        top = top_folder(str(archive))
+        for name in file_names(str(archive)):
+            if name[0] != "." and "/." not in name and not name.startswith("__MACOSX/"):
+                yield name.removeprefix(f"{top}/") if top else name
+    except OSError as error:
+        raise InputError(f"{archive}: {error.strerror}") from None
 
 
 def walk(folder: Path) -> Iterator[str]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
 import unicodedata
+from collections import defaultdict
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from config import InputError, shortened
-from config.files import publish, remove_partials
+from dataprocess.image_store import ImageStore
 from dataprocess.keys import shown
 from dataprocess.media import bytes_in, path_in
 from dataset.record import RecordError
-from visual.images import ImageError, image_suffix
+from visual.archives import ArchiveError, NotAnArchive, file_names, find_member, split_path, top_folder
 
 # File names of COCO 2014 are those of COCO 2017 with one of these prefixes. Annotations of one release are often used
 # with the images of the other.
@@ -57,51 +57,6 @@ class Found(NamedTuple):
 _found = partial(tuple.__new__, Found)  # takes a tuple of the six fields; half the cost of the constructor
 
 
-class ImageStore:
-    """The folder for images that are stored inside the records, as in parquet files.
-
-    Each file is named after its content.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = os.path.abspath(folder)
-        self.is_used = False
-        self._placed: dict[str, bytes] = {}  # file name -> bytes, not yet written
-
-    def place(self, data: bytes) -> Found:
-        """Choose the file of an image without writing it. Raises RecordError with the reason of the ImageError."""
-        try:
-            suffix = image_suffix(data)
-        except ImageError as error:
-            raise RecordError(error.reason, error.detail) from None
-        name, real_folder = hashlib.blake2b(data, digest_size=16).hexdigest() + suffix, os.path.realpath(self.folder)
-        self._placed[name] = data
-        return Found(self.folder, real_folder, name)
-
-    def write_placed(self) -> None:
-        """Write the placed images, except for files that exist already."""
-        if self._placed:
-            for name, data in self._placed.items():
-                self._write(name, data)
-            self._placed.clear()
-
-    def forget_placed(self) -> None:
-        """Drop the placed images without writing them."""
-        self._placed.clear()
-
-    def _write(self, name: str, data: bytes) -> None:
-        path = f"{self.folder}/{name}"
-        try:
-            if not self.is_used:
-                os.makedirs(self.folder, exist_ok=True)
-                remove_partials(self.folder)
-                self.is_used = True
-            if not os.path.exists(path) or os.path.getsize(path) != len(data):
-                publish(Path(path), data)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); free space or make it writable.") from None
-
-
 class _Folder(NamedTuple):
     path: str
     real: str
@@ -113,14 +68,33 @@ class Listings:
 
     def __init__(self) -> None:
         self._files: dict[str, frozenset[str]] = {}
+        self._archives: set[str] = set()
         self._room = NAMES_KEPT
 
     def files(self, folder: str) -> frozenset[str]:
         """Plain files of the folder with this resolved path; empty if too many to keep or the folder cannot be read."""
         if folder not in self._files:
-            names = self._files[folder] = frozenset(self._list(folder))
-            self._room -= len(names)
+            self._keep(folder, self._list(folder))
         return self._files[folder]
+
+    def files_in(self, archive: str, folder: str) -> frozenset[str]:
+        """The same for a folder in an archive, "" for its root. Raises ArchiveError."""
+        if archive not in self._archives:
+            self._archives.add(archive)
+            names: dict[str, list[str]] = defaultdict(list)
+            for count, path in enumerate(file_names(archive)):
+                if count > self._room:
+                    names.clear()
+                    break
+                cut = path.rfind("/")
+                names[path[: max(cut, 0)]].append(path[cut + 1 :])
+            for inside, some in names.items():
+                self._keep(f"{archive}/{inside}" if inside else archive, some)
+        return self._files.get(f"{archive}/{folder}" if folder else archive, frozenset())
+
+    def _keep(self, folder: str, names: list[str]) -> None:
+        self._files[folder] = frozenset(names)
+        self._room -= len(names)
 
     def _list(self, folder: str) -> list[str]:
         names: list[str] = []
@@ -138,7 +112,7 @@ class Listings:
 
 
 class ImageFolder:
-    """The image folder of a source.
+    """The image folder of a source. A zip or tar archive is a folder too, as a root and below one.
 
     root: the folder, or None if the source has none. Images inside the records go to `store`.
     source: the name of the source, for error messages.
@@ -146,14 +120,25 @@ class ImageFolder:
         later run can see whether an image was added, removed or renamed.
 
     A folder is listed when the first image in it is searched, so that each further image costs one set lookup. Symlinks
-    and names that are not listed are looked up on disk. Raises InputError if `root` is not a folder.
+    and names that are not listed are looked up on disk. If all files of an archive are in one folder, as "train2017" in
+    train2017.zip, paths may begin in that folder. Raises InputError if `root` is neither a folder nor an archive.
     """
 
     def __init__(self, root: str | os.PathLike | None, *, source: str, store: ImageStore, listings: Listings):
         if root is not None and not os.path.isdir(root):
-            raise InputError(
-                f'source "{source}": images: {root} is not a folder; give the folder that contains the images.'
-            )
+            try:
+                top_folder(os.path.realpath(root))
+            except NotAnArchive:
+                raise InputError(
+                    f'source "{source}": images: {root} is neither a folder nor a zip or tar archive; give the one that '
+                    "contains the images."
+                ) from None
+            except ArchiveError as error:
+                raise InputError(f'source "{source}": images: {root}: {error.strerror}') from None
+            except OSError:
+                raise InputError(
+                    f'source "{source}": images: {root} is not a folder; give the folder that contains the images.'
+                ) from None
         self._root = "" if root is None else os.path.abspath(root)  # empty: the source has no image folder
         self._real_root = "" if root is None else os.path.realpath(root)
         self._folders: dict[str, _Folder] = {}  # key: the part of a path before the file name, with the final "/"
@@ -177,11 +162,11 @@ class ImageFolder:
 
     def _search(self, path: object) -> Found:
         if isinstance(path, bytes):
-            return self._store.place(path)
+            return self._stored(path)
         if not isinstance(path, str) or not path:
             raise RecordError("wrong_type", f'"image" holds {shown(path)}; expected a path.')
         if (data := bytes_in(path)) is not None:
-            return self._store.place(data)
+            return self._stored(data)
         path = path_in(path)
         if _is_address(path):
             raise RecordError(
@@ -208,6 +193,10 @@ class ImageFolder:
             )
         return found
 
+    def _stored(self, data: bytes) -> Found:
+        name = self._store.place(data)
+        return Found(self._store.folder, self._store.real_folder, name)
+
     def _at(self, path: str, repair: str | None = None) -> Found | None:
         """The image at a path, or at its COCO name of the other release."""
         cut = path.rfind("/") + 1
@@ -229,7 +218,8 @@ class ImageFolder:
 
     def _nearly_at(self, path: str) -> Found | None:
         """The image that a path means by one of the rules that leave no doubt."""
-        ends = ["/".join(self._root.split("/")[-count:]) + "/" for count in (1, 2, 3)]
+        root = re.sub(r"\.(zip|tar)\Z", "", self._root, flags=re.IGNORECASE)  # of an archive: as it is when unpacked
+        ends = ["/".join(root.split("/")[-count:]) + "/" for count in (1, 2, 3)]
         variants = [
             (path.replace("\\", "/"), "backslashes_in_path_replaced"),
             *((path.removeprefix(end), "image_folder_named_twice") for end in ends),
@@ -248,7 +238,7 @@ class ImageFolder:
         if self._hints_left <= 0:
             return "."
         self._hints_left -= 1
-        if not os.path.isdir(folder.real):
+        if not folder.files and not os.path.isdir(folder.real):
             return "; its folder does not exist."
         loose = _loose(name)
         close = [one for one in folder.files if _loose(one) == loose] if len(folder.files) <= HINT_NAMES else []
@@ -258,6 +248,8 @@ class ImageFolder:
         real = f"{folder.real}/{name}"
         try:
             mode = os.lstat(real).st_mode
+        except NotADirectoryError:
+            return self._look_in_archive(folder, name, repair)
         except (OSError, ValueError):
             return None
         if not stat.S_ISREG(mode):
@@ -269,13 +261,46 @@ class ImageFolder:
             return Found(folder=folder.path, real_folder=folder.real, name=name, target=real, repair=repair)
         return Found(folder=folder.path, real_folder=folder.real, name=name, repair=repair)
 
+    def _look_in_archive(self, folder: _Folder, name: str, repair: str | None) -> Found | None:
+        try:
+            if find_member(f"{folder.real}/{name}") is None:
+                return None
+        except ArchiveError as error:
+            raise RecordError("unreadable_image", f"{folder.path}/{name}: {error.strerror}") from None
+        except OSError:
+            return None
+        return Found(folder=folder.path, real_folder=folder.real, name=name, repair=repair)
+
     def _enter(self, parent: str) -> _Folder:
         path = os.path.normpath(os.path.join(self._root, parent))
         real = os.path.realpath(path)
         self._refuse_escape(real, path)
-        self._note(path)
-        folder = self._folders[parent] = _Folder(path, real, self._listings.files(real))
+        place = None if os.path.isdir(real) else split_path(real)
+        if place is None:
+            self._note(path)
+            folder = _Folder(path, real, self._listings.files(real))
+        else:
+            folder = self._enter_archive(path, *place)
+        self._folders[parent] = folder
         return folder
+
+    def _enter_archive(self, path: str, archive: str, inside: str) -> _Folder:
+        """A folder in an archive. inside: its path in the archive, "" for the root."""
+        real = f"{archive}/{inside}".rstrip("/")
+        try:
+            top = top_folder(archive)
+            if top and inside.split("/")[0] != top:  # nothing is outside of this folder
+                path = f"{path.removesuffix(inside)}/{top}/{inside}".replace("//", "/").rstrip("/")
+                real = f"{archive}/{top}/{inside}".rstrip("/")
+            files = self._listings.files_in(archive, real[len(archive) + 1 :])
+        except NotAnArchive:
+            files = frozenset()
+        except ArchiveError as error:
+            raise RecordError("unreadable_image", f"{path}: {error.strerror}") from None
+        except OSError:
+            files = frozenset()
+        self._note(archive)
+        return _Folder(path, real, files)
 
     def _note(self, folder: str) -> None:
         if folder not in self.modified:

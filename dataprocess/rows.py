@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -212,6 +212,22 @@ def one_caption(caption: str, number: int) -> list[dict]:
     """A caption as the answer to a prompt in its language; the two prompts alternate with `number`."""
     prompts = _PROMPT_TURNS if _is_chinese(caption) else _ENGLISH_PROMPT_TURNS
     return [prompts[number % 2], {"role": "assistant", "content": literal(caption)}]
+
+
+def with_prompts(read: Callable[[dict, int], Draft], prompts: Sequence[str]) -> Callable[[dict, int], Draft]:
+    """A reader whose captions answer these prompts instead. They are used in turn over captions and records; captions
+    without text do not count. Records that have their own questions stay as they are."""
+    turns = [{"role": "user", "content": f"{IMAGE_MARK}\n{prompt}"} for prompt in prompts]
+    defaults = {id(turn) for turn in (*_PROMPT_TURNS, *_ENGLISH_PROMPT_TURNS)}
+
+    def read_with_prompts(obj: dict, index: int) -> Draft:
+        read_draft = read(obj, index)
+        for number, conversation in enumerate(read_draft.conversations, start=index):
+            if id(conversation[0]) in defaults:
+                conversation[0] = turns[number % len(turns)]
+        return read_draft
+
+    return read_with_prompts
 
 
 def captioned(*, name: str | None, images: list, captions: object, index: int) -> Draft:

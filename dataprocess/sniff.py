@@ -13,6 +13,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,11 @@ _MAGIC = (
 _OPENERS: dict[str, Callable[[Path, str], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 # Kinds that are not read: first bytes -> (name, what to do).
 _UNREAD = (
-    (b"PK\x03\x04", "a zip archive", "unpack it and give one of its files; save an Excel workbook as CSV UTF-8"),
+    (
+        b"PK\x03\x04",
+        "a zip archive",
+        "unpack it and give the annotations in it; only the images of a source may be in an archive",
+    ),
     (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", "save it as CSV UTF-8"),
     (b"%PDF", "a PDF", "give a file of records"),
     (b"\x89PNG", "an image", "for a folder of images, give the folder"),
@@ -54,6 +59,7 @@ _UNREAD = (
     (b"\x80\x04", "a Python pickle, which is never opened", "write the records as JSON Lines"),
     (b"\x80\x05", "a Python pickle, which is never opened", "write the records as JSON Lines"),
 )
+_OFFICE = re.compile(rb"\[Content_Types\]\.xml|docProps/|xl/")  # first members of the zips of Office and WPS
 _PAGES = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 # Ends of names -> the kinds that the content may be. Other names promise nothing.
 _PROMISES = {
@@ -121,11 +127,19 @@ def _name_of(file: Path, head: bytes) -> str:
     for magic, name in _MAGIC:
         if head.startswith(magic):
             return name
+    if head.startswith(b"PK\3\4") and (file.suffix.lower() in (".xlsx", ".xlsm") or _OFFICE.search(head)):
+        raise InputError(
+            f"{file}: is an Excel workbook or another Office file, which is not read: its cells hold dates, formulas and "
+            "several sheets. In Excel or WPS, save the sheet as CSV UTF-8 and give that file."
+        )
     for magic, what, advice in _UNREAD:
         if head.startswith(magic):
             raise InputError(f"{file}: is {what}, which is not read; {advice}.")
     if head[257:262] == b"ustar":
-        raise InputError(f"{file}: is a tar archive; unpack it and give the annotations in it, or the folder.")
+        raise InputError(
+            f"{file}: is a tar archive; unpack it and give the annotations in it, or the folder; only the images of a "
+            "source may be in an archive."
+        )
     start = head[:512].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if start.startswith(_PAGES):
         raise InputError(

@@ -18,9 +18,13 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from config import Config, InputError, load_config, printable, run_script
+
+if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
+    run_script("dataprocess.train_tokenizer.main")
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from config import Config, InputError, load_config, printable, run_script
 from config.files import open_regular, partial_folder, remove_partials
 from dataprocess.process_image import prepare_from_config
 from dataset.json_stream import NotJson, stream_json
@@ -190,7 +194,3 @@ def learn_if_missing(configs: Sequence[Config]) -> int | None:
         prepare_from_config(config)
     qa_files = list(dict.fromkeys(config.data.qa_file for config in configs))
     return train_tokenizer(qa_files, new.vocab_size, Path(new.tokenizer))
-
-
-if __name__ == "__main__":
-    run_script(main)

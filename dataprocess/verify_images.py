@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import PIL
 
-from visual.images import RULES, ImageError, image_bytes, verify_image
+from visual.images import RULES, ImageError, image_bytes, image_state, verify_image
 
 # Another version of Pillow may give other verdicts.
 VERSION = zlib.crc32(f"{RULES}, Pillow {PIL.__version__}".encode()) & 0x7FFFFFFF
@@ -127,10 +127,10 @@ def _verify(data: bytes) -> tuple[Verdict, bool]:
 
 def _stamp(path: str | bytes) -> _Stamp | None:
     try:
-        state = os.stat(path)
+        state = image_state(path)
     except (OSError, ValueError):
         return None
-    return state.st_size, state.st_mtime_ns
+    return state.size, state.mtime_ns
 
 
 class _Cache:

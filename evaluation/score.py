@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import random
 import unicodedata
 from collections import Counter, defaultdict
@@ -21,7 +20,7 @@ from config import printable
 from dataset.language import language_of
 from dataset.qa_file import QAFile
 from dataset.record import Image, Part, parts_of
-from visual.images import ImageError, image_bytes
+from visual.images import ImageError, image_bytes, image_state
 
 SEARCHED = 1000  # other questions' images that are considered for a swap
 READERS = 8  # threads that compare image files
@@ -134,7 +133,7 @@ def _contents(paths: Collection[Path]) -> dict[Path, object]:
 def _size(path: Path) -> int | None:
     """Return a file's size in bytes; None for a missing one."""
     try:
-        return os.stat(path).st_size
+        return image_state(path).size
     except (OSError, ValueError):
         return None
 

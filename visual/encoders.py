@@ -38,7 +38,7 @@ from config.files import refuse_pointers
 from visual.convolutional import EfficientNetLite, outline
 from visual.encoder_config import fewest_weights, read_config, refuse_too_few_weights
 from visual.processor import load_image_processor
-from visual.tower import Encoder, VisionTower, checked_size, geometry
+from visual.tower import Encoder, VisionTower, checked_size, geometry, refuse_norm
 
 # Private names of transformers used in this package, to be checked at upgrades:
 #   "_name_or_path" in config.to_dict(): left out of the feature cache's key (feature_cache.py)
@@ -110,11 +110,16 @@ _NOT_VISION = re.compile(
 
 
 def load_vision_tower(
-    path: str | Path, feature_layer: int = -2, image_size: int | None = None, dtype: torch.dtype | None = None
+    path: str | Path,
+    feature_layer: int = -2,
+    image_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    normed_without_first: bool = False,
 ) -> VisionTower:
     """Load the frozen tower of a local folder or hub model. Only safetensors are read.
 
-    Only the vision half of a whole CLIP or SigLIP checkpoint is loaded, and no classifier. `feature_layer`: see VisionTower.
+    Only the vision half of a whole CLIP or SigLIP checkpoint is loaded, and no classifier. `feature_layer` and
+    `normed_without_first`: see VisionTower.
     `image_size`: side of the input in pixels; None takes the output size of the path's own preprocessor_config.json.
     `dtype`: None keeps the checkpoint's.
     InputError: the encoder is not in ENCODERS; weights are quantised, missing, unexpected or have another shape; and the
@@ -157,17 +162,25 @@ def load_vision_tower(
             f"{path}: the weights do not match its config.json: {listed}; "
             "download weights and config.json again from the same source."
         )
-    return VisionTower(model, encoder, feature_layer, image_size=image_size)
+    return VisionTower(
+        model, encoder, feature_layer, image_size=image_size, normed_without_first=normed_without_first
+    )
 
 
-def num_image_tokens(path: str | Path, feature_layer: int = -2, image_size: int | None = None) -> int:
+def num_image_tokens(
+    path: str | Path, feature_layer: int = -2, image_size: int | None = None, normed_without_first: bool = False
+) -> int:
     """Return `num_image_tokens` of the tower that `load_vision_tower` would load, without reading its weights."""
     encoder, config = _encoder_of(path)
     _, _, patch_size = geometry(encoder, config, feature_layer)
     image_size = checked_size(
         image_size or load_image_processor(path).image_size, encoder, config, patch_size=patch_size
     )
-    return (image_size // patch_size) ** 2
+    patches = (image_size // patch_size) ** 2
+    if not normed_without_first:
+        return patches
+    refuse_norm(encoder, config, feature_layer)
+    return patches + encoder.class_tokens + getattr(config, "num_register_tokens", 0) - 1
 
 
 def _encoder_of(path: str | Path) -> tuple[Encoder, PretrainedConfig]:

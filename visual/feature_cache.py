@@ -34,7 +34,7 @@ from torch import Tensor
 from config import InputError, printable
 from config.files import make_folder
 from visual.encoders import VisionTower
-from visual.images import SCALING_RULES, image_bytes, is_scaled
+from visual.images import SCALING_RULES, image_bytes, image_state, is_scaled
 from visual.processor import ImageProcessor
 
 FORMAT = 1  # part of the folder's name: increase it when the layout of the files changes
@@ -166,11 +166,11 @@ class FeatureCache:
         ImageError: the file is missing or cannot be read, as in `read_image`. The content is not decoded.
         """
         try:
-            state = os.stat(path)  # before reading, so that a file changed in between will not match its key
+            state = image_state(path)  # before reading, so that a file changed in between will not match its key
         except (OSError, ValueError):
             image_bytes(path)  # raises the ImageError that explains it
             raise
-        stamp = str(path), state.st_size, state.st_mtime_ns
+        stamp = str(path), state.size, state.mtime_ns
         known = self._select(
             "SELECT digest, place, checksum FROM paths JOIN pictures USING (digest) "
             "WHERE path = ? AND size = ? AND mtime_ns = ?",

@@ -1,5 +1,7 @@
 """Image files: list them in a folder, check them, and read them as upright RGB images.
 
+A path may continue below a zip or tar archive as if that were a folder: "train.zip/a/1.jpg" (visual.archives).
+
 Data preparation, training and answering open image files only through this module. Encoders, tensors and data sets are not
 known here. Every function may be called from several threads at once.
 
@@ -15,17 +17,19 @@ import logging
 import os
 import re
 import stat
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from config import InputError
 from config.files import POINTER_OF_GIT_LFS
+from visual.archives import ArchiveError, find_member
 
 if TYPE_CHECKING:
     from PIL.TiffImagePlugin import TiffImageFile
@@ -175,25 +179,57 @@ def is_scaled(data: bytes) -> bool:
         return False
 
 
-def image_bytes(path: str | Path) -> bytes:
-    """Read a file's content. ImageError: missing, not a plain file (a pipe would never end), too large or unreadable."""
+class ImageState(NamedTuple):
+    """What changes when the content of an image file may have changed."""
+
+    size: int  # bytes
+    mtime_ns: int  # modification time; of an image in an archive a negative number that stands for its content
+    is_file: bool = True  # not a folder, a pipe or a device
+
+
+def image_state(path: str | bytes | Path) -> ImageState:
+    """Return the state of a file, or of a file in an archive. Raises OSError like `os.stat`, ValueError for a null byte."""
     try:
         state = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if (member := find_member(path)) is None:
+            raise
+        return ImageState(member.size, member.version)
+    return ImageState(state.st_size, state.st_mtime_ns, stat.S_ISREG(state.st_mode))
+
+
+def image_bytes(path: str | Path) -> bytes:
+    """Read the content of a file, or of a file in an archive.
+
+    ImageError: missing, not a plain file (a pipe would never end), too large or unreadable.
+    """
+    try:
+        try:
+            state = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            if (member := find_member(path)) is None:
+                raise
+            _check_bytes(max(member.size, member.packed), path)
+            return member.read()
         if stat.S_ISDIR(state.st_mode):
             raise ImageError("a folder where an image file was expected; give one file.", where=path)
         if not stat.S_ISREG(state.st_mode):
             raise ImageError("not a plain file; expected an image file.", where=path)
-        if state.st_size > MAX_FILE_BYTES:
-            raise ImageError(
-                f"{state.st_size:,} bytes, more than {MAX_FILE_BYTES:,}; shrink it.", "decompression_bomb", path
-            )
+        _check_bytes(state.st_size, path)
         with open(path, "rb") as file:
             return file.read(MAX_FILE_BYTES)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: an impossible name, as with a null byte
         detail, reason = "no such file; check the path, or the folder that it is relative to.", "missing_image"
+    except ArchiveError as error:
+        detail, reason = error.strerror or "", "unreadable_image"
     except OSError as error:
         detail, reason = f"cannot be opened ({error.strerror}); make it readable or remove it.", "unreadable_image"
     raise ImageError(detail, reason, path)
+
+
+def _check_bytes(size: int, path: str | Path) -> None:
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"{size:,} bytes, more than {MAX_FILE_BYTES:,}; shrink it.", "decompression_bomb", path)
 
 
 def _is_image_name(name: str) -> bool:
@@ -264,8 +300,8 @@ def _formats_of(data: bytes) -> tuple[str, ...]:
             if name in Image.OPEN:
                 return (name,)
             raise ImageError(
-                f'a {suffix[1:].upper()} image, which needs a package that is not installed: pip install "{package}", or '
-                "convert it to JPEG or PNG."
+                f"a {suffix[1:].upper()} image, which needs a package that is not installed: {sys.executable} -m "
+                f'pip install "{package}", or convert it to JPEG or PNG.'
             )
     return tuple(FORMATS)
 

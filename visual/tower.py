@@ -36,6 +36,9 @@ class Encoder:
 class VisionTower(nn.Module):
     """An encoder as a function from pixels to the patch features of one hidden layer.
 
+    With `normed_without_first` the features are transformers' `last_hidden_state[:, 1:]`: after the final norm, and without
+    the first vector, which in SigLIP is a patch. The `feature_layer` must then be the last.
+
     `feature_layer` indexes transformers' `hidden_states`: -1 is the output of the last layer before any final norm, -2 that
     of the layer before it (LLaVA's choice). Layers above it are kept, so that the tower can be saved whole, but not run.
     In a convolutional network a layer is a stage (in MobileNetV2 a block), and `patch_size` is the stride of its output:
@@ -48,21 +51,34 @@ class VisionTower(nn.Module):
     InputError: the model has no such `feature_layer`; its positions or patches do not allow the `image_size`.
     """
 
-    def __init__(self, model: PreTrainedModel, encoder: Encoder, feature_layer: int, image_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: Encoder,
+        feature_layer: int,
+        image_size: int,
+        normed_without_first: bool = False,
+    ) -> None:
         super().__init__()
         config = model.config
         self.model = model
         self._depth, self.hidden_size, self.patch_size = geometry(encoder, config, feature_layer)
         self.image_size = checked_size(image_size, encoder, config, patch_size=self.patch_size)
-        self.num_image_tokens = (self.image_size // self.patch_size) ** 2
         self._prefix_tokens = encoder.class_tokens + getattr(config, "num_register_tokens", 0)
+        self.num_image_tokens = (self.image_size // self.patch_size) ** 2
+        self._unused = encoder.unused
+        if normed_without_first:
+            refuse_norm(encoder, config, feature_layer)
+            self.num_image_tokens += self._prefix_tokens - 1
+            self._prefix_tokens = 1
+            self._unused = tuple(name for name in encoder.unused if name != f"{encoder.final_norm}.")
         self._encoder = encoder
 
         parent, _, name = encoder.layers.rpartition(".")
         layers = model.get_submodule(encoder.layers)
         assert isinstance(layers, nn.ModuleList)
         setattr(model.get_submodule(parent), name, _FirstLayers(layers, self._depth))
-        if encoder.final_norm:
+        if encoder.final_norm and not normed_without_first:
             model.get_submodule(encoder.final_norm).register_forward_hook(_input_instead)
         if isinstance(model, SiglipVisionModel):
             model.use_head = False  # the output of the pooling head is not used here
@@ -114,7 +130,7 @@ class VisionTower(nn.Module):
         used, unused = layers[: self._depth], layers[self._depth :]
         if top is None:
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(not name.startswith(self._encoder.unused))
+                parameter.requires_grad_(not name.startswith(self._unused))
             for layer in unused:
                 layer.requires_grad_(False)
         elif 1 <= top <= len(used):
@@ -129,7 +145,7 @@ class VisionTower(nn.Module):
     def tensors_used(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of the parameters and buffers of `model` that the features depend on."""
         not_run = (f"{self._encoder.layers}.{layer}." for layer in range(self._depth, len(self._layers())))
-        unused = (*self._encoder.unused, *not_run)
+        unused = (*self._unused, *not_run)
         for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
             if not name.startswith(unused) and not name.endswith(".num_batches_tracked"):  # a counter of BatchNorm
                 yield name, tensor
@@ -163,6 +179,21 @@ class _FirstLayers(nn.ModuleList):
 
     def __iter__(self) -> Iterator[nn.Module]:
         return islice(super().__iter__(), self._depth)
+
+
+def refuse_norm(encoder: Encoder, config: PretrainedConfig, feature_layer: int) -> None:
+    """Raise InputError unless an encoder has features after its final norm: a transformer, of whose layers the last is
+    chosen."""
+    if encoder.is_grid:
+        raise InputError(
+            f"model.vision_features: normed_without_first, but {config.model_type} is a convolutional network, whose first "
+            "vector is a patch like the others; give hidden_state."
+        )
+    if geometry(encoder, config, feature_layer)[0] != config.num_hidden_layers:
+        raise InputError(
+            f"model.vision_features: normed_without_first is the output of the last layer, but model.vision_feature_layer "
+            f"is {feature_layer}; give -1."
+        )
 
 
 def geometry(encoder: Encoder, config: PretrainedConfig, feature_layer: int) -> tuple[int, int, int]:

@@ -289,7 +289,7 @@ def _image_key(path: str, size: int) -> int:
             os.close(handle)
     except NotADirectoryError:  # in an archive
         with contextlib.suppress(ImageError):
-            return 0
+            return hash((size, image_bytes(path)[middle]))
     except OSError:
         pass
     return 0  # cannot be opened; reported when the image is decoded

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.annotations import SOURCES, write_annotations
-from benchmarks.data import MEASURES, WORKERS, check_agreement
+from benchmarks import data
+from benchmarks.annotations import IMAGE_PLACES, SOURCES, small_image_paths, write_annotations, write_small_images
+from benchmarks.data import IMAGE_MEASURES, MEASURES, WORKERS, check_agreement, check_images_agree
+from visual.images import image_bytes, read_image
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,3 +81,36 @@ def test_refuses_to_compare_different_work(wrong):
     answers[wrong][0]["kept"] = 4
     with pytest.raises(ValueError, match="differ"):
         check_agreement(answers)
+
+
+def test_small_images_in_files_and_archives_are_prepared_and_read_alike(tmp_path, monkeypatch, capsys):
+    seen: dict[str, list[dict]] = {}
+
+    def measure_here(module: str, names, rounds: int, workdir: Path) -> dict[str, list[dict]]:
+        seen.update({name: [measure(workdir)] for name, measure in names.items()})
+        return seen
+
+    monkeypatch.setattr(data, "measure_by_turns", measure_here)
+    monkeypatch.setattr(data, "machine", lambda _: "here")
+    monkeypatch.setattr(sys, "argv", ["data", "--images", "450", "--rounds", "1", "--workdir", str(tmp_path)])
+    data.main()
+    (found,) = tables(capsys.readouterr().out)
+    assert found[0] == ["450 small images", "files", "one zip", "one tar"] and len(found) == 2 + 5 + len(WORKERS)
+    assert all(number(cell) >= 0 for row in found[2:] for cell in row[1:])
+    assert seen.keys() == IMAGE_MEASURES.keys()
+    same = [[image_bytes(path) for path in small_image_paths(tmp_path, kind, 450)] for kind in IMAGE_PLACES]
+    assert same[0] == same[1] == same[2] and 200 < sum(map(len, same[0])) / 450 < 900
+    assert read_image(same[0][0]).size == (32, 32)
+    for name, wrong in (("prepare_images_zip", {"refused": 1}), ("read_images_tar", {"letters_2": 1})):
+        with pytest.raises(ValueError, match="files and archives differ"):
+            check_images_agree(seen | {name: [seen[name][0] | wrong]})
+
+
+def test_small_images_are_the_same_each_time(tmp_path):
+    for name in "ab":
+        write_small_images(tmp_path / name, 20)
+    files = [(tmp_path / name / IMAGE_PLACES["zip"]).with_name("train") for name in "ab"]
+    assert [path.read_bytes() for path in sorted(files[0].iterdir())] == [
+        path.read_bytes() for path in sorted(files[1].iterdir())
+    ]
+    assert (tmp_path / "a" / IMAGE_PLACES["tar"]).read_bytes() == (tmp_path / "b" / IMAGE_PLACES["tar"]).read_bytes()

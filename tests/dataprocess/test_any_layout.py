@@ -14,6 +14,7 @@ import pytest
 from config import ColumnsConfig, InputError, SourceConfig, load_config, to_yaml
 from tests.dataprocess.helpers import prepare_sources
 from tests.dataprocess.test_readers import Desk, desk, image_file, texts, turns
+from visual.images import image_bytes
 
 __all__ = ["desk"]  # a fixture
 
@@ -23,7 +24,7 @@ ASKED = {"question": "What?", "answer": "This."}
 
 
 def bytes_of(desk: Desk, record: dict) -> bytes:
-    return (desk.qa.parent / record["image"]).read_bytes()
+    return image_bytes(desk.qa.parent / record["image"])
 
 
 # --- where the image is

@@ -101,7 +101,7 @@ NAMED = {
     "half.parquet": (LINES.encode(), "content is text, not parquet as its name says"),
     "plain.json.gz": (LINES.encode(), "content is text, not gzip"),
     "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-20], "gzip data that is cut"),
-    "table.xlsx": (archive(as_xlsx), "zip archive.* CSV UTF-8"),
+    "table.xlsx": (archive(as_xlsx), "Excel workbook .*save the sheet as CSV UTF-8"),
     "shard.tar": (archive(as_tar), "tar archive"),
     "shard.tar.gz": (gzip.compress(archive(as_tar)), "tar archive"),
     "photo.json": (image_file(), "is an image.* give the folder"),

@@ -34,6 +34,7 @@ from dataset.record import IMAGE, Record, Turn, parse_record, parts_of
 from tests import raw_records as raw
 from tests.dataprocess.helpers import prepare_sources
 from tests.raw_records import Place, Row
+from visual.images import image_bytes, image_state
 
 ROOT = Path(__file__).parents[2]
 REASONS = set(
@@ -224,8 +225,8 @@ def check_kept(qa: QAFile, rows: list[Row], image_folder: Path, *, one_caption_e
             assert record.id.startswith("s:") and record.source == "s" and record.id not in seen
             seen.add(record.id)
             for path in qa.image_paths(record):
-                inside = {image_folder, qa.folder.resolve() / "qa.images"}
-                assert path.is_file() and inside & set(path.resolve().parents)
+                inside = {image_folder, qa.folder.resolve() / "qa.images.zip"}
+                assert image_state(path).is_file and inside & set(path.resolve().parents)
             if dialogs is not None:
                 said = [
                     [(turn.role, parts_of(turn)) for turn in dialog]
@@ -249,7 +250,7 @@ def check_kept(qa: QAFile, rows: list[Row], image_folder: Path, *, one_caption_e
 def check_images(paths: list[Path], images: Sequence[str | bytes], image_folder: Path) -> None:
     for path, wanted in zip(paths, images, strict=True):
         if isinstance(wanted, bytes):
-            assert path.read_bytes() == wanted
+            assert image_bytes(path) == wanted
         else:
             assert path.resolve() == image_folder / wanted
 

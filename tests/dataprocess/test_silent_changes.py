@@ -20,6 +20,7 @@ from dataprocess.readers import FORMATS
 from dataprocess.rows import column_name
 from dataset.record import IMAGE, RecordError, check_record, parse_record, parts_of
 from tests.dataprocess.test_readers import Desk, desk, image_file, texts, turns
+from visual.images import image_bytes
 
 __all__ = ["desk"]  # a fixture
 
@@ -193,7 +194,7 @@ def test_a_table_of_questions_with_options_is_read(desk):
     report = desk.prepare(desk.write("raw.tsv", table))
     (one,) = desk.kept()
     assert texts(one) == ["<image>\nLook.\nWhich?\nA. cat\nB. dog", "B"]
-    assert (desk.qa.parent / one["image"]).read_bytes() == image_file("red", (64, 64))
+    assert image_bytes(desk.qa.parent / one["image"]) == image_file("red", (64, 64))
     assert report["repairs"] == {"options_added_to_question": 1}
 
 
