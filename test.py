@@ -92,7 +92,7 @@ from model.loaded import open_built, open_config
 from training.memory import explain_out_of_memory
 from training.run import chat_format, max_length, open_answerer, open_qa_file
 from training.speed import packing
-from visual.images import ImageError, list_images
+from visual.images import ImageError, image_state, list_images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,8 +161,10 @@ def find_images(path: str | Path | None) -> list[Path]:
     if path is None:
         raise InputError('no image to ask about: give an image or a folder, or set "test.images".')
     path = Path(path)
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such image or folder.")
+    try:
+        image_state(path)
+    except (OSError, ValueError):
+        raise InputError(f"{path}: no such image or folder.") from None
     images = list_images(path) if path.is_dir() else [path]
     if not images:
         raise InputError(
