@@ -1,7 +1,7 @@
 """The weights in a checkpoint: saved and loaded as safetensors. Nothing in a checkpoint is ever unpickled. How its folder is
 written and verified is in `model.checkpoint_folder`; optimizer and step are in `training.state`.
 
-    config.yaml                   the whole config, with absolute paths
+    config.yaml                   the whole config, with paths relative to the folder
     run.json                      the run's history: command, versions and machine of every start
     projector.safetensors         always
     adapter_model.safetensors     LoRA, with adapter_config.json: a folder that PEFT loads
@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -120,7 +121,7 @@ def refuse_other_sizes(folder: Path, sizes: ScratchConfig, *, vocab_size: int) -
         ) from None
     with torch.device("meta"):
         made = qwen.new_language_model(sizes, vocab_size=vocab_size, seed=0)
-    _compare(found, dict(made.named_parameters()), path, every_key=True)
+    compare_tensors(found, dict(made.named_parameters()), path, every_key=True)
 
 
 def _read_untrained(folder: Path) -> frozenset[str]:
@@ -140,7 +141,7 @@ def load_adapter(model: VisionLanguageModel, folder: Path) -> None:
     _refuse_other_adapter(model, folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
     tensors = read_tensors(path)
-    _compare(tensors, _adapter(model), path, every_key=True)
+    compare_tensors(tensors, _adapter(model), path, every_key=True)
     set_peft_model_state_dict(model.language_model, tensors)
 
 
@@ -192,13 +193,14 @@ def _adapter(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 
 def _fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, every_key: bool) -> None:
-    _compare(tensors, targets, path, every_key=every_key)
+    compare_tensors(tensors, targets, path, every_key=every_key)
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
 
 
-def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, every_key: bool) -> None:
+def compare_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, every_key: bool) -> None:
+    """Raise InputError that lists the tensors of `path` that are unknown, of another shape, or (every_key) missing."""
     unexpected = sorted(set(found) - set(expected))
     missing = sorted(set(expected) - set(found)) if every_key else []
     shapes = [
@@ -231,6 +233,41 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise InputError(f"{path}: {name!r} is not finite (it holds NaN or infinity); use another checkpoint.")
     return tensors
+
+
+class TensorFiles:
+    """The tensors of safetensors files, each read when it is asked for. Raises InputError if a file cannot be opened.
+
+    A file is opened again for each tensor: while it is open, all that was read of it stays in memory.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for path in files:
+            with self._open(path) as file:
+                self._file_of |= dict.fromkeys(file.keys(), path)
+                self._shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); download it again.") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> list[int]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        with self._open(self._file_of[name]) as file:
+            return file.get_tensor(name)
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

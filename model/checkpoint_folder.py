@@ -221,13 +221,15 @@ def verify_folder(folder: Path, hashes: bool = True) -> None:
             raise InputError(f"{path}: not the file that was saved (size or sha256 differs); use another checkpoint.")
 
 
-def weights_digest(folder: Path) -> str:
+def weights_digest(folder: Path, model_only: bool = False) -> str:
     """Return a SHA-256 that identifies a model, over the hashes of its weights in the manifest.
 
-    Scores and history, which are added later, do not change it.
+    Scores and history, which are added later, do not change it. model_only: leave out the state of training.
     """
     files = _listed(read_json(folder / MANIFEST), folder / MANIFEST)
     weights = sorted((name, digest) for name, (_, digest) in files.items() if name.endswith(".safetensors"))
+    if model_only:
+        weights = [entry for entry in weights if entry[0] != "state.safetensors"]
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 

@@ -6,19 +6,22 @@ print(load("runs/demo/final").answer("What is in the picture?", ["photo.jpg"]))
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from config import Config, InputError, load_config
+from config import Config
 from dataset.conversation import question_parts
 from model.answer import Answerer, Request
 from model.build import PRECISIONS, Built, hub_access, resolve_precision
 from model.checkpoint_folder import verify_folder
-from model.export.opened import is_export, is_llava, open_llava
+from model.export.opened import is_export, open_llava, refuse_gguf
+from model.start import is_llava_export
+from training.provenance import find_released, saved_config
 from training.run import open_answerer, open_model, open_processors
 
 
@@ -35,15 +38,24 @@ class LoadedModel:
         return self.answerer.answer([Request(turns, [Path(image) for image in images])])[0]
 
 
-def load(folder: str | Path, device: str | None = None, allow_download: bool = False) -> LoadedModel:
+def load(
+    folder: str | Path,
+    device: str | None = None,
+    allow_download: bool = False,
+    *,
+    vision_tower: str | Path | None = None,
+    language_model: str | Path | None = None,
+) -> LoadedModel:
     """Load a checkpoint or an exported folder, in eval mode. No code in the folder is run and nothing is unpickled.
 
     device: a torch device; None for a GPU if there is one. allow_download: let a checkpoint whose base models are hub names
-    download them. Raises InputError.
+    download them. vision_tower, language_model: folders of the base models, if they are not where the checkpoint's config
+    says. Raises InputError.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = Path(folder).resolve()
-    config = open_config(path)
+    named = {"vision_tower": vision_tower, "language_model": language_model}
+    config = open_config(path, [f"model.{key}={json.dumps(str(place))}" for key, place in named.items() if place])
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and where.type == "cpu" else word, where)
     with hub_access(config.model, set(), allow_download):
@@ -53,22 +65,17 @@ def load(folder: str | Path, device: str | None = None, allow_download: bool = F
 
 
 def open_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a verified folder. Raises InputError if a folder of released weights that it names does not
-    exist."""
+    """Return the config of a verified folder, with the places of its released models on this machine. Raises InputError if
+    one of them is not found."""
+    refuse_gguf(folder)
     verify_folder(folder, hashes=not is_export(folder))  # an export holds gigabytes of released weights
-    config = load_config(folder / "config.yaml", overrides)
-    for key in ("vision_tower", "language_model"):
-        path = getattr(config.model, key)
-        if path is not None and os.path.isabs(path) and not os.path.isdir(path):
-            raise InputError(
-                f"{path}: the checkpoint was trained on top of this folder, which does not exist; say where it is now: "
-                f"model.{key}=FOLDER."
-            )
-    return config
+    config = saved_config(folder, overrides)
+    given = {override.partition("=")[0].strip() for override in overrides}
+    return dataclasses.replace(config, model=find_released(config, folder, given))
 
 
 def open_built(config: Config, folder: Path, precision: str) -> Built:
     """Build the model of a folder whose config `open_config` returned."""
-    if is_llava(folder):
+    if is_llava_export(folder):
         return open_llava(folder, PRECISIONS[precision])
     return open_model(config, precision, open_processors(config, folder), checkpoint=folder)

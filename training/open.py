@@ -5,23 +5,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list
+from transformers import PreTrainedConfig
 
-from config import STAGES_FOLDER, Config, InputError, to_yaml
+import qwen
+from config import STAGES_FOLDER, Config, InputError, choose, nearest_path, printable, to_yaml
 from dataprocess.train_tokenizer import learn_if_missing
 from dataset.checks.findings import Findings
 from dataset.open import sample_order
 from dataset.order import split_step
 from model.build import PRECISIONS, Built, autocast, resolve_precision
 from model.model import VisionLanguageModel
+from model.projector import PROJECTORS
 from model.trainable import param_groups, trainable_table
 from training.calibrate import start_projector
 from training.log import RunLog
@@ -38,7 +43,7 @@ from training.resume import (
     record_start,
 )
 from training.run import Run, open_answerer, open_model, open_processors, open_qa_file
-from training.run_folder import RunLock, check_owner, go_back, move_aside
+from training.run_folder import RunLock, check_owner, check_writable, go_back, move_aside
 from training.sharding import shard
 from training.speed import apply_speed_choices, attention, attention_name, choices_table
 from training.state import Position
@@ -60,7 +65,7 @@ def open_run(config: Config, arguments: argparse.Namespace) -> Iterator[Run | No
         if arguments.resume != "none" and is_finished(run, resume_from):
             yield None
         else:
-            _start_training(run, resume_from, named=arguments.resume not in ("auto", "none"))
+            _start_training(run, resume_from, arguments)
             _start_trackers(run)
             yield run
             for tracker in accelerator.trackers:
@@ -79,12 +84,62 @@ def check_run(config: Config, arguments: argparse.Namespace) -> None:
     accelerator.free_memory()
 
 
+def check_settings(config: Config) -> None:
+    """Find the mistakes in a config that need no data and no weights to be seen. Takes milliseconds.
+
+    These are models that do not exist, an unknown projector, LoRA for layers that the language model lacks, and a folder for
+    results that cannot be written. Raises InputError with all of them.
+    """
+
+    def look() -> None:
+        model, faults = config.model, Findings(config.output_dir / "findings.jsonl")
+        faults.faults = _missing({"vision_tower": model.vision_tower, "language_model": model.language_model})
+        lora: Any = PreTrainedConfig()
+        with faults.collect():
+            choose(PROJECTORS, model.projector, "model.projector")
+        if config.train.trainable.language_model.kind == "lora":
+            lora.model_type = "" if model.from_scratch is None else model.from_scratch.architecture
+            if model.language_model is not None and os.path.isdir(model.language_model):
+                with contextlib.suppress(OSError, ValueError):  # a config that cannot be read is reported when it is loaded
+                    values, _ = PreTrainedConfig.get_config_dict(model.language_model)
+                    lora.model_type = str(values.get("model_type"))
+            with faults.collect():
+                if lora.model_type:
+                    qwen.lora_target_modules(lora, config.lora.target_modules)
+        with faults.collect():
+            check_writable(config.output_dir)
+        if faults.faults:
+            raise InputError("\n".join(faults.faults))
+
+    on_main(look)
+
+
+def _check_start(config: Config) -> None:
+    """Raise InputError if what a new run starts from does not exist. A run that resumes no longer needs it."""
+    model = config.model
+    missing = _missing({"start_from": model.start_from})
+    if model.from_scratch is not None and model.from_scratch.vocab_size is None and model.start_from is None:
+        missing += _missing({"from_scratch.tokenizer": model.from_scratch.tokenizer})
+    if missing:
+        raise InputError("\n".join(missing))
+
+
+def _missing(named: Mapping[str, str | Path | None]) -> list[str]:
+    """Return a fault for each folder that does not exist. named: key of the section `model` -> folder or hub name."""
+    return [
+        f'"model.{key}": {path} does not exist{nearest_path(Path(path))}'
+        for key, path in named.items()
+        if path is not None and os.path.isabs(path) and not os.path.exists(path)
+    ]
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raise InputError for a tracker of train.report_to that is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(
-                f'"train.report_to" names {name}, which is not installed: pip install {name}, or leave it out.'
+                f'"train.report_to" names {name}, which is not installed: {sys.executable} -m pip install {name}, or leave '
+                "it out."
             )
 
 
@@ -118,9 +173,13 @@ def _assemble(
     """Prepare and check the data, build the model. Returns (the checkpoint to resume from, the run)."""
     findings = Findings(config.output_dir / "findings.jsonl")
     resume_from = processors = built = left_out = None
+    check_settings(config)
     on_main(lambda: check_owner(config.output_dir))
     # before data are prepared: a checkpoint of another config must not lose its QA file
-    resume_from = find_checkpoint(config, arguments.resume)
+    resume_from = find_checkpoint(config, arguments.resume, arguments.extend)
+    keeps_data = resume_from is not None and not arguments.extend
+    if resume_from is None:
+        on_main(lambda: _check_start(config))
     if resume_from is None and config.model.start_from is not None:
         check_shared(config.model.start_from)
         with findings.collect():
@@ -128,7 +187,7 @@ def _assemble(
     if arguments.check:
         check_checkpoints(config.output_dir, findings)
     # a resumed run keeps the records that it began with, even if image files have changed
-    prepare_data(config, resumes=resume_from is not None, check=arguments.check)
+    prepare_data(config, resumes=keeps_data, check=arguments.check)
     if size := on_main(lambda: learn_if_missing([config])):
         assert config.model.from_scratch is not None
         print_main(f"learned a tokenizer of {size:,} tokens: {config.model.from_scratch.tokenizer}")
@@ -136,7 +195,7 @@ def _assemble(
         processors = open_processors(config, resume_from)
     findings.faults = faults_of_all(findings.faults)
     if accelerator.is_main_process:
-        left_out = check_data(config, processors, findings, thorough=arguments.check)
+        left_out = check_data(config, processors, findings, thorough=arguments.check, resumes=keeps_data)
         findings.save()
     left_out, findings = broadcast_object_list([left_out, findings])
     if not arguments.check:
@@ -155,6 +214,7 @@ def _assemble(
     digests = released_digests(config.model)
     if resume_from is None and config.model.start_from is not None:
         on_main(lambda: compare_start_weights(config, digests))
+        print_main("\n".join(map(printable, built.start_report)))
     run = _run(config, accelerator, precision, built=built, left_out=left_out, digests=digests)
     print_main(trainable_table(run.model, config.train))
     print_main(choices_table(apply_speed_choices(run, flash)))
@@ -177,7 +237,8 @@ def _run(
     """Open the data and put the run together. left_out: file -> its records that cannot be used. digests: of the released
     weights. Raises InputError if processes have different data."""
     train, data = config.train, config.data
-    qa_sha256, *_ = [equal_sha256(path) for path in (data.qa_file, data.validation_file) if path is not None]
+    qa_sha256 = equal_sha256(data.qa_file)
+    validation_sha256 = None if data.validation_file is None else equal_sha256(data.validation_file)
     train_set = open_qa_file(config, built, data.qa_file, left_out=left_out[data.qa_file], is_training=True)
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     epoch_limit = None if train.steps_per_epoch is None else train.steps_per_epoch * samples_per_step
@@ -201,13 +262,14 @@ def _run(
             "precision": precision,
             **digests,
         },
+        validation_sha256=validation_sha256,
     )
 
 
-def _start_training(run: Run, resume_from: Path | None, named: bool) -> None:
+def _start_training(run: Run, resume_from: Path | None, arguments: argparse.Namespace) -> None:
     """Move the model to its device, make the optimizer, load the position, open the log.
 
-    named: `resume_from` is the user's choice; later results in the run's folder then move aside.
+    If the user chose `resume_from`, later results in the run's folder move aside.
     """
     config, accelerator, model = run.config, run.accelerator, run.model
     if resume_from is None:
@@ -218,8 +280,8 @@ def _start_training(run: Run, resume_from: Path | None, named: bool) -> None:
     model.to(accelerator.device)
     groups = [group | {"base_lr": group["lr"]} for group in param_groups(model, config.train)]
     run.optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=0.0))
-    run.position = load_position(run, resume_from) if resume_from else Position()
-    if resume_from is not None and named:
+    run.position = load_position(run, resume_from, arguments.extend) if resume_from else Position()
+    if resume_from is not None and arguments.resume != "auto":
         go_back(config.output_dir, resume_from, run.position.step)
     record_start(run, resume_from, sys.argv)
     run.log = RunLog(
@@ -230,7 +292,7 @@ def _start_training(run: Run, resume_from: Path | None, named: bool) -> None:
         processes=accelerator.num_processes,
         track=accelerator.log,
     )
-    run.position.lowest_val_loss = lowest_val_loss(config.output_dir)
+    run.position.lowest_val_loss = lowest_val_loss(config.output_dir, run.validation_sha256)
     run.stepper = Stepper(
         model=model,
         optimizer=run.optimizer,
@@ -272,7 +334,7 @@ def _start_trackers(run: Run) -> None:
         group = folder.parent.parent.name
         name = f"{group}-{folder.name}"
     wandb = {"dir": str(folder), "name": name, "group": group}
-    values = _flatten(yaml.safe_load(to_yaml(run.config)))
+    values = _flatten(yaml.safe_load(to_yaml(run.config, relative_to=folder)))
     tensorboard = {"purge_step": run.position.step + 1} if run.position.step else {}
     run.accelerator.init_trackers("vision-language-model", values, {"wandb": wandb, "tensorboard": tensorboard})
 

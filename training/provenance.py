@@ -1,29 +1,35 @@
-"""A run's provenance: what run.json records of each start, and the comparison with the checkpoint that a run starts from. No
-environment variable is read, so no secret can get into it."""
+"""A run's provenance: what run.json records of each start, the config and the released models that a checkpoint was made
+with, and the comparison with the checkpoint that a run starts from. No environment variable is read, so no secret can get
+into it."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from config import Config, InputError, ModelConfig, load_config, start_differences
+from config import Config, InputError, ModelConfig, is_moved, load_config, moved_parts, printable, start_differences
+from config.typed_yaml import FolderOrHub
 from dataset.open import file_sha256
 from model.build import weight_files
 from model.checkpoint import has_adapter
 from model.checkpoint_folder import read_json, verify_folder
+from model.start import holds_part
 from training.processes import on_main, print_main
 
 # keys of a released config.json that do not change what the model computes. Not pad_token_id: its embedding is not trained.
@@ -35,6 +41,7 @@ _FORMER: dict[str, str] = {}  # digest -> the one that earlier versions computed
 _HASHES: dict[tuple[str, int, int, int], str] = {}  # (path, size, time of change, inode) -> SHA-256 of a file
 SAID_BYTES = 5 * 10**9  # reading more than this is announced
 
+PARTS = "vision_tower", "language_model"  # the released models below a run
 PACKAGES = "torch transformers peft accelerate safetensors tokenizers numpy pillow".split()
 ROOT = Path(__file__).parent.parent
 
@@ -43,24 +50,32 @@ def start_entry(
     *,
     command: Sequence[str],
     step: int,
-    resumed_from: Path | None,
+    resumed_from: str | None,
     processes: int,
     config_text: str,
     digests: Mapping[str, str],
 ) -> dict:
     """Return one start of a run as plain JSON values: time, command, step, versions, machine, digests of config, data and
-    released weights. digests: SHA-256 by name."""
+    released weights. resumed_from: relative to the run. digests: SHA-256 by name, and the names of the released models."""
     return {
         "started": utc_now(),
         "command": list(command),
         "step": step,
-        "resumed_from": None if resumed_from is None else str(resumed_from),
+        "resumed_from": resumed_from,
         "versions": versions(),
         "git_commit": git_commit(ROOT),
         "machine": {**machine(), "processes": processes},
         "config_sha256": hashlib.sha256(config_text.encode()).hexdigest(),
         **digests,
     }
+
+
+def without_absolute_paths(command: Sequence[str], folder: Path) -> list[str]:
+    """Return the words of a command with their absolute paths relative to `folder`."""
+    return [
+        re.sub(r"(?<![^=\[,:\s\"'])/(?!/)[^,\]}\"']*", lambda match: os.path.relpath(match[0], folder), word)
+        for word in command
+    ]
 
 
 def utc_now() -> str:
@@ -135,8 +150,8 @@ def released_digests(model: ModelConfig) -> dict[str, str]:
     again. A new language model has no digest, nor has a hub model without safetensors of its own. Raises InputError if a
     file cannot be read.
     """
-    paths = {"vision_tower": model.vision_tower, "language_model": model.language_model}
-    found = on_main(lambda: _released_sha256({part: path for part, path in paths.items() if path}))
+    paths = {part: path for part in PARTS if (path := getattr(model, part))}
+    found = on_main(lambda: _released_sha256(paths))
     _FORMER.update(found.values())
     return {f"{part}_sha256": digest for part, (digest, _) in found.items()}
 
@@ -185,6 +200,98 @@ def _file_state(file: Path) -> tuple[str, int, int, int]:
     return os.path.realpath(file), status.st_size, status.st_mtime_ns, status.st_ino
 
 
+def model_names(model: ModelConfig) -> dict[str, str]:
+    """Return part -> the name of the released model below it: a hub name, or the name of its folder."""
+    paths = {part: path for part in PARTS if (path := getattr(model, part))}
+    return {part: Path(path).name if os.path.isabs(path) else str(path) for part, path in paths.items()}
+
+
+def _has_digest(path: str, recorded: object) -> bool:
+    """Return whether the released model at `path` has a recorded digest, also if an earlier version recorded it."""
+    return recorded in _released_sha256({"": path}).get("", ())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a checkpoint records
+
+
+def saved_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the config of a checkpoint's folder, whose paths are relative to it (absolute in earlier versions).
+
+    A run moves folders into `previous-<n>` without changing them; their paths are relative to the place that they had.
+    """
+    place = folder.resolve()
+    run = place.parent.parent
+    if re.fullmatch(r"previous-[0-9]+", place.parent.name) and (run / ".lock").exists():
+        place = run / place.name
+    return load_config(folder / "config.yaml", overrides, place)
+
+
+def equal_contents(folder: Path, saved: Config, config: Config) -> set[str]:
+    """Return the keys of paths that differ between the config of a checkpoint's `folder`, `saved`, and `config`, while what
+    is there now has the SHA-256 that the checkpoint records."""
+    path = folder / "state.json"
+    recorded = read_json(path) if path.exists() else _last_start(folder)
+    recorded, equal = recorded if isinstance(recorded, dict) else {}, set()
+    for part in PARTS:
+        was, now = getattr(saved.model, part), getattr(config.model, part)
+        if now not in (was, None) and _has_digest(now, recorded.get(f"{part}_sha256")):
+            equal.add(f"model.{part}")
+    old, new = saved.data, config.data
+    same = (old.qa_file, old.validation_file, old.sources) == (new.qa_file, new.validation_file, new.sources)
+    if not same and new.qa_file.is_file() and file_sha256(new.qa_file) == recorded.get("qa_sha256"):
+        equal.add("data.qa_file")
+        if old.validation_file is not None and not old.validation_file.exists():
+            equal.add("data.validation_file")
+        for source in old.sources:  # the records that were made of them are equal
+            for key in ("annotations", "images"):
+                place = getattr(source, key)
+                if place is not None and not place.exists():
+                    equal.add(f"data.sources.{source.name}.{key}")
+    return equal
+
+
+def find_released(config: Config, folder: Path, given: Collection[str] = ()) -> ModelConfig:
+    """Return the model section of a checkpoint's config with the places of its released models on this machine.
+
+    A folder that is not where the config says, or holds other weights than the checkpoint records, is looked for near the
+    checkpoint, the program and the current folder; only one with the recorded SHA-256 is taken. given: the keys that the
+    user set; such a folder may hold other weights, and one line says so. Raises InputError if a folder is not found.
+    """
+    entry = _last_start(folder)
+    places: dict[str, Any] = {}
+    for part in PARTS:
+        path, recorded = getattr(config.model, part), entry.get(f"{part}_sha256")
+        if path is None or not os.path.isabs(path):
+            continue
+        is_there = os.path.isdir(path)
+        if is_there and (recorded is None or _has_digest(path, recorded)):
+            continue
+        if f"model.{part}" in given and is_there:
+            print(printable(f"note: {path}: has other weights or another config.json than {folder} was trained with"))
+            continue
+        found = None if recorded is None else _find_folder(path, config.output_dir, folder, recorded=recorded)
+        if found is None:
+            name = entry.get(part, Path(path).name)
+            raise InputError(
+                f"{path}: {'has other weights or another config.json' if is_there else 'does not exist'}, and {folder} was "
+                f'trained on top of the model "{name}"{f" (SHA-256 {recorded})" if recorded else ""}. Say where it is now: '
+                f"model.{part}=FOLDER."
+            )
+        places[part] = FolderOrHub(found)
+    return dataclasses.replace(config.model, **places)
+
+
+def _find_folder(path: str, output_dir: Path, folder: Path, recorded: str) -> str | None:
+    """Return a folder of the name of `path`, seen from a run in `output_dir`, that has the recorded digest."""
+    near = [*folder.resolve().parents, ROOT, *ROOT.parents, Path.cwd()]
+    names = [name for name in (moved_parts(path, output_dir), Path(path).name) if name]
+    for place in dict.fromkeys(str(base / name) for name in names for base in near):
+        if os.path.isdir(place) and _has_digest(place, recorded):
+            return place
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The checkpoint that a run starts from
 
@@ -201,7 +308,7 @@ def compare_start(config: Config) -> None:
         verify_folder(start, hashes=False)
     except InputError:
         return
-    trained = load_config(start / "config.yaml")
+    trained = saved_config(start)
     if different := start_differences(trained, config, "refused"):
         raise InputError(
             f"{start}: its weights were trained with other settings ({'; '.join(different[:4])}), so they would compute "
@@ -219,24 +326,25 @@ def compare_start_weights(config: Config, digests: Mapping[str, str]) -> None:
     """
     start = config.model.start_from
     assert start is not None
-    trained, entry = load_config(start / "config.yaml").model, _last_start(start)
-    for part in ("vision_tower", "language_model"):
+    trained_config, entry = saved_config(start), _last_start(start)
+    trained = trained_config.model
+    for part in PARTS:
         was, now, key = getattr(trained, part), getattr(config.model, part), f"{part}_sha256"
-        if None in (was, now):
-            continue  # a new language model's weights are all in the checkpoint
-        recorded = entry.get(key)
+        if None in (was, now) or holds_part(start, part):
+            continue  # the folder holds all weights of it: a new language model's, or an export's
+        recorded, shown = entry.get(key), was if os.path.exists(was) else model_names(trained)[part]
         if recorded is None or key not in digests:
-            if was != now:
-                print_main(f"{start}: trained on top of {was}, and nothing records whether {now} has equal weights")
+            if was != now and not is_moved(was, now, trained_config.output_dir):
+                print_main(f"{start}: trained on top of {shown}, and nothing records whether {now} has equal weights")
         elif not is_same_digest(recorded, digests[key]):
             holds = has_adapter(start) or (start / "language_model.safetensors").exists()
             if part == "vision_tower" or holds:
                 raise InputError(
-                    f"{start}: trained on top of {was}, whose weights or config.json were not those of {now} "
+                    f"{start}: trained on top of {shown}, whose weights or config.json were not those of {now} "
                     f"(model.{part}). Its weights would compute something else: give the folder that it was trained with, "
                     "or undo the edit of its config.json."
                 )
-            print_main(f"{start}: its projector was trained for another language model (model.{part}: {was} -> {now})")
+            print_main(f"{start}: its projector was trained for another language model (model.{part}: {shown} -> {now})")
 
 
 def _last_start(checkpoint: Path) -> dict:

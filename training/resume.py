@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -11,13 +12,14 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from config import Config, InputError, changed_keys, load_config, to_yaml
+from config import Config, InputError, changed_keys, is_extendable, nearest_path, to_yaml
 from config.files import open_regular
 from evaluation.score import score_table
 from model.build import save_processors
 from model.checkpoint import save_trained, trained_bytes
 from model.checkpoint_folder import (
     MANIFEST,
+    checkpoints,
     latest_checkpoint,
     prune_checkpoints,
     read_json,
@@ -27,13 +29,22 @@ from model.checkpoint_folder import (
     write_folder,
 )
 from training.processes import on_main, print_main
-from training.provenance import is_same_digest, start_entry
+from training.provenance import (
+    equal_contents,
+    is_same_digest,
+    model_names,
+    saved_config,
+    start_entry,
+    without_absolute_paths,
+)
 from training.run import Run
 from training.run_folder import NO_HISTORY
 from training.sharding import gathered_for_saving
 from training.state import Position, load_state, save_state, state_bytes
 
 # keys of the fingerprint that checkpoints of earlier versions lack -> what they are digests of
+_MEANS_AUTO = ("latest", "last", "newest", "true", "yes", "on", "checkpoint", "resume")
+LISTED = 20  # keys that a message names at most
 WEIGHT_DIGESTS = {
     "vision_tower_sha256": " (the safetensors files and config.json of model.vision_tower)",
     "language_model_sha256": " (the safetensors files and config.json of model.language_model)",
@@ -51,12 +62,13 @@ def record_start(run: Run, resume_from: Path | None, command: Sequence[str]) -> 
         if not isinstance(starts, list):
             raise InputError(f"{earlier}: not a list of starts; {NO_HISTORY}.")
         entry = start_entry(
-            command=command,
+            command=without_absolute_paths(command, path.parent),
             step=run.position.step,
-            resumed_from=resume_from,
+            resumed_from=None if resume_from is None else os.path.relpath(resume_from, path.parent),
             processes=run.accelerator.num_processes,
-            config_text=to_yaml(run.config),
-            digests={key: value for key, value in run.fingerprint.items() if key.endswith("_sha256")},
+            config_text=to_yaml(run.config, relative_to=path.parent),
+            digests=model_names(run.config.model)
+            | {key: value for key, value in run.fingerprint.items() if key.endswith("_sha256")},
         )
         start_from = run.config.model.start_from
         # absent when a resumed run no longer needs it
@@ -71,14 +83,15 @@ def record_start(run: Run, resume_from: Path | None, command: Sequence[str]) -> 
 # Resuming
 
 
-def find_checkpoint(config: Config, resume: str) -> Path | None:
+def find_checkpoint(config: Config, resume: str, extends: bool = False) -> Path | None:
     """Find the checkpoint to resume from: the newest intact one (`auto`), the one named, or None to start (`none`).
 
-    Raises InputError for a checkpoint of another config, for a finished run whose checkpoints are gone, which would be
-    trained again over itself, and for a checkpoint that another machine of the run does not find. Only the main process
-    looks, and it reads each file once.
+    extends: the config may have another length and other data than the checkpoint's (`is_extendable`). Raises InputError for
+    a checkpoint of another config, for a finished run whose checkpoints are gone, which would be trained again over itself,
+    and for a checkpoint that another machine of the run does not find. Only the main process looks, and it reads each file
+    once.
     """
-    found = on_main(lambda: _find_checkpoint(config, resume))
+    found = on_main(lambda: _find_checkpoint(config, resume, extends=extends))
     if found is not None:
         check_shared(found)
     return found
@@ -99,7 +112,7 @@ def check_shared(folder: Path) -> None:
         )
 
 
-def _find_checkpoint(config: Config, resume: str) -> Path | None:
+def _find_checkpoint(config: Config, resume: str, extends: bool) -> Path | None:
     folder = config.output_dir
     if resume == "none":
         return None
@@ -107,44 +120,67 @@ def _find_checkpoint(config: Config, resume: str) -> Path | None:
         found = latest_checkpoint(folder, print_main)
         if found is None and (folder / "final").exists():
             raise InputError(
-                f"{folder / 'final'}: a finished run whose checkpoints are gone. Give another output_dir, or start over "
-                "with --resume none (the old run is moved aside, not deleted)."
+                f"{folder / 'final'}: a finished run whose checkpoints are gone. Give another output_dir, with this folder "
+                "as model.start_from to train its weights further, or start over with --resume none (the old run is moved "
+                "aside, not deleted)."
             )
     else:
         found = Path(resume).resolve()
+        if not found.exists():
+            meant = "auto" if resume.lower() in _MEANS_AUTO else None
+            hint = f'; did you mean "{meant}"?' if meant else nearest_path(found, checkpoints(folder))
+            raise InputError(f"--resume {resume}: {found} does not exist{hint} Give auto, none or a checkpoint's folder.")
         verify_folder(found)
     if found is None:
+        if extends:
+            raise InputError(f"--extend: {folder} holds no checkpoint to resume from; to start the run, leave it out.")
         return None
     if not (found / "state.safetensors").exists():
         raise InputError(
             f"{found}: holds a model but no training state, so no run can resume from it; name a checkpoint-<step>, or "
             'start a new run from it with "model.start_from".'
         )
-    changed = changed_keys(load_config(found / "config.yaml"), config)
-    if changed:
+    saved = saved_config(found)
+    changed = changed_keys(saved, config, equal_contents(found, saved, config))
+    refused = {key: text for key, text in changed.items() if not (extends and is_extendable(key))}
+    if refused:
+        lines = list(refused.values())
+        more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+        advice = "To train the same run longer or on more data, add --extend. " if all(map(is_extendable, refused)) else ""
         raise InputError(
-            f"{found}: belongs to a run of another config ({'; '.join(changed[:4])}). Resume with that config, or give "
-            "another output_dir, or start over with --resume none (the old run is moved aside, not deleted)."
+            "\n  ".join([f"{found}: belongs to a run of another config:", *lines[:LISTED], *more])
+            + f"\n{advice}Resume with that config, or give another output_dir, or start over with --resume none (the old "
+            "run is moved aside, not deleted)."
         )
     return found
 
 
-def load_position(run: Run, checkpoint: Path) -> Position:
+def load_position(run: Run, checkpoint: Path, extends: bool = False) -> Position:
     """Load the optimizer and the loss scaler from a checkpoint, and return the position.
 
-    Raises InputError if data, precision or released weights are not those that the run began with.
+    extends: the data may have changed, to as many records or more. Raises InputError if data, precision or released weights
+    are not those that the run began with.
     """
     state = load_state(checkpoint, run.model, run.optimizer.optimizer)
     unrecorded = [key for key in WEIGHT_DIGESTS if key in run.fingerprint and key not in state]
     if unrecorded:
         print_main(f"{checkpoint}: records no digest of the released weights, so changes of these are not noticed")
+    if extends:
+        _extend_data(run, checkpoint, state)
+        unrecorded += ["qa_sha256", "records"]  # they may change
     for key, now in run.fingerprint.items():
         if key not in unrecorded and not is_same_digest(state.get(key), now):
+            more = ", go on with the new data (--extend)" if key in ("qa_sha256", "records") else ""
             raise InputError(
                 f"{checkpoint}: the run began with {key} {state.get(key)!r:.80}, now it is {now}"
                 f"{WEIGHT_DIGESTS.get(key, '')}: resuming would not continue the same run. Restore what it began with "
-                "(undo the edit, or put the old files back), or start over with --resume none."
+                f"(undo the edit, or put the old files back){more}, or start over with --resume none."
             )
+    if extends and state["step"] > run.total_steps:
+        raise InputError(
+            f"--extend: the run has trained {state['step']} steps already, and this config ends at step "
+            f"{run.total_steps}; raise train.num_train_epochs or train.max_steps."
+        )
     if state["step"] > run.total_steps:
         raise InputError(
             f'{checkpoint / "state.json"}: "step" is {state["step"]!r:.20}, but the run has {run.total_steps} steps; use '
@@ -159,7 +195,30 @@ def load_position(run: Run, checkpoint: Path) -> Position:
     bad_steps = state.get("bad_steps")
     if type(bad_steps) is not int or bad_steps < 0:
         raise InputError(f'{checkpoint / "state.json"}: "bad_steps" is not a count; use another checkpoint.')
-    return Position(state["step"], bad_steps)
+    planned = state.get("total_steps")
+    return Position(state["step"], bad_steps, planned_steps=planned if type(planned) is int else None)
+
+
+def _extend_data(run: Run, checkpoint: Path, state: dict) -> None:
+    """Print what an extended run reads from now on, if its data has changed. Raises InputError if there are fewer records.
+
+    The samples of every further step are those that a run on the new data reads at this step (`SampleOrder`), so that the
+    position in the data needs no history: a run that is extended, killed and resumed reads the same samples.
+    """
+    before, now = state.get("records"), run.fingerprint["records"]
+    if state.get("qa_sha256") == run.fingerprint["qa_sha256"] and before == now:
+        return
+    if type(before) is not int or now < before:
+        raise InputError(
+            f"{checkpoint}: --extend: the run began with {before} records and now has {now}; it may only get more. To "
+            "train its weights on other data, start another run with model.start_from."
+        )
+    step = state["step"]
+    print_main(
+        f"extended data: {before:,} records before, {now:,} now. Every further step reads what a run on the new data reads "
+        f"at that step: step {step} is {run.epoch(step):.2f} epochs into it, and every pass over the data that begins from "
+        "now on includes the new records."
+    )
 
 
 def _keys(values: object) -> set[str] | None:
@@ -174,13 +233,18 @@ def is_finished(run: Run, resume_from: Path | None) -> bool:
     if run.validation_set is not None and not (final / "scores.json").exists():
         return False  # it was interrupted while it was scored
     on_main(lambda: verify_folder(final))
+    if on_main(lambda: weights_digest(final, model_only=True) != weights_digest(last, model_only=True)):
+        return False  # final/ is from before the run was extended
     print_finished(final)
     return True
 
 
 def print_finished(final: Path) -> None:
     """Print that the run which ended with `final` needs nothing more, and its scores."""
-    print_main(f"This run is finished: {final}. For a new one give another output_dir, or --resume none.")
+    print_main(
+        f"This run is finished: {final}. To train it longer, raise train.num_train_epochs or train.max_steps and add "
+        "--extend. For a new one give another output_dir, or --resume none."
+    )
     scores = final / "scores.json"
     if scores.exists():
         print_main(score_table(read_json(scores)))
@@ -198,6 +262,7 @@ def save_checkpoint(run: Run) -> None:
         "step": position.step,
         "bad_steps": position.bad_steps,
         "scaler": scaler and scaler.state_dict(),
+        "total_steps": run.total_steps,
         **run.fingerprint,
     }
 
@@ -220,11 +285,20 @@ def write_model(run: Run, folder: Path) -> None:
 
     Weights come last: if the disk has no room for them, the other files have shown how much is needed.
     """
-    (folder / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+    (folder / "config.yaml").write_text(config_text(run, folder), encoding="utf-8")
     if (run.config.output_dir / "run.json").exists():
         shutil.copyfile(run.config.output_dir / "run.json", folder / "run.json")
     save_processors(run.built, folder)
     save_trained(run.model, run.built.origins, folder)
+
+
+def config_text(run: Run, folder: Path) -> str:
+    """Return the run's config.yaml in `folder`, with a heading that names the released models and their SHA-256."""
+    lines = ["# Paths are relative to this folder. If a model is not there, it is looked for by its name and SHA-256."]
+    for part, name in model_names(run.config.model).items():
+        digest = run.fingerprint.get(f"{part}_sha256", "not recorded")
+        lines.append(f"# model.{part}: {json.dumps(name, ensure_ascii=False)}, SHA-256 {digest}")
+    return "\n".join([*lines, to_yaml(run.config, relative_to=folder)])
 
 
 def write_final(run: Run, scores: dict | None = None) -> None:
@@ -233,12 +307,16 @@ def write_final(run: Run, scores: dict | None = None) -> None:
 
 
 def write_best(run: Run, val_loss: float) -> None:
-    """Write best/: the model with the lowest held-out loss so far; best.json says at which step."""
-    _write_with(run, "best", "best.json", values={"step": run.position.step, "val_loss": val_loss})
+    """Write best/: the model with the lowest held-out loss so far; best.json says at which step, and on which file."""
+    values: dict[str, int | float | str] = {"step": run.position.step, "val_loss": val_loss}
+    if run.validation_sha256 is not None:
+        values["validation_sha256"] = run.validation_sha256
+    _write_with(run, "best", "best.json", values=values)
 
 
-def lowest_val_loss(output_dir: Path) -> float:
-    """Return the held-out loss of best/; infinity if best/ does not exist or is damaged, which is reported."""
+def lowest_val_loss(output_dir: Path, validation_sha256: str | None = None) -> float:
+    """Return the held-out loss of best/; infinity if best/ does not exist, or if it is damaged or was measured on another
+    validation file, which is reported. validation_sha256: of the file of now."""
 
     def read() -> float:
         folder = output_dir / "best"
@@ -250,6 +328,9 @@ def lowest_val_loss(output_dir: Path) -> float:
             loss = value.get("val_loss") if isinstance(value, dict) else None
             if not isinstance(loss, float) or not math.isfinite(loss):
                 raise InputError(f'{folder / "best.json"}: "val_loss" is not a finite number.')
+            if value.get("validation_sha256", validation_sha256) != validation_sha256:
+                print_main(f"{folder}: its loss is of another validation file; the next evaluation replaces it")
+                return math.inf
             return loss
         except InputError as error:
             print_main(f"the next evaluation replaces a damaged folder: {error}")

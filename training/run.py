@@ -48,6 +48,7 @@ class Run:
     validation_records: np.ndarray  # the usable records of the validation set, in a seeded order
     answerer: Answerer
     fingerprint: dict  # what a resumed run must share and the config does not say: data, precision, released weights
+    validation_sha256: str | None  # of the validation file
     is_packed: bool = False
     encoder: CachedEncoder | None = None  # None: features are not cached
 

@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 
 from config import STAGES_FOLDER, InputError
-from config.files import open_regular, refuse_link
+from config.files import naming, open_regular, refuse_link
 from model.checkpoint_folder import (
     FOLDER_NAME,
     LEFTOVER,
@@ -93,7 +93,9 @@ class RunLock:
         if not _is_lock(handle):
             raise InputError(f"{self.path}: not written by a run of this program; give another output_dir, or move it.")
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": platform.node(), "started": utc_now()}).encode(), 0)
+        holder = json.dumps({"pid": os.getpid(), "host": platform.node(), "started": utc_now()})
+        with naming(self.path):
+            os.pwrite(handle, holder.encode(), 0)
         recover(self.output_dir)
 
 
@@ -149,6 +151,15 @@ def check_owner(folder: Path) -> None:
             f"{folder}: holds {', '.join(foreign[:4])}{more}, not written by a run of this program; a run there would "
             "replace or delete it. Give another output_dir, or move it elsewhere."
         )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError if a run could not write into `folder`, which may not exist yet. Writes nothing."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InputError(f"{folder}: {there} is not a folder; give another output_dir.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: this user may not write into {there}; give another output_dir.")
 
 
 def _is_marked(folder: Path) -> bool:

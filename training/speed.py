@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,10 @@ def liger_kernels(config: Config, built: Built, device: torch.device) -> Choice:
         return Choice(name, "off", "a mixture of experts keeps transformers' own")
     is_usable = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     if word == "on" and not is_usable:
-        raise InputError('"train.liger_kernels" is on, which needs a GPU and pip install liger-kernel; set it to auto.')
+        raise InputError(
+            '"train.liger_kernels" is on, which needs a GPU and the package liger-kernel; set it to auto, or run: '
+            f"{sys.executable} -m pip install liger-kernel"
+        )
     return _as_configured(name, word) or Choice(name, *(("on", "installed") if is_usable else ("off", "not installed")))
 
 

@@ -13,14 +13,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import Config, InputError, StageConfig, changed_keys, load_config, nearest
+from config import Config, InputError, StageConfig, changed_keys, nearest, to_yaml
 from dataprocess.train_tokenizer import learn_if_missing
 from model.checkpoint_folder import MANIFEST, read_json, replace_text, verify_folder, weights_digest, write_folder
 from training.curves import draw_curves
 from training.log import not_written, read_rows
-from training.open import check_run
+from training.open import check_run, check_settings
 from training.prepare import look_ahead
 from training.processes import on_main, print_main
+from training.provenance import equal_contents, saved_config
 from training.resume import print_finished
 from training.run_folder import NO_HISTORY, RunLock, check_owner, move_aside
 
@@ -40,6 +41,7 @@ def open_stages(config: Config, arguments: argparse.Namespace) -> Iterator[Itera
         yield iter([config])
         return
     chosen = _chosen(stages, arguments)
+    _check_settings(stages)
     with RunLock(config.output_dir):
         for stage in stages:
             on_main(functools.partial(check_owner, stage.config.output_dir))
@@ -66,6 +68,7 @@ def check_stages(config: Config, arguments: argparse.Namespace) -> None:
         check_run(config, arguments)
         return
     chosen = _chosen(stages, arguments)
+    _check_settings(stages)
     _learn_tokenizer(stages)
     faults = []
     for number in chosen:
@@ -86,7 +89,7 @@ def _unfinished(stages: Stages, chosen: list[int], arguments: argparse.Namespace
     for number in chosen:
         print_main(f"\nstage {number + 1} of {len(stages)}: {stages[number].name}")
         stage = _with_start(stages, number, arguments)
-        if arguments.resume == "auto" and on_main(functools.partial(_is_finished, stage)):
+        if arguments.resume == "auto" and not arguments.extend and on_main(functools.partial(_is_finished, stage)):
             print_finished(stage.output_dir / "final")
         else:
             if is_first:
@@ -96,6 +99,13 @@ def _unfinished(stages: Stages, chosen: list[int], arguments: argparse.Namespace
             is_first = False
             yield stage
         ended.append(number)
+
+
+def _check_settings(stages: Stages) -> None:
+    """Raise InputError for a mistake in a stage that needs no data to be seen, before any stage's data is prepared."""
+    for stage in stages:
+        with _name_stage(stage):
+            check_settings(stage.config)
 
 
 def _learn_tokenizer(stages: Stages) -> None:
@@ -121,7 +131,8 @@ def _is_finished(config: Config) -> bool:
     if not final.exists() or (config.data.validation_file is not None and not (final / "scores.json").exists()):
         return False
     verify_folder(final)
-    return not changed_keys(load_config(final / "config.yaml"), config)
+    saved = saved_config(final)
+    return not changed_keys(saved, config, equal_contents(final, saved, config))
 
 
 def stage_index(stages: Stages, name: str) -> int:
@@ -138,6 +149,8 @@ def _chosen(stages: Stages, arguments: argparse.Namespace) -> list[int]:
     """Return the positions of the stages to run."""
     if arguments.stage is not None:
         return [stage_index(stages, arguments.stage)]
+    if arguments.extend:
+        raise InputError("--extend: say which stage trains further, with --stage NAME; the stages after it train again.")
     if arguments.resume not in ("auto", "none"):
         raise InputError(f"--resume {arguments.resume}: say which stage resumes from it, with --stage NAME.")
     return list(range(len(stages)))
@@ -200,20 +213,29 @@ def _publish(config: Config) -> None:
             raise not_written(image, error) from None
         replace_text(metrics, text)  # last: it marks both as up to date
     last, final = config.train.stages[-1].config.output_dir / "final", config.output_dir / "final"
-    is_there = (final / MANIFEST).exists()
-    if last.exists() and not (is_there and read_json(final / MANIFEST) == read_json(last / MANIFEST)):
+    if last.exists() and not ((final / MANIFEST).exists() and _contents(final) == _contents(last)):
         verify_folder(last)
         write_folder(final, lambda folder: _copy(last, folder))
 
 
+def _contents(folder: Path) -> dict:
+    """Return what a manifest lists, without the config, whose paths depend on the place of the folder."""
+    files = dict(read_json(folder / MANIFEST)["files"])
+    files.pop("config.yaml", None)
+    return files
+
+
 def _copy(source: Path, target: Path) -> None:
-    """Copy a model's folder without its manifest. Files are hard links where the disk has them: nothing writes to them
-    again."""
+    """Copy a model's folder without its manifest, with the paths of its config relative to `target`. Other files are hard
+    links where the disk has them: nothing writes to them again."""
+    heading = [line for line in (source / "config.yaml").read_text("utf-8").splitlines() if line.startswith("#")]
+    text = to_yaml(saved_config(source), relative_to=target)
+    (target / "config.yaml").write_text("\n".join([*heading, text]), encoding="utf-8")
     for path in source.rglob("*"):
         to = target / path.relative_to(source)
         if path.is_dir():
             to.mkdir(parents=True, exist_ok=True)
-        elif path.name != MANIFEST:
+        elif path not in (source / MANIFEST, source / "config.yaml"):
             to.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(path, to)

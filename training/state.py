@@ -23,11 +23,12 @@ ADAMW_STATE = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a paramet
 
 @dataclass
 class Position:
-    """How far a run has come. The checkpoint stores the first two; the last is in best/best.json."""
+    """How far a run has come. The checkpoint stores the first two and the last; the third is in best/best.json."""
 
     step: int = 0  # steps done
     bad_steps: int = 0  # bad steps in a row, up to now
     lowest_val_loss: float = math.inf
+    planned_steps: int | None = None  # of the whole run, when its checkpoint was written
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:

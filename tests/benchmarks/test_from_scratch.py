@@ -42,7 +42,7 @@ def test_finished_runs_are_kept_and_the_table_holds_every_variant(toy, monkeypat
     assert final.stat().st_mtime_ns == before, "a finished run was repeated"
     with pytest.raises(InputError, match="0-0: ended with exit code 2; see log.txt there"):
         from_scratch.main([*words, "--override", "seed=5"])
-    assert "belongs to a run of another config (seed: 0 -> 5)" in (toy / "out" / "0-0" / "log.txt").read_text()
+    assert "belongs to a run of another config:\n  seed: 0 -> 5\n" in (toy / "out" / "0-0" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("name", from_scratch.VARIANTS)

@@ -139,7 +139,8 @@ def test_weights_that_do_not_fit_are_refused(trained, run, name, change, message
 
     folder = _replace(run / "final", name, rewrite)
     with pytest.raises(InputError, match=f"{name}.*{message}"):
-        script.main(["--checkpoint", str(folder), "--no-image"])
+        places = [f"model.vision_tower={trained.parent / 'tower'}", f"model.language_model={trained.parent / 'lm'}"]
+        script.main(["--checkpoint", str(folder), "--no-image", *places])
 
 
 def test_a_new_run_starts_from_the_weights_of_another(trained, tmp_path):

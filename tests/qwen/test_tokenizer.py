@@ -151,6 +151,16 @@ def test_a_byte_level_tokenizer_json_is_used_as_it_is_written(changed, tmp_path)
     )
 
 
+def test_the_rules_of_a_wrong_tokenizer_class_are_not_used(tmp_path):
+    folder = write_qwen2(tmp_path / "toy")
+    plain = Tokenizer.from_str(json.dumps(json.loads((folder / "tokenizer.json").read_text()) | {"added_tokens": []}))
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "BertTokenizer"}))
+    loaded = qwen.load_tokenizer(folder)
+    for text in hard_strings(200):
+        assert qwen.encode_text(loaded, text) == plain.encode(text, add_special_tokens=False).ids, repr(text)
+
+
 def test_every_special_token_has_its_released_id(tokenizer, reference):
     assert (tokenizer.convert_tokens_to_ids("<|endoftext|>"), tokenizer.convert_tokens_to_ids("<|im_end|>")) == (
         151643,

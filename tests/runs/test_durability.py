@@ -450,6 +450,7 @@ class FakeRun(SimpleNamespace):
             model=built.model,
             accelerator=SimpleNamespace(num_processes=1, scaler=None, wait_for_everyone=lambda: None),
             fingerprint={"qa_sha256": "abc"},
+            validation_sha256=None,
             total_steps=9,
         )
 
@@ -502,7 +503,7 @@ def test_every_folder_records_how_it_was_made(opened_run, monkeypatch):
     assert text == (folder / "run.json").read_text() and "a-secret" not in text
     assert json.loads((folder / "checkpoint-3" / "run.json").read_text()) == [first]
     assert first["command"] == ["train.py", "seed=1"] and first["step"] == 0 and first["resumed_from"] is None
-    assert second["step"] == 3 and second["resumed_from"] == str(folder / "checkpoint-3")
+    assert second["step"] == 3 and second["resumed_from"] == "checkpoint-3"
     assert first["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in first["versions"]["torch"]
     assert set(first["machine"]) == {"host", "cpu", "gpus", "processes"} and first["qa_sha256"] == "abc"
     assert first["config_sha256"] == second["config_sha256"] and first["started"] <= second["started"]
@@ -575,7 +576,7 @@ def test_the_optimizer_is_restored_bit_for_bit(opened_run):
     checkpoint, saved = save_at(opened_run, 1), opened_run.optimizer.optimizer
     fresh = torch.optim.AdamW(saved.param_groups[0]["params"])
     opened_run.optimizer = wrapped(fresh)
-    assert resume.load_position(opened_run, checkpoint) == Position(1, 0)
+    assert resume.load_position(opened_run, checkpoint) == Position(1, 0, planned_steps=9)
     assert saved.state.keys() == fresh.state.keys() != set()
     for parameter, state in saved.state.items():
         assert all(torch.equal(state[key], fresh.state[parameter][key]) for key in state)

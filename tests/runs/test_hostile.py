@@ -43,6 +43,8 @@ def project(tmp_path_factory):
 def final(project, tmp_path):
     """A copy of a trained model's folder, which a test makes hostile."""
     shutil.copytree(project.parent / "run" / "final", tmp_path / "run" / "final")
+    for name in ("tower", "lm"):  # the config names them relative to the folder
+        (tmp_path / name).symlink_to(project.parent / name)
     return tmp_path / "run" / "final"
 
 
@@ -263,10 +265,6 @@ def change_json(path: Path, change) -> None:
     path.write_text(json.dumps(values))
 
 
-def use_bert_class(values: dict) -> None:
-    values["tokenizer_class"] = "BertTokenizer"
-
-
 def rename_vocabulary(values: dict) -> None:
     values["model"]["vocab"] = {word: number + 2**30 for word, number in values["model"]["vocab"].items()}
 
@@ -281,10 +279,9 @@ def rename_vocabulary(values: dict) -> None:
         lambda path: change_json(path, rename_vocabulary),
         lambda path: change_json(path, lambda values: values["model"].update(merges=[["no", "such"]])),
         lambda path: change_json(path, lambda values: values["model"].update(type="WordPiece")),
-        lambda path: change_json(path.with_name("tokenizer_config.json"), use_bert_class),
         lambda path: change_json(path.with_name("tokenizer_config.json"), lambda v: v.update(pad_token=5)),
     ],
-    ids=["empty", "list", "cut", "deep", "ids", "merges", "model", "class", "token"],
+    ids=["empty", "list", "cut", "deep", "ids", "merges", "model", "token"],
 )  # fmt: skip
 def test_a_damaged_tokenizer_is_one_message(final, capsys, change):
     change(final / "tokenizer" / "tokenizer.json")

@@ -105,10 +105,7 @@ def test_a_projector_may_be_tried_with_another_language_model_and_it_is_said(pro
     rewrite(whole / "final", tmp_path / "projector", without_lora)
     other = other_weights(project, "lm", tmp_path / "other")
     assert check(project, tmp_path / "projector", tmp_path, f"model.language_model={other}") == 0
-    assert (
-        f"trained for another language model (model.language_model: {project.parent / 'lm'} -> {other})"
-        in capsys.readouterr().out
-    )
+    assert f"trained for another language model (model.language_model: lm -> {other})" in capsys.readouterr().out
 
 
 def test_an_old_start_that_records_no_digests_is_compared_by_name(project, whole, tmp_path, capsys):
@@ -166,7 +163,7 @@ def test_micro_batch_and_accumulation_may_change_together(project, whole, tmp_pa
     expected = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][1]
     assert row["step"] == 2 and (row["targets"], row["epoch"]) == (expected["targets"], expected["epoch"])
     assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    with pytest.raises(InputError, match="per_device_train_batch_size: 4 -> 8; train.gradient_acc"):
+    with pytest.raises(InputError, match="per_device_train_batch_size: 4 -> 8\n  train.gradient_acc"):
         run_training(project, *SHORT, f"output_dir={tmp_path}", "train.per_device_train_batch_size=8")
 
 
