@@ -20,10 +20,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 import qwen
 from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error, printable
-from model.checkpoint import has_adapter, load_adapter, load_trained, refuse_other_sizes
+from model.checkpoint import has_adapter, load_adapter, refuse_other_sizes
 from model.checkpoint_folder import read_json, verify_folder
 from model.model import VisionLanguageModel
 from model.projector import build_projector, num_image_tokens
+from model.start import load_start
 from model.trainable import WeightOrigins, add_lora, halve_lora_base, set_trainable
 from qwen.attention import PACKED_SDPA
 from visual.encoders import load_vision_tower
@@ -63,6 +64,7 @@ class Built(Processors):
     model: VisionLanguageModel
     origins: WeightOrigins
     is_projector_new: bool  # its weights are random, not a checkpoint's
+    start_report: tuple[str, ...] = ()  # lines: what was taken from a checkpoint, what is new, what was left
 
 
 def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Processors:
@@ -87,7 +89,12 @@ def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Proce
                 f"{size}; the checkpoint was trained with another encoder, or is damaged."
             )
         image_processor = saved
-    patches = num_patches(model.vision_tower, model.vision_feature_layer, image_size=model.image_size)
+    patches = num_patches(
+        model.vision_tower,
+        model.vision_feature_layer,
+        image_size=model.image_size,
+        normed_without_first=takes_normed(model),
+    )
     return Processors(
         tokenizer,
         image_processor,
@@ -99,6 +106,19 @@ def load_processors(model: ModelConfig, checkpoint: Path | None = None) -> Proce
         ),
         max_tokens=None if model.language_model is None else qwen.longest_input(model.language_model),
     )
+
+
+def takes_normed(model: ModelConfig) -> bool:
+    """Return whether the features are those after the encoder's last norm, without the first vector. Raises InputError for a
+    projector that needs a whole grid of patches."""
+    if model.vision_features == "hidden_state":
+        return False
+    if model.projector not in ("mlp", "low_rank_mlp"):
+        raise InputError(
+            f'"model.vision_features" is {model.vision_features}, which leaves no square grid of patches, but '
+            f"model.projector {model.projector} needs one; use mlp or low_rank_mlp, or hidden_state."
+        )
+    return True
 
 
 def build_model(
@@ -120,7 +140,11 @@ def build_model(
     transformers.utils.logging.disable_progress_bar()
     checkpoint, new = settings.start_from, settings.from_scratch
     tower = load_vision_tower(
-        settings.vision_tower, feature_layer=settings.vision_feature_layer, image_size=settings.image_size, dtype=dtype
+        settings.vision_tower,
+        feature_layer=settings.vision_feature_layer,
+        image_size=settings.image_size,
+        dtype=dtype,
+        normed_without_first=takes_normed(settings),
     )
     if new is None:
         assert settings.language_model is not None
@@ -144,9 +168,10 @@ def build_model(
         pixel_shuffle_factor=settings.pixel_shuffle_factor,
     )
     model = VisionLanguageModel(tower, projector, lm)
-    origins = WeightOrigins.new(model, from_scratch=new is not None)
+    origins, start = WeightOrigins.new(model, from_scratch=new is not None), None
     if checkpoint is not None:
-        origins = load_trained(model, origins, checkpoint)
+        start = load_start(model, origins, checkpoint, settings=settings)
+        origins = start.origins
     if train.trainable.language_model.kind == "lora":
         add_lora(model, lora, qwen.lora_target_modules(lm, list(lora.target_modules)))
     if checkpoint is not None and has_adapter(checkpoint):
@@ -157,6 +182,7 @@ def build_model(
             )
         load_adapter(model, checkpoint)
     torch.set_rng_state(generator_state)
+    report = start.report(checkpoint, model) if checkpoint is not None and start is not None else []
 
     is_projector_new = "projector" in origins.random
     set_trainable(model, train.trainable)
@@ -165,7 +191,13 @@ def build_model(
     origins = origins.after_training(model, train.trainable)
     if random := sorted(origins.random - set(train.freeze_random), reverse=True):
         raise frozen_error(random[0], getattr(train.trainable, random[0]))
-    return Built(**vars(processors), model=model.train(), origins=origins, is_projector_new=is_projector_new)
+    return Built(
+        **vars(processors),
+        model=model.train(),
+        origins=origins,
+        is_projector_new=is_projector_new,
+        start_report=tuple(report),
+    )
 
 
 def checkpoint_activations(model: VisionLanguageModel) -> None:

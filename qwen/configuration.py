@@ -145,5 +145,7 @@ def trained_length(path: str | Path) -> int | None:
         config, _ = PreTrainedConfig.get_config_dict(str(path))
     except (OSError, ValueError):
         return None
-    length = config.get("seq_length" if config.get("model_type") == QWenConfig.model_type else "max_position_embeddings")
+    length = config.get(
+        "seq_length" if config.get("model_type") == QWenConfig.model_type else "max_position_embeddings"
+    )
     return length if type(length) is int and length > 0 else None

@@ -100,7 +100,9 @@ def check_settings(config: Config) -> None:
         if config.train.trainable.language_model.kind == "lora":
             lora.model_type = "" if model.from_scratch is None else model.from_scratch.architecture
             if model.language_model is not None and os.path.isdir(model.language_model):
-                with contextlib.suppress(OSError, ValueError):  # a config that cannot be read is reported when it is loaded
+                with contextlib.suppress(
+                    OSError, ValueError
+                ):  # a config that cannot be read is reported when it is loaded
                     values, _ = PreTrainedConfig.get_config_dict(model.language_model)
                     lora.model_type = str(values.get("model_type"))
             with faults.collect():

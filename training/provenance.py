@@ -344,7 +344,9 @@ def compare_start_weights(config: Config, digests: Mapping[str, str]) -> None:
                     f"(model.{part}). Its weights would compute something else: give the folder that it was trained with, "
                     "or undo the edit of its config.json."
                 )
-            print_main(f"{start}: its projector was trained for another language model (model.{part}: {shown} -> {now})")
+            print_main(
+                f"{start}: its projector was trained for another language model (model.{part}: {shown} -> {now})"
+            )
 
 
 def _last_start(checkpoint: Path) -> dict:

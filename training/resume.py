@@ -129,7 +129,9 @@ def _find_checkpoint(config: Config, resume: str, extends: bool) -> Path | None:
         if not found.exists():
             meant = "auto" if resume.lower() in _MEANS_AUTO else None
             hint = f'; did you mean "{meant}"?' if meant else nearest_path(found, checkpoints(folder))
-            raise InputError(f"--resume {resume}: {found} does not exist{hint} Give auto, none or a checkpoint's folder.")
+            raise InputError(
+                f"--resume {resume}: {found} does not exist{hint} Give auto, none or a checkpoint's folder."
+            )
         verify_folder(found)
     if found is None:
         if extends:
@@ -146,7 +148,9 @@ def _find_checkpoint(config: Config, resume: str, extends: bool) -> Path | None:
     if refused:
         lines = list(refused.values())
         more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-        advice = "To train the same run longer or on more data, add --extend. " if all(map(is_extendable, refused)) else ""
+        advice = (
+            "To train the same run longer or on more data, add --extend. " if all(map(is_extendable, refused)) else ""
+        )
         raise InputError(
             "\n  ".join([f"{found}: belongs to a run of another config:", *lines[:LISTED], *more])
             + f"\n{advice}Resume with that config, or give another output_dir, or start over with --resume none (the old "

@@ -150,7 +150,9 @@ def _chosen(stages: Stages, arguments: argparse.Namespace) -> list[int]:
     if arguments.stage is not None:
         return [stage_index(stages, arguments.stage)]
     if arguments.extend:
-        raise InputError("--extend: say which stage trains further, with --stage NAME; the stages after it train again.")
+        raise InputError(
+            "--extend: say which stage trains further, with --stage NAME; the stages after it train again."
+        )
     if arguments.resume not in ("auto", "none"):
         raise InputError(f"--resume {arguments.resume}: say which stage resumes from it, with --stage NAME.")
     return list(range(len(stages)))

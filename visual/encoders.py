@@ -162,9 +162,7 @@ def load_vision_tower(
             f"{path}: the weights do not match its config.json: {listed}; "
             "download weights and config.json again from the same source."
         )
-    return VisionTower(
-        model, encoder, feature_layer, image_size=image_size, normed_without_first=normed_without_first
-    )
+    return VisionTower(model, encoder, feature_layer, image_size=image_size, normed_without_first=normed_without_first)
 
 
 def num_image_tokens(

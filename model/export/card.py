@@ -91,19 +91,19 @@ def licence_of(path: str) -> str:
     return "see its source"
 
 
-def model_card(story: Story, *, is_llava: bool, dtype: str, proof: dict[str, Any]) -> str:
+def model_card(story: Story, *, format_name: str, dtype: str, proof: dict[str, Any]) -> str:
     """Return README.md: what the model is, its scores, how to use it, and what was proven."""
     named = [str(path) for path in (story.model.language_model, story.model.vision_tower) if path is not None]
     hub = [path for path in named if not os.path.isabs(path)]
     sources = [source.name for source in story.data.sources]
     front = ModelCardData(
-        library_name="transformers" if is_llava else None,
+        library_name={"llava": "transformers", "gguf": "gguf"}.get(format_name),
         pipeline_tag="image-text-to-text",
         base_model=hub or None,
         language=["en", "zh"],
         license="other",
         license_name="licences-of-both-parts",
-        tags=["llava"] if is_llava else None,
+        tags=None if format_name == "native" else ["llava"],
     )
     words = ", ".join(f"{part} {word}" for part, word in vars(story.train.trainable).items())
     if story.train.trainable.language_model.kind == "lora":
@@ -125,11 +125,11 @@ def model_card(story: Story, *, is_llava: bool, dtype: str, proof: dict[str, Any
         "",
         "## Use",
         "",
-        *(LLAVA_USE if is_llava else NATIVE_USE),
+        *USE[format_name],
         "",
         "## Proof",
         "",
-        *_proof_lines(proof),
+        *(gguf_proof_lines(proof) if "tensors" in proof else _proof_lines(proof)),
         "",
         "## Limits",
         "",
@@ -158,6 +158,29 @@ from model import load
 
 print(load(FOLDER).answer("What is in the picture?", ["photo.jpg"]))
 ```""".splitlines()
+
+
+GGUF_USE = """Images should have the encoder's size: llama.cpp pads other shapes, where this model was trained on crops or
+squeezed images. Begin a question about an image with a line break, as in training.
+
+```sh
+llama-server -m model.gguf --mmproj mmproj.gguf
+llama-mtmd-cli -m model.gguf --mmproj mmproj.gguf --jinja --temp 0 --image photo.png -p "
+What is in the picture?"
+ollama create my-model -f Modelfile
+```
+
+```python
+from llama_cpp import Llama
+from llama_cpp.llama_chat_format import MTMDChatHandler
+
+model = Llama("model.gguf", chat_handler=MTMDChatHandler("mmproj.gguf"), n_ctx=1024)
+image = {"type": "image_url", "image_url": {"url": "file:///photo.png"}}
+parts = [image, {"type": "text", "text": "What is in the picture?"}]
+print(model.create_chat_completion([{"role": "user", "content": parts}], temperature=0, repeat_penalty=1))
+```""".splitlines()
+
+USE = {"llava": LLAVA_USE, "native": NATIVE_USE, "gguf": GGUF_USE}
 
 
 def _score_lines(scores: dict[str, Any]) -> list[str]:
@@ -194,6 +217,19 @@ def _proof_lines(proof: dict[str, Any]) -> list[str]:
         f"3. Greedy answers equal, of {proof['samples']}: {equal}.",
         "",
         PRECISION_NOTE,
+    ]
+
+
+def gguf_proof_lines(proof: dict[str, Any]) -> list[str]:
+    """Return the figures of a proof of GGUF files as lines of text."""
+    count = proof["samples"]
+    equal = ", ".join(f"{way} {number} of {count}" for way, number in proof["answers_equal"].items())
+    by_llama = "" if "llama_cpp" in proof else "; llama-cpp-python is not installed, so llama.cpp was not asked"
+    return [
+        f"1. tensors of the files that are the merged model's, rounded to {proof['dtype']}: {proof['tensors_equal']} of "
+        f"{proof['tensors']}; rounding moves logits by at most {proof['logits_apart']:.3g}",
+        f"2. as trained against merged: at most {proof['merged_apart']:.3g} apart at the answers",
+        f"3. greedy answers equal: {equal}{by_llama}",
     ]
 
 

@@ -42,7 +42,6 @@ TEXT_MODELS: dict[str, tuple[type[PreTrainedConfig], str]] = {
 ENCODERS = {"clip": 1, "clip_vision_model": 1, "siglip": 0, "siglip_vision_model": 0, "dinov2": 1}
 REGISTERS = "stock LLaVA drops one token before the patches, and this encoder has registers as well"
 NOT_EXPORTED = {"dinov2_with_registers": REGISTERS, "dinov3_vit": REGISTERS}
-EXPORT = "export.json"  # marks a folder as an export
 NATIVE = "Or export with --format native, a folder that model.load and test.sh open."
 
 # keys of a config that say how it was loaded, not what the model is
@@ -74,6 +73,12 @@ def refuse_inexpressible(settings: ModelConfig) -> None:
             f'model.vision_tower {settings.vision_tower} (model_type "{encoder}")',
             reason,
             instead="with a CLIP, SigLIP, SigLIP 2 or DINOv2 (without registers) encoder",
+        )
+    if settings.vision_features != "hidden_state":
+        refuse(
+            f"model.vision_features {settings.vision_features}",
+            "stock LLaVA takes a hidden state before the encoder's last norm, with every patch",
+            instead="with model.vision_features hidden_state",
         )
     if settings.attention != "causal":
         refuse(
@@ -177,12 +182,12 @@ def _llava_weights(
     weights += [held(f"multi_modal_projector.{name}", tensor) for name, tensor in folded.items()]
     for weight in language_model.weights():
         if weight.name in ("model.embed_tokens.weight", "lm_head.weight"):
-            weight = _grown(weight, rows)
+            weight = grown(weight, rows)
         weights.append(weight.renamed(f"language_model.{weight.name}"))
     return weights
 
 
-def _grown(weight: Weight, rows: int) -> Weight:
+def grown(weight: Weight, rows: int) -> Weight:
     """Return the matrix with rows of zeros for ids that have none: stock LLaVA looks up the image token's embedding before
     it replaces it."""
     missing = rows - weight.shape[0]
@@ -264,13 +269,18 @@ def _write_processor(
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def chat_template(image_token: str, system_prompt: str | None) -> str:
+def chat_template(image_token: str, system_prompt: str | None, media_marker: bool = False) -> str:
     """Return ChatML as a Jinja template, with the ids of `dataset.conversation.ChatFormat`.
 
     Content is a string, in which a user's `<image>` is an image, or a list of parts. Between an image and a text part after
-    it is one newline, unless the text begins with one.
+    it is one newline, unless the text begins with one. media_marker: for llama.cpp, whose programs put an image into the
+    list as a part of type media_marker, or as a text part that is `image_token`.
     """
     image, line = json.dumps(image_token), '"\\n"'
+    is_image, shown = 'part["type"] == "image"', image
+    if media_marker:
+        is_image += f' or part["type"] == "media_marker" or part["text"] == {image}'
+        shown = f'part["text"] if part["type"] == "media_marker" else {image}'
     system = ""
     if system_prompt is not None:
         quoted = '"' + system_prompt.encode("unicode_escape").decode().replace('"', '\\"') + '"'
@@ -288,8 +298,8 @@ def chat_template(image_token: str, system_prompt: str | None) -> str:
         + "{%- else -%}"
         + "{%- set last = namespace(image=false) -%}"
         + '{%- for part in message["content"] -%}'
-        + '{%- if part["type"] == "image" -%}'
-        + f"{{{{- {image} -}}}}{{%- set last.image = true -%}}"
+        + f"{{%- if {is_image} -%}}"
+        + f"{{{{- {shown} -}}}}{{%- set last.image = true -%}}"
         + '{%- elif part["type"] == "text" -%}'
         + f'{{{{- ({line} if last.image and not part["text"].startswith({line}) else "") + part["text"] -}}}}'
         + "{%- set last.image = false -%}"

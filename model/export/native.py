@@ -46,6 +46,7 @@ def write_native(
     config = language_model.skeleton.config
     config.tie_word_embeddings, config.dtype = language_model.is_tied, DTYPES[dtype]
     config.save_pretrained(folder / "language_model")
+    processors.tokenizer.save_pretrained(folder / "language_model")  # so that a new run may be built on it
     shutil.copyfile(checkpoint / "projector.safetensors", folder / "projector.safetensors")
     for name in ("tokenizer", "image_processor"):
         shutil.copytree(checkpoint / name, folder / name)

@@ -14,23 +14,27 @@ import qwen
 from config import InputError
 from model.build import Built
 from model.checkpoint_folder import read_json
-from model.export.llava import EXPORT
 from model.model import VisionLanguageModel
 from model.projector import build_projector
+from model.start import EXPORT
 from model.trainable import WeightOrigins
 from qwen.attention import PACKED_SDPA
 from visual.encoders import ENCODERS, VisionTower
 from visual.processor import load_image_processor
 
 
-def is_llava(folder: Path) -> bool:
-    """Return whether `folder` is a LLaVA folder that `model.export` wrote."""
-    return _export_format(folder) == "llava"
-
-
 def is_export(folder: Path) -> bool:
     """Return whether `model.export` wrote `folder`."""
     return _export_format(folder) is not None
+
+
+def refuse_gguf(folder: Path) -> None:
+    """Raise InputError if `folder` is an export in GGUF files, which llama.cpp opens."""
+    if _export_format(folder) == "gguf":
+        raise InputError(
+            f"{folder}: GGUF files, which llama.cpp, Ollama and llama-cpp-python open (see its README.md); for this "
+            "project export the checkpoint with --format llava or native."
+        )
 
 
 def _export_format(folder: Path) -> str | None:
@@ -42,29 +46,47 @@ def _export_format(folder: Path) -> str | None:
 def open_llava(folder: Path, dtype: torch.dtype) -> Built:
     """Build the model of an exported LLaVA folder, in eval mode. Raises InputError for weights that do not fit."""
     config = read_json(folder / "config.json", "export again")
-    text = dict(config["text_config"])
+    stock = load_stock(folder, dtype, advice="export again")
+    max_tokens = read_json(folder / EXPORT, "export again").get("max_tokens")
+    built = built_of(stock, folder, dict(config["text_config"]), max_tokens=max_tokens)
+    lm = built.model.causal_lm
+    lm.generation_config.suppress_tokens = GenerationConfig.from_pretrained(folder).suppress_tokens
+    return built
+
+
+def load_stock(folder: Path, dtype: torch.dtype | str, advice: str) -> Any:
+    """Load a LLaVA folder with stock transformers. Raises InputError, which ends with `advice`, for weights that do not
+    fit."""
     transformers_logging.disable_progress_bar()
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split()):.300}); export again.") from error
+        raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split()):.300}); {advice}.") from error
     stock, report = loaded
     faults = {key: sorted(map(str, report[key])) for key in ("missing_keys", "unexpected_keys") if report[key]}
     if faults:
         raise InputError(
             f"{folder}: weights do not fit config.json: "
             + "; ".join(f"{key.replace('_', ' ')} {', '.join(names)}" for key, names in faults.items())
-            + ". Export again."
+            + f". {advice.capitalize()}."
         )
+    return stock
+
+
+def built_of(stock: Any, folder: Path, text: dict, max_tokens: int | None) -> Built:
+    """Build this project's model of the weights of stock LLaVA, which it takes over.
+
+    folder: with tokenizer and preprocessor_config.json. text: the language model's config.
+    """
     tokenizer = qwen.load_tokenizer(folder, any_kind=True)
     image_processor = load_image_processor(folder)
     encoder = stock.model.vision_tower
     tower = VisionTower(
         encoder,
         ENCODERS[encoder.config.model_type],
-        config["vision_feature_layer"],
+        stock.config.vision_feature_layer,
         image_size=image_processor.image_size,
     )
     projector = build_projector(
@@ -83,13 +105,12 @@ def open_llava(folder: Path, dtype: torch.dtype) -> Built:
     lm.model.rotary_emb = inner.rotary_emb  # its tables are no part of the state
     qwen.set_image_attention(lm, "causal")
     qwen.attach_tokenizer(lm, tokenizer)
-    lm.generation_config.suppress_tokens = GenerationConfig.from_pretrained(folder).suppress_tokens
     model = VisionLanguageModel(tower, projector, lm.eval()).requires_grad_(False).eval()
     return Built(
         tokenizer,
         image_processor,
         tower.num_image_tokens,
-        max_tokens=read_json(folder / EXPORT, "export again").get("max_tokens"),
+        max_tokens=max_tokens,
         model=model,
         origins=WeightOrigins.new(model, from_scratch=False),
         is_projector_new=False,

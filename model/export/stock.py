@@ -100,6 +100,11 @@ def other_settings(model: Any, processor: Any, values: dict) -> dict[str, list]:
     pairs["image_token_id"] = [[model.config.image_token_id, processor.image_token_id], [image, image]]
     pairs["suppress_tokens"] = [image in (model.generation_config.suppress_tokens or []), True]
     pairs["padding_side"] = [processor.tokenizer.padding_side, "left"]
+    config = json.loads((Path(values["folder"]) / "config.json").read_text(encoding="utf-8"))
+    for part in ("", "text_config", "vision_config"):
+        for key in ("dtype", "torch_dtype"):  # the type of the weights where none is asked for, in 5 and in 4
+            found = (config[part] if part else config).get(key)
+            pairs[f"{part}.{key}".lstrip(".")] = [found, values["dtype"]]
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import qwen
 from config import InputError, LoraConfig, ModelConfig
-from model.build import Processors, weight_files
-from model.checkpoint import has_adapter, load_adapter, read_tensors
+from model.build import Processors, takes_normed, weight_files
+from model.checkpoint import TensorFiles, has_adapter, load_adapter, read_tensors
 from model.model import VisionLanguageModel
+from model.start import encoder_tensors
 from model.trainable import add_lora, parameters_without_lora
 from qwen.checked_config import check_config
 from qwen.configuration import released_name
@@ -54,25 +53,6 @@ def held(name: str, tensor: Tensor) -> Weight:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
-
-
-class TensorFiles:
-    """The tensors of safetensors files, each read when it is asked for. Raises InputError if a file cannot be opened."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._file_of: dict[str, Any] = {}
-        for path in files:
-            try:
-                file = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: cannot be read ({error}); download it again.") from None
-            self._file_of |= dict.fromkeys(file.keys(), file)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def read(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
 
 
 class MergedLanguageModel:
@@ -171,7 +151,10 @@ def _skeleton(settings: ModelConfig, processors: Processors) -> Any:
 def trained_tower(settings: ModelConfig, checkpoint: Path) -> VisionTower:
     """Load the encoder as the checkpoint has it, in the type that its weights have on disk."""
     tower = load_vision_tower(
-        settings.vision_tower, feature_layer=settings.vision_feature_layer, image_size=settings.image_size
+        settings.vision_tower,
+        feature_layer=settings.vision_feature_layer,
+        image_size=settings.image_size,
+        normed_without_first=takes_normed(settings),
     )
     path = checkpoint / "vision_tower.safetensors"
     if path.exists():
@@ -185,11 +168,7 @@ def trained_tower(settings: ModelConfig, checkpoint: Path) -> VisionTower:
 
 def tower_weights(tower: VisionTower, prefix: str = "") -> list[Weight]:
     """Return the encoder's tensors under the names that released files have, after `prefix`."""
-    model: PreTrainedModel = tower.model
-    tensors = revert_weight_conversion(model, model.state_dict())
-    if model.config.model_type in ("clip_vision_model", "siglip_vision_model"):
-        tensors = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors.items()}
-    return [held(prefix + name, tensor) for name, tensor in tensors.items()]
+    return [held(prefix + name, tensor) for name, tensor in encoder_tensors(tower).items()]
 
 
 def folded_projector(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -200,8 +200,16 @@ TOP = ["train.trainable.language_model=top:2", "train.lora_lr=null"]
         (["data.sources.1.name=train"], "data.sources.0.name", ["two sources"]),
         (["data.sources.0.captions=one_per_epoch"], "data.sources.0.captions", ["llava", "set it to all"]),
         (["data.sources.0.prompts=[What]"], "data.sources.0.prompts", ["llava has its own questions"]),
-        (["data.sources.0={name: x, annotations: a, prompts: [What, ' ']}"], "data.sources.0.prompts.1", ["write text"]),
-        (["data.sources.0={name: x, annotations: a, prompts: <image>}"], "data.sources.0.prompts.0", ["without <image>"]),
+        (
+            ["data.sources.0={name: x, annotations: a, prompts: [What, ' ']}"],
+            "data.sources.0.prompts.1",
+            ["write text"],
+        ),
+        (
+            ["data.sources.0={name: x, annotations: a, prompts: <image>}"],
+            "data.sources.0.prompts.0",
+            ["without <image>"],
+        ),
         (
             ["data.validation_file=null", "train.eval_steps=null"],
             "data.sources.1.split",

@@ -371,7 +371,7 @@ def test_a_file_of_another_data_set_is_not_replaced(shop, monkeypatch):
     first = shop.outputs()
     other = shop.folder / "other.json"
     other.write_text((shop.folder / "raw.json").read_text())
-    with pytest.raises(InputError, match=r'qa\.jsonl: was made from another data set \(x: .*raw\.json\)') as error:
+    with pytest.raises(InputError, match=r"qa\.jsonl: was made from another data set \(x: .*raw\.json\)") as error:
         shop.prepare(annotations=other)
     assert 'another "data.qa_file"' in str(error.value) and "delete the file" in str(error.value)
     assert shop.outputs() == first
@@ -381,9 +381,7 @@ def test_a_file_of_another_data_set_is_not_replaced(shop, monkeypatch):
 
 def test_sources_of_the_same_data_set_are_added_removed_edited_and_moved(shop, tmp_path):
     def prepare(home: Path, *names: str) -> dict:
-        sources = [
-            SourceConfig(f"s-{name}", home / f"{name}.json", "llava", images=home / "images") for name in names
-        ]
+        sources = [SourceConfig(f"s-{name}", home / f"{name}.json", "llava", images=home / "images") for name in names]
         return prepare_sources(sources, home / "out" / "qa.jsonl")
 
     for name in "abc":

@@ -154,7 +154,9 @@ def test_prompts_of_a_source_are_used_in_turn_for_every_caption_format(desk):
     assert desk.qa.read_bytes() != before  # other prompts make the file again
     rows = '[{"image": "a.jpg", "question": "What?", "answer": "Red."}]'
     for name, text in (("rows.json", rows), ("talk.json", json.dumps([{"image": "a.jpg", **turns_of("What?")}]))):
-        with pytest.raises(InputError, match=f"prompts are questions for captions, .*{name} .* have their own questions"):
+        with pytest.raises(
+            InputError, match=f"prompts are questions for captions, .*{name} .* have their own questions"
+        ):
             desk.prepare(desk.write(name, text), folder, prompts=PROMPTS)
 
 

@@ -63,7 +63,7 @@ def write_smollm(folder: Path) -> Path:
 
 TOWERS = {"clip": write_clip, "siglip": write_siglip, "siglip2": write_siglip2, "dinov2": write_dinov2}
 LANGUAGE_MODELS = {"qwen1": write_qwen1, "qwen2": write_qwen2, "qwen2.5": write_qwen25, "qwen3": write_qwen3}
-OPTIONS = {"format": "llava", "dtype": "fp32", "samples": 2, "overrides": [], "allow_download": False}
+OPTIONS = {"format": "llava", "dtype": "fp32", "quantize": None, "samples": 2, "overrides": [], "allow_download": False}
 MATRIX = [(tower, lm) for tower in TOWERS for lm in LANGUAGE_MODELS] + [("siglip", "smollm")]
 
 
@@ -192,6 +192,15 @@ MUTATIONS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "",
     ),
     "config: SigLIP's head": ("siglip", edit("config.json", lambda c: c["vision_config"].pop("vision_use_head")), "missing"),
+    **{
+        f"config: {part or 'top'} {key}": (
+            "clip",
+            edit("config.json", lambda c, part=part, key=key: (c[part] if part else c).update({key: "bfloat16"})),
+            f"{part}.{key} is 'bfloat16', expected 'float32'".lstrip("."),
+        )
+        for part in ("", "text_config", "vision_config")
+        for key in ("dtype", "torch_dtype")
+    },
     "generation: one stop token": (
         "clip",
         edit("generation_config.json", lambda c: c.update(eos_token_id=c["eos_token_id"][:1])),

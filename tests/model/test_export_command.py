@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import RepoUrl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -21,9 +22,12 @@ import test as asking
 from config import InputError, LoraConfig, ModelConfig
 from config.schema import TrainableConfig, TrainConfig
 from config.typed_yaml import FolderOrHub, Trainable
+from model.checkpoint import TensorFiles
 from model.checkpoint_folder import verify_folder, write_folder
+from model.export import push as pushing
 from model.export import stock
 from model.export import weights as weights_module
+from model.export.gguf_files import FileTensor, write_file
 from model.export.llava import chat_template, refuse_inexpressible
 from model.export.weights import Weight, folded_projector, write_weights
 from model.projector import build_projector
@@ -251,6 +255,64 @@ def test_a_failed_proof_leaves_no_folder_and_a_foreign_one_is_kept(parts, final,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old"]
 
 
+class Hub:
+    """Stands in for the hub's client and records what it is asked for."""
+
+    calls: list = []
+    fails = False
+
+    def create_repo(self, name, **options):
+        self.calls.append(("create_repo", name, options))
+        return RepoUrl(f"https://huggingface.co/me/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        if self.fails:
+            raise OSError("no route to host")
+        self.calls.append(("upload_folder", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_push_uploads_the_folder_after_the_proof(final, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pushing, "HfApi", Hub)
+    monkeypatch.setattr(pushing, "get_token", lambda: "hf_x")
+    words = ["--checkpoint", str(final), "--output", str(tmp_path / "out"), "--format", "native", "--samples", "1"]
+    monkeypatch.setattr(Hub, "fails", True)
+    with pytest.raises(InputError, match="exported and proven, but not uploaded to toy .no route.*hf upload toy"):
+        command.main([*words, "--push", "toy"])
+    assert (tmp_path / "out" / "proof.json").exists()
+    monkeypatch.setattr(Hub, "fails", False)
+    Hub.calls.clear()
+    assert command.main([*words, "--push", "toy"]) == 0
+    create, upload = Hub.calls
+    assert create == ("create_repo", "toy", {"private": True, "exist_ok": True})
+    assert upload[:2] == ("upload_folder", "me/toy") and {"README.md", "proof.json", "manifest.json"} <= set(upload[2])
+    assert "uploaded to https://huggingface.co/me/toy" in capsys.readouterr().out
+    Hub.calls.clear()
+    monkeypatch.setattr(command, "prove_native", lambda *a, **k: {**FAILED, "faults": ["proof 1: other logits"]})
+    with pytest.raises(InputError, match="proof 1: other logits"):
+        command.main([*words, "--push", "toy"])
+    assert Hub.calls == []
+
+
+FAILED = {
+    "samples": 1,
+    "kinds": {},
+    "answers_equal": {},
+    "logits_identical": 0,
+    "logits_apart": 1.0,
+    "merged_apart": 0.0,
+}
+
+
+def test_push_needs_a_name_and_a_login_before_anything_is_written(final, tmp_path, monkeypatch):
+    monkeypatch.setattr(pushing, "get_token", lambda: None)
+    words = ["--checkpoint", str(final), "--output", str(tmp_path / "out"), "--push"]
+    with pytest.raises(InputError, match="not logged in to the Hugging Face hub; run `hf auth login`"):
+        command.main([*words, "me/toy"])
+    with pytest.raises(InputError, match="--push 'a/b/c': .*give a name such as user/my-model"):
+        command.main([*words, "a/b/c"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_are_written_file_by_file(tmp_path, monkeypatch):
     """No tensor of an earlier file is alive when one of the next file is read."""
     alive: list[weakref.ref] = []
@@ -279,6 +341,32 @@ def test_weights_are_written_file_by_file(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match="big: holds a value that float16 cannot represent.*bf16 or fp32"):
         write_weights([Weight("big", (1,), lambda: torch.tensor([1e6]))], tmp_path, torch.float16)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_writing_needs_one_file_and_one_tensor(tmp_path, kind):
+    """The peak of resident memory, files that are mapped included."""
+    count, rows = 24, 1024  # tensors of 4 MB
+    save_file({f"w{i}": torch.full((rows, 1024), float(i)) for i in range(count)}, tmp_path / "model.safetensors")
+    files = TensorFiles([tmp_path / "model.safetensors"])
+    weights = [Weight(name, (rows, 1024), lambda name=name: files.read(name)) for name in files.names()]
+    before = peak_megabytes(reset=True)
+    if kind == "safetensors":
+        write_weights(weights, tmp_path, torch.float32, shard_bytes=16 * 2**20)
+    else:
+        pytest.importorskip("gguf", reason="requirements-gguf.txt is not installed")
+        tensors = [FileTensor(weight.name, weight, "Q8_0") for weight in weights]
+        write_file(tmp_path / "x.gguf", "qwen2", [("add_block_count", 1)], tensors=tensors, kind="Q8_0")
+    assert peak_megabytes() - before < 60  # of 96
+
+
+def peak_megabytes(reset: bool = False) -> float:
+    """Return the largest resident memory of this process since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
