@@ -124,8 +124,8 @@ def test_the_model_is_equal_at_every_precision(project, whole):
 
 
 def test_a_start_folder_without_a_model_is_refused_by_name(project, tmp_path):
-    for folder in (tmp_path / "nope", tmp_path):
-        with pytest.raises(InputError, match=f"^{re.escape(str(folder))}") as caught:
+    for folder, start in ((tmp_path / "nope", '"model.start_from": '), (tmp_path, "")):
+        with pytest.raises(InputError, match=f"^{start}{re.escape(str(folder))}") as caught:
             run_training(project, f"output_dir={tmp_path / 'run'}", f"model.start_from={folder}")
         assert "vocab_size" not in str(caught.value)
 
@@ -202,7 +202,7 @@ def changed_folder(folder: Path, target: Path, change) -> Path:
 )
 def test_a_checkpoint_without_the_whole_model_is_refused(whole, tmp_path, change, words):
     folder = changed_folder(whole / "final", tmp_path / "final", change)
-    config = load_config(folder / "config.yaml")
+    config = load_config(whole / "final" / "config.yaml")  # its paths are relative to it
     with pytest.raises(InputError, match=words):
         open_model(config, "fp32", open_processors(config, folder), folder)
 
