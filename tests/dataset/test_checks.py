@@ -201,7 +201,9 @@ def test_faults_of_the_model_and_of_the_data_are_reported_together(clean, tmp_pa
     message = refused(clean, f"output_dir={tmp_path}", "--check", "model.vision_feature_layer=-9")
     assert "model.vision_feature_layer: -9" in message and "empty_answer" in message
     (tmp_path / "nothing").mkdir()
-    message = refused(clean, f"output_dir={tmp_path / 'run'}", "--check", f"model.language_model={tmp_path / 'nothing'}")
+    message = refused(
+        clean, f"output_dir={tmp_path / 'run'}", "--check", f"model.language_model={tmp_path / 'nothing'}"
+    )
     assert str(tmp_path / "nothing") in message and "empty_answer" in message
 
 

@@ -85,7 +85,7 @@ def test_a_change_on_purpose_is_said(project, whole, tmp_path, capsys):
     said = f"{whole / 'final'}: its weights were trained with another setting (model.attention: causal -> mixed)"
     assert said in capsys.readouterr().out
     assert check(project, whole / "final", tmp_path) == 0
-    assert str(whole / "final") not in capsys.readouterr().out
+    assert "another setting" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part, key", [("tower", "vision_tower"), ("lm", "language_model")])
