@@ -619,10 +619,19 @@ def test_an_unreadable_image_stops_the_run_and_skip_resumes_it(own, tmp_path, mo
 
 def test_a_run_stops_if_no_image_can_be_read(own, tmp_path, monkeypatch, capsys):
     prepare(own)
-    shutil.rmtree(own.parent / "images")
+    for image in (own.parent / "images").iterdir():
+        image.write_text(f"{image.name} is no image")
     assert exit_status(own, monkeypatch, f"output_dir={tmp_path}", *SKIP) == 2
     message = capsys.readouterr().err
     assert message.count("error:") == 1 and "cannot be read either" in message and "train:r" in message
+
+
+def test_a_run_without_any_of_its_images_does_not_start(own, tmp_path, monkeypatch, capsys):
+    prepare(own)
+    shutil.rmtree(own.parent / "images")
+    assert exit_status(own, monkeypatch, f"output_dir={tmp_path}", *SKIP) == 2
+    message = capsys.readouterr().err
+    assert message.count("error:") == 1 and "no record that is trained on has a usable image" in message
 
 
 def test_unreadable_held_out_images_are_left_out_of_the_scores(own, tmp_path, monkeypatch):

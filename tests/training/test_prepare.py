@@ -124,7 +124,7 @@ def test_a_part_that_sees_no_image_is_named_with_what_to_change(desk, capsys):
     image = desk.image("1.png", (1, 2, 3))
     config = desk.config()
     (fault,) = desk.check(config).faults
-    assert "qa.jsonl: no record that is trained on has an image, so projector would train on nothing" in fault
+    assert "qa.jsonl: no record that is trained on has a usable image, so projector would train on nothing" in fault
     assert "set train.trainable.projector to frozen" in fault and "freeze_random: [projector]" in fault
     assert not desk.check(config, resumes=True)  # a run of an earlier version resumes
     assert "note: " + fault in capsys.readouterr().out
