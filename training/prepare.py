@@ -297,8 +297,8 @@ def _unused_parts(config: Config, checked: Checked, findings: Findings, resumes:
     keys = " and ".join(f"train.trainable.{part}" for part in parts)
     message = (
         f"{checked.path}: no record that is trained on has a usable image, so {' and '.join(parts).replace('_', ' ')} would "
-        f"train on nothing. Add records with images, or set {keys} to frozen and the learning rate to null (a projector with "
-        "random weights also needs train.freeze_random: [projector])."
+        f"train on nothing. Add records with images, or set {keys} to frozen and the learning rate to null (a projector "
+        "with random weights also needs train.freeze_random: [projector])."
     )
     if resumes:
         return [*said, f"note: {message}"]
