@@ -6,8 +6,8 @@ into memory at once. Each record is one decoded value:
     JSON, tables    the value itself; a row of a table is {column: cell}
     COCO captions   {"image": {...}, "captions": [...]}, or {"annotation": {...}} if its image is not in the file
     VQAv2           {"question", "answer", "image", ...}
-    folder          {"picture": path, "text": ...}, without "text" if there is no text file, with a RecordError if it is
-                    not read; {"text_file": path} if there is no image
+    folder          {"picture": path, "text": ...}; an image alone has no "text", and a text file that cannot be read is a
+                    RecordError; {"text_file": path} for a text file alone
 """
 
 from __future__ import annotations

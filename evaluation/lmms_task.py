@@ -104,7 +104,7 @@ def write_task(folder: Path, task: str, questions: Sequence[Question], *, name: 
 
 
 def prompt_of(question: Question) -> str:
-    """Return the text of a question, with `<image>` in the place of each image."""
+    """Return the text of a question, in which `<image>` marks each image."""
     return "".join(part if isinstance(part, str) else "<image>" for part in question.turns[-1][1])
 
 
