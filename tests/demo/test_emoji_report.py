@@ -216,7 +216,7 @@ def test_baselines_learn_from_the_images_that_training_names(data):
 def random_features(data: EmojiData) -> np.ndarray:
     """Features of which some dimensions say the concept, the largest the style, and the others nothing."""
     rng, images = np.random.default_rng(0), [*data.training, *data.held_out.values()]
-    of = {name: rng.normal(size=12) for name in {*map(concept_of, images), *STYLES}}
+    of = {name: rng.normal(size=12) for name in sorted({*map(concept_of, images), *STYLES})}
     parts = [[of[concept_of(image)], 20 * of[style_of(image)], rng.normal(size=12)] for image in images]
     return np.array([np.concatenate(part) + 0.6 * rng.normal(size=36) for part in parts])
 
