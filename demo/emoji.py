@@ -11,6 +11,7 @@ has never seen? One concept in twenty is held out too: no training answer names 
     dialogs_train.json       LLaVA list: the other questions about an image as one dialog, and questions about two images
     captions_train.json      AI Challenger list: Chinese names as captions
     validation.json          LLaVA list in the held-out style: one question each, with its "type"
+    validation_names.json    those of them that ask for a name
     ATTRIBUTION.md           authors and licences of the drawings
 
 The drawings: demo/emoji_drawings.py. The names are PyPI's `emoji`. Install requirements-emoji.txt first.
@@ -122,6 +123,7 @@ def make_emoji(folder: Path, held_out_style: str, *, num_concepts: int | None = 
         "captions_train.json": list(training_captions(asker)),
         "validation.json": validation_questions(asker),
     }
+    files["validation_names.json"] = [record for record in files["validation.json"] if asks_for_name(record)]
     for name, records in files.items():
         publish(folder / name, (json.dumps(records, ensure_ascii=False, indent=1) + "\n").encode())
     publish(folder / "ATTRIBUTION.md", attribution().encode())
@@ -255,6 +257,10 @@ def validation_questions(asker: Asker) -> list[dict]:
             for kind, image in (("same", (other_style, concept)), ("different", (style, asker.near(concept)))):
                 found.append(pair_dialog(asker, kind, images=[(style, concept), image]) | {"type": name})
     return [found[i] for i in asker.rng.permutation(len(found))]
+
+
+def asks_for_name(record: dict) -> bool:
+    return record["type"].removeprefix("symbol_") in ("name_en", "name_zh")
 
 
 def dialog(name: str, images: list[str], turns: Sequence[tuple[str, str]]) -> dict:
