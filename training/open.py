@@ -29,11 +29,12 @@ from model.model import VisionLanguageModel
 from model.projector import PROJECTORS
 from model.trainable import param_groups, trainable_table
 from training.calibrate import start_projector
+from training.digests import equal_sha256, released_digests
 from training.log import RunLog
 from training.parallel import check_equal_weights
 from training.prepare import check_checkpoints, check_data, prepare_data
 from training.processes import faults_of_all, on_main, print_main
-from training.provenance import compare_start, compare_start_weights, equal_sha256, released_digests
+from training.provenance import compare_start, compare_start_weights
 from training.resume import (
     check_shared,
     find_checkpoint,
@@ -42,7 +43,7 @@ from training.resume import (
     lowest_val_loss,
     record_start,
 )
-from training.run import Run, open_answerer, open_model, open_processors, open_qa_file
+from training.run import Run, few_steps_note, open_answerer, open_model, open_processors, open_qa_file
 from training.run_folder import RunLock, check_owner, check_writable, go_back, move_aside
 from training.sharding import shard
 from training.speed import apply_speed_choices, attention, attention_name, choices_table
@@ -213,7 +214,7 @@ def _assemble(
     findings.faults = faults_of_all(findings.faults)
     findings.stop()
     assert built is not None and flash is not None and left_out is not None
-    digests = released_digests(config.model)
+    digests = released_digests(config.model, config.output_dir)
     if resume_from is None and config.model.start_from is not None:
         on_main(lambda: compare_start_weights(config, digests))
         print_main("\n".join(map(printable, built.start_report)))
@@ -224,6 +225,8 @@ def _assemble(
         f"{len(run.order.kept):,} records, {run.order.epoch_length:,} samples an epoch; {run.total_steps:,} steps of "
         f"{run.samples_per_step} samples; {precision} on {accelerator.device}; results in {config.output_dir}"
     )
+    if note := few_steps_note(config.train, run.total_steps):
+        print_main(note)
     return resume_from, run
 
 

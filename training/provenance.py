@@ -8,40 +8,26 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from config import Config, InputError, ModelConfig, is_moved, load_config, moved_parts, printable, start_differences
 from config.typed_yaml import FolderOrHub
 from dataset.open import file_sha256
-from model.build import weight_files
 from model.checkpoint import has_adapter
 from model.checkpoint_folder import read_json, verify_folder
 from model.start import holds_part
-from training.processes import on_main, print_main
+from training.digests import PARTS, has_digest, is_same_digest
+from training.processes import print_main
 
-# keys of a released config.json that do not change what the model computes. Not pad_token_id: its embedding is not trained.
-_FORMER_NOT_COMPUTING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-_NOT_COMPUTING = _FORMER_NOT_COMPUTING | set(
-    "auto_map bos_token_id decoder_start_token_id eos_token_id sep_token_id tokenizer_class use_cache".split()
-)
-_FORMER: dict[str, str] = {}  # digest -> the one that earlier versions computed, with fewer keys left out
-_HASHES: dict[tuple[str, int, int, int], str] = {}  # (path, size, time of change, inode) -> SHA-256 of a file
-SAID_BYTES = 5 * 10**9  # reading more than this is announced
-
-PARTS = "vision_tower", "language_model"  # the released models below a run
 PACKAGES = "torch transformers peft accelerate safetensors tokenizers numpy pillow".split()
 ROOT = Path(__file__).parent.parent
 
@@ -122,93 +108,10 @@ def git_commit(folder: Path) -> str | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Digests of what a run reads
-
-
-def equal_sha256(path: Path) -> str:
-    """Return a file's SHA-256. Raises InputError on every process if two processes have different files there."""
-    try:
-        mine = file_sha256(path)
-    except OSError as error:
-        mine = f"not readable ({error.strerror})"
-    every = gather_object([mine])
-    for rank, other in enumerate(every):
-        if other != every[0]:
-            raise InputError(
-                f"{path}: process {rank} has another file there than process 0 ({other:.16} and {every[0]:.16}, SHA-256). "
-                "Every machine must read the same data; copy the file again."
-            )
-    return mine
-
-
-def released_digests(model: ModelConfig) -> dict[str, str]:
-    """Return {"vision_tower_sha256": ..., "language_model_sha256": ...}: digests of the released weights, each over its
-    safetensors files and config.json.
-
-    The main process reads every byte once, as many files at once as there are processors; a later stage does not read them
-    again. A new language model has no digest, nor has a hub model without safetensors of its own. Raises InputError if a
-    file cannot be read.
-    """
-    paths = {part: path for part in PARTS if (path := getattr(model, part))}
-    found = on_main(lambda: _released_sha256(paths))
-    _FORMER.update(found.values())
-    return {f"{part}_sha256": digest for part, (digest, _) in found.items()}
-
-
-def is_same_digest(recorded: object, now: object) -> bool:
-    """Return whether a recorded digest of released weights is the one of now, also if an earlier version recorded it."""
-    return recorded == now or (recorded is not None and recorded == _FORMER.get(str(now)))
-
-
-def _released_sha256(paths: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Return part -> its digest, and the one that earlier versions computed."""
-    files = {part: found for part, path in paths.items() if (found := weight_files(path)) is not None}
-    hashes = _hash_files([file for found in files.values() for file in found.values()])
-    digests = {}
-    for part, found in files.items():
-        config = read_json(found["config.json"], "use another model")
-        weights = [[name, hashes[file]] for name, file in found.items() if name != "config.json"]
-        former = {key: value for key, value in config.items() if key not in _FORMER_NOT_COMPUTING}
-        computing = {key: value for key, value in config.items() if key not in _NOT_COMPUTING}
-        now, then = (json.dumps([weights, kept], sort_keys=True) for kept in (computing, former))
-        digests[part] = hashlib.sha256(now.encode()).hexdigest(), hashlib.sha256(then.encode()).hexdigest()
-    return digests
-
-
-def _hash_files(files: Sequence[Path]) -> dict[Path, str]:
-    """Return the SHA-256 of each file. A file that this process has read and that has not changed is not read again."""
-    try:
-        keys = {file: _file_state(file) for file in files}
-        unread = [file for file in keys if keys[file] not in _HASHES]
-        size = sum(file.stat().st_size for file in unread)
-        if size > SAID_BYTES:
-            print_main(f"checking {size / 1e9:.0f} GB of released weights")
-        with ThreadPoolExecutor() as pool:
-            read = dict(zip(unread, pool.map(file_sha256, unread), strict=True))
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}).") from None
-    found = {file: read[file] if file in read else _HASHES[key] for file, key in keys.items()}
-    # a file written a moment ago may change again without a later time: clocks of file systems tick slowly
-    settled = time.time_ns() - 2_000_000_000
-    _HASHES.update({keys[file]: sha256 for file, sha256 in read.items() if keys[file][2] < settled})
-    return found
-
-
-def _file_state(file: Path) -> tuple[str, int, int, int]:
-    status = file.stat()
-    return os.path.realpath(file), status.st_size, status.st_mtime_ns, status.st_ino
-
-
 def model_names(model: ModelConfig) -> dict[str, str]:
     """Return part -> the name of the released model below it: a hub name, or the name of its folder."""
     paths = {part: path for part in PARTS if (path := getattr(model, part))}
     return {part: Path(path).name if os.path.isabs(path) else str(path) for part, path in paths.items()}
-
-
-def _has_digest(path: str, recorded: object) -> bool:
-    """Return whether the released model at `path` has a recorded digest, also if an earlier version recorded it."""
-    return recorded in _released_sha256({"": path}).get("", ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +138,7 @@ def equal_contents(folder: Path, saved: Config, config: Config) -> set[str]:
     recorded, equal = recorded if isinstance(recorded, dict) else {}, set()
     for part in PARTS:
         was, now = getattr(saved.model, part), getattr(config.model, part)
-        if now not in (was, None) and _has_digest(now, recorded.get(f"{part}_sha256")):
+        if now not in (was, None) and has_digest(now, recorded.get(f"{part}_sha256"), folder.resolve().parent):
             equal.add(f"model.{part}")
     old, new = saved.data, config.data
     same = (old.qa_file, old.validation_file, old.sources) == (new.qa_file, new.validation_file, new.sources)
@@ -265,7 +168,7 @@ def find_released(config: Config, folder: Path, given: Collection[str] = ()) -> 
         if path is None or not os.path.isabs(path):
             continue
         is_there = os.path.isdir(path)
-        if is_there and (recorded is None or _has_digest(path, recorded)):
+        if is_there and (recorded is None or has_digest(path, recorded, folder.resolve().parent)):
             continue
         if f"model.{part}" in given and is_there:
             print(printable(f"note: {path}: has other weights or another config.json than {folder} was trained with"))
@@ -287,7 +190,7 @@ def _find_folder(path: str, output_dir: Path, folder: Path, recorded: str) -> st
     near = [*folder.resolve().parents, ROOT, *ROOT.parents, Path.cwd()]
     names = [name for name in (moved_parts(path, output_dir), Path(path).name) if name]
     for place in dict.fromkeys(str(base / name) for name in names for base in near):
-        if os.path.isdir(place) and _has_digest(place, recorded):
+        if os.path.isdir(place) and has_digest(place, recorded, folder.resolve().parent):
             return place
     return None
 

@@ -28,10 +28,10 @@ from model.checkpoint_folder import (
     weights_digest,
     write_folder,
 )
+from training.digests import is_same_digest
 from training.processes import on_main, print_main
 from training.provenance import (
     equal_contents,
-    is_same_digest,
     model_names,
     saved_config,
     start_entry,
@@ -174,11 +174,12 @@ def load_position(run: Run, checkpoint: Path, extends: bool = False) -> Position
         unrecorded += ["qa_sha256", "records"]  # they may change
     for key, now in run.fingerprint.items():
         if key not in unrecorded and not is_same_digest(state.get(key), now):
-            more = ", go on with the new data (--extend)" if key in ("qa_sha256", "records") else ""
+            if key in ("qa_sha256", "records"):
+                raise InputError(_other_data(run, checkpoint, state))
             raise InputError(
                 f"{checkpoint}: the run began with {key} {state.get(key)!r:.80}, now it is {now}"
                 f"{WEIGHT_DIGESTS.get(key, '')}: resuming would not continue the same run. Restore what it began with "
-                f"(undo the edit, or put the old files back){more}, or start over with --resume none."
+                "(undo the edit, or put the old files back), or start over with --resume none."
             )
     if extends and state["step"] > run.total_steps:
         raise InputError(
@@ -201,6 +202,20 @@ def load_position(run: Run, checkpoint: Path, extends: bool = False) -> Position
         raise InputError(f'{checkpoint / "state.json"}: "bad_steps" is not a count; use another checkpoint.')
     planned = state.get("total_steps")
     return Position(state["step"], bad_steps, planned_steps=planned if type(planned) is int else None)
+
+
+def _other_data(run: Run, checkpoint: Path, state: dict) -> str:
+    """Return the message about training data that are not those of the checkpoint."""
+    file, digests = run.config.data.qa_file, (str(state.get("qa_sha256")), str(run.fingerprint["qa_sha256"]))
+    before, now = state.get("records"), run.fingerprint["records"]
+    may_extend = type(before) is not int or now >= before
+    return (
+        f"{checkpoint}: the training data have changed since the run began:\n"
+        f"  records: {before!s:.20} -> {now} (data.qa_file: {file})\n"
+        f"  SHA-256: {digests[0]:.12}... -> {digests[1]:.12}...\n"
+        + ("To train the same run on more data, add --extend. " if may_extend else "")
+        + "Put the old data back, or start over with --resume none (the old run is moved aside, not deleted)."
+    )
 
 
 def _extend_data(run: Run, checkpoint: Path, state: dict) -> None:
@@ -240,6 +255,12 @@ def is_finished(run: Run, resume_from: Path | None) -> bool:
     if on_main(lambda: weights_digest(final, model_only=True) != weights_digest(last, model_only=True)):
         return False  # final/ is from before the run was extended
     print_finished(final)
+    state = on_main(lambda: read_json(last / "state.json"))
+    if isinstance(state, dict) and not is_same_digest(state.get("qa_sha256"), run.fingerprint["qa_sha256"]):
+        print_main(
+            f"note: the training data have changed since: {state.get('records')!s:.20} records -> "
+            f"{run.fingerprint['records']}; the model has not seen the new ones. --extend trains on them."
+        )
     return True
 
 

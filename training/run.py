@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 import qwen
-from config import Config, InputError
+from config import Config, InputError, TrainConfig
 from dataset.augment import Augmenter
 from dataset.batch import Batch
 from dataset.conversation import ChatFormat
@@ -32,6 +32,8 @@ from training.cached_features import CachedEncoder
 from training.log import RunLog
 from training.state import Position
 from training.step import Stepper
+
+FEW_STEPS = 20  # a run of fewer optimizer steps is noted
 
 
 @dataclass
@@ -88,6 +90,25 @@ class Run:
 
     def epoch(self, step: int) -> float:
         return step * self.samples_per_step / self.order.epoch_length
+
+
+def few_steps_note(train: TrainConfig, steps: int) -> str:
+    """Return a note about a run of fewer than FEW_STEPS optimizer steps, with the settings that make more; "" for a longer
+    run."""
+    if steps >= FEW_STEPS:
+        return ""
+    samples = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if train.max_steps == steps:
+        how = "raise train.max_steps"
+    else:
+        how = f"raise train.num_train_epochs ({train.num_train_epochs:g})"
+        if train.steps_per_epoch is not None:
+            how += f" or train.steps_per_epoch ({train.steps_per_epoch})"
+        if samples > 1:
+            how += f", take fewer than {samples} samples a step (train.per_device_train_batch_size x "
+            how += "train.gradient_accumulation_steps)"
+        how += ", or give more data"
+    return f"note: the run has {steps} optimizer step{'' if steps == 1 else 's'} in all, too few to learn much: {how}."
 
 
 def read_steps(run: Run) -> Iterator[tuple[int, list[Batch]]]:

@@ -29,6 +29,8 @@ from dataset.language import language_of
 from dataset.record import IMAGE_MARK, Conversation, Record, RecordError, parse_record
 from visual.images import ImageError, image_bytes, image_state
 
+ENOUGH_HELD_OUT = 10  # a held-out file of fewer images and texts is noted
+
 
 @dataclass
 class SourceCount:
@@ -63,6 +65,7 @@ class Checked:
     image_keys: dict[int, list[int]] = field(default_factory=dict)  # key of an image -> positions of its records
     image_sizes: set[int] = field(default_factory=set)  # bytes
     text_hashes: set[int] = field(default_factory=set)
+    some_images: set[str] = field(default_factory=set)  # paths of its first images, at most ENOUGH_HELD_OUT
     # Filled for a training file: the matches.
     suspects: list[tuple[Place, str, int]] = field(default_factory=list)  # record, path of the image, its key
     leaks: set[str] = field(default_factory=set)  # paths of the images that are held out too, by `check_leakage`
@@ -215,6 +218,8 @@ def _check_paths(
             )
             return False
         if is_held_out:
+            if len(checked.some_images) < ENOUGH_HELD_OUT:
+                checked.some_images.add(path)
             checked.image_sizes.add(state.size)
             checked.image_keys.setdefault(_image_key(path, state.size), []).append(item.index)
         elif held_out and state.size in held_out.image_sizes:

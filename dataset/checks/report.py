@@ -11,7 +11,7 @@ import numpy as np
 
 from config import printable, shortened
 from dataset.checks.findings import SHOWN
-from dataset.checks.records import Checked
+from dataset.checks.records import ENOUGH_HELD_OUT, Checked
 from dataset.checks.sample import Lengths
 from dataset.json_stream import stream_json
 from dataset.language import LANGUAGES
@@ -123,6 +123,13 @@ def notes(checked: Checked, max_refused: float, thorough: bool) -> list[str]:
         found.append(
             f"{checked.path.name}: {checked.held_out_texts:,} records without an image are also held out, "
             "word for word."
+        )
+    images, texts = len(checked.some_images), len(checked.text_hashes)  # of a held-out file; 0 for a training file
+    if 0 < images + texts < ENOUGH_HELD_OUT:
+        held = [f"{n} {word}{'' if n == 1 else 's'}" for n, word in ((images, "image"), (texts, "text")) if n]
+        found.append(
+            f"{checked.path.name}: holds only {' and '.join(held)}, so scores on it say little about other data. Hold out "
+            f"{ENOUGH_HELD_OUT} or more: raise data.validation_fraction, or give more data for validation."
         )
     return found
 

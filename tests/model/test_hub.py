@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ def set_endpoint(monkeypatch, address: str) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_PRINTED", set())
 
 
 @pytest.fixture
@@ -92,8 +94,11 @@ def test_folders_need_no_hub(tmp_path, asked):
 
 @pytest.mark.parametrize("name", ["some/model", "some/parts"])
 def test_a_hub_that_answers_is_asked_once_for_each_name(tmp_path, asked, name):
-    hub.check_hub(*[model_config(tmp_path, f"model.vision_tower={name}", "model.language_model=some/model")] * 2)
+    models = [model_config(tmp_path, f"model.vision_tower={name}", "model.language_model=some/model")] * 2
+    hub.check_hub(*models)
     assert asked == sorted({name, "some/model"}) and not constants.HF_HUB_OFFLINE
+    hub.check_hub(*models)
+    assert asked.count("some/model") == 1
 
 
 @pytest.mark.parametrize(
@@ -120,8 +125,10 @@ def test_without_the_hub_what_is_cached_is_read_and_nothing_else_is_tried(tmp_pa
     fill_cache(tmp_path, monkeypatch, "some/model")
     hub.check_hub(model)
     assert constants.HF_HUB_OFFLINE and "some/model: read from the local cache" in capsys.readouterr().out
-    hub.check_hub(model)  # a second stage, or HF_HUB_OFFLINE=1
+    hub.check_hub(model)  # HF_HUB_OFFLINE=1
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().out
+    hub.check_hub(model)
+    assert capsys.readouterr().out == ""  # once
 
 
 def test_without_the_hub_training_stops_before_data_are_prepared_and_says_what_to_do(tmp_path, unreachable):
@@ -137,7 +144,8 @@ def test_without_the_hub_training_stops_before_data_are_prepared_and_says_what_t
             f"{sys.executable} -m pip install modelscope",
         ):
             assert way in message
-        assert "modelscope download --model some/model --local_dir model" in message
+        program = os.path.join(os.path.dirname(sys.executable), "modelscope")
+        assert f"{program} download --model some/model --local_dir model" in message
     with pytest.raises(InputError, match="neither a folder"):
         dataset.show.main(["--config", str(path), "model.vision_tower=some/model"])
     assert not (tmp_path / "qa.jsonl").exists() and not (tmp_path / "run").exists()
@@ -150,3 +158,22 @@ def test_every_stage_is_checked_before_the_first_one_trains(tmp_path, unreachabl
     stages = json.dumps([{"name": "first"}, values])
     with fresh_accelerate(), pytest.raises(InputError, match="some/model: neither a folder"):
         train.main(["--config", str(path), f"train.stages={stages}", "model.vision_tower=some/model"])
+
+
+def test_an_encoder_that_the_hub_does_not_have_is_named_before_data_are_prepared(tmp_path, asked):
+    path = write_project(tmp_path)
+    with pytest.raises(InputError, match="some/unknown: not a folder, and the hub .* has no such model"):
+        run_training(path, "model.vision_tower=some/unknown")
+    assert asked == ["some/unknown"] and not (tmp_path / "qa.jsonl").exists() and not (tmp_path / "run").exists()
+
+
+def test_whatever_may_download_asks_the_hub_first(tmp_path, asked):
+    """hub_access: test.py, model.load, model.export and the others that open a checkpoint."""
+    model = model_config(tmp_path, "model.language_model=some/unknown")
+    for own, allowed in (({"some/unknown"}, False), (set(), True)):
+        with pytest.raises(InputError, match="has no such model"), hub.hub_access(model, own, allowed):
+            pytest.fail("went on")
+    assert asked == ["some/unknown"] * 2
+    with pytest.raises(InputError, match="--allow-download"), hub.hub_access(model, set(), False):
+        pytest.fail("went on")
+    assert asked == ["some/unknown"] * 2

@@ -65,6 +65,7 @@ def test_the_demo_learns_to_see(trained):
     unseen = scores["by_type"]["unseen_pair"]
     assert unseen["n"] >= 200 and unseen["accuracy"] > unseen["blind"]
     assert "colour" in printed and "blind %" in printed  # the table at the end
+    assert "too few to learn" not in printed and "holds only" not in printed
 
 
 def test_the_demo_answers_about_a_folder(clone, trained, sh):

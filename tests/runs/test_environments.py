@@ -310,6 +310,7 @@ def start(script: str, *arguments: str) -> None:
 SCRIPTS = [
     "train.py", "test.py", "dataset.show", "model.export", "dataprocess.process_image", "dataprocess.train_tokenizer",
     "demo.draw", "demo.emoji", "demo.emoji_report", "demo.pretrain_backbones", "demo.real_parts",
+    "model.import_checkpoint",
 ]  # fmt: skip
 QUICK = [
     "train.py",
@@ -317,6 +318,9 @@ QUICK = [
     "dataset.show",
     "model.export",
     "demo.emoji_report",
+    "demo.pretrain_backbones",
+    "demo.real_parts",
+    "model.import_checkpoint",
 ]  # these check their arguments first
 
 
@@ -371,7 +375,8 @@ def test_a_mistake_in_the_config_comes_before_the_libraries_are_imported(script,
 def test_a_missing_package_and_an_interrupt_in_the_first_seconds_are_one_line(
     script, error, code, words, capsys, monkeypatch
 ):
-    arguments = ["--checkpoint", "x", "--output", "y"] if script in ("model.export", "demo.emoji_report") else []
+    needed = {"model.import_checkpoint": "--from"} | dict.fromkeys(("model.export", "demo.emoji_report"), "--checkpoint")
+    arguments = [needed[script], "x", "--output", "y"] if script in needed else []
     given = iter([error])
     monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(next(given)))
     with pytest.raises(SystemExit) as ended:

@@ -35,8 +35,8 @@ from tests.toy_language import write_qwen1, write_qwen2, write_qwen2_moe
 from tests.toy_model import build_toy, train_config
 from tests.toy_project import fresh_accelerate
 from tests.toy_towers import write_clip
+from training.digests import equal_sha256
 from training.parallel import check_equal_weights, clip_grad_norm, sum_gradients
-from training.provenance import equal_sha256
 from training.sharding import gathered_for_inference, gathered_for_saving, idle_batch, laid_out_as, shard
 from training.state import load_state, save_state
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from config import Config, load_config
 from dataset.checks.findings import Findings
-from tests.toy_project import config_values, write_project
+from dataset.checks.records import ENOUGH_HELD_OUT
+from tests.toy_project import config_values, run_training, write_project
 from training.prepare import check_data, prepare_data
-from training.run import open_processors
+from training.run import few_steps_note, open_processors
 
 
 class Desk:
@@ -182,3 +183,53 @@ def test_held_out_questions_beyond_the_positions_of_the_model_are_counted(tmp_pa
     printed = capsys.readouterr().out
     assert "note: validation.jsonl: 1 of 6 questions do not fit into the 100 positions" in printed
     assert "lower test.max_new_tokens" in printed
+
+
+def test_a_held_out_file_of_a_few_images_is_noted_once(desk, capsys):
+    def notes(split_of_images: int, **data) -> list[str]:
+        sides = {"train": desk.rows[:-split_of_images], "validation": desk.rows[-split_of_images:]}
+        for side, rows in sides.items():
+            (desk.folder / f"{side}.json").write_text(json.dumps(rows))
+        sources = [
+            {"name": side, "annotations": f"{side}.json", "images": "images", "format": "llava", "split": side}
+            for side in sides
+        ]
+        assert not desk.check(desk.config(sources=sources, **data))
+        return [line for line in capsys.readouterr().out.splitlines() if "holds only" in line]
+
+    for k in range(30):
+        desk.add(desk.image(f"{k}.png", (k, 2, 3)))
+    desk.rows[-2]["image"] = desk.rows[-1]["image"]  # two questions about one image
+    (note,) = notes(2)
+    assert note.startswith("note: validation.jsonl: holds only 1 image, so scores on it say little")
+    assert "raise data.validation_fraction" in note
+    assert not notes(ENOUGH_HELD_OUT + 1) and len(notes(ENOUGH_HELD_OUT)) == 1
+    for k in range(ENOUGH_HELD_OUT):  # texts that are scored too
+        turns = [{"from": "human", "value": f"Say {k}."}, {"from": "gpt", "value": str(k)}]
+        desk.rows.append({"id": f"text {k}", "conversations": turns})
+    assert not notes(ENOUGH_HELD_OUT + 1)
+    (note,) = notes(3)
+    assert "holds only 3 texts, so" in note
+
+
+def test_a_run_of_a_dozen_steps_is_noted_with_what_makes_more(tmp_path, capsys):
+    path = write_project(tmp_path)
+    epochs = ("train.max_steps=null", "train.num_train_epochs=2")
+    run_training(path, *epochs, "--check")
+    noted = "note: the run has {} optimizer steps in all, too few to learn much: raise {}"
+    advice = (
+        "train.num_train_epochs (2){}, take fewer than 4 samples a step (train.per_device_train_batch_size x "
+        "train.gradient_accumulation_steps), or give more data."
+    )
+    printed = capsys.readouterr().out
+    assert printed.count(noted.format(5, advice.format(""))) == printed.count("too few to learn") == 1  # 9 records, 4 a step
+
+    def note(steps: int, *overrides: str) -> str:
+        return few_steps_note(load_config(path, overrides).train, steps)
+
+    limited = note(2, *epochs, "train.steps_per_epoch=1")
+    assert limited == noted.format(2, advice.format(" or train.steps_per_epoch (1)"))
+    single = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1")
+    assert note(18, *epochs, *single) == noted.format(18, "train.num_train_epochs (2), or give more data.")
+    assert note(19, "train.max_steps=19") == noted.format(19, "train.max_steps.")
+    assert note(20, "train.max_steps=20") == "" and "has 1 optimizer step in" in note(1)

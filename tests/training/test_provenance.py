@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from config import InputError, load_config
 from dataset.open import file_sha256
 from model.checkpoint_folder import write_folder
+from model.loaded import open_config
 from tests.toy_project import run_training, write_project
-from training import provenance
-from training.provenance import is_same_digest, released_digests
+from training import digests
+from training.digests import is_same_digest, released_digests
 from training.resume import WEIGHT_DIGESTS
 
 SHORT = ("train.eval_steps=null", "train.score_samples=1", "train.max_steps=2", "train.save_steps=1", "lora.dropout=0")
@@ -211,9 +212,9 @@ def test_a_digest_that_an_earlier_version_recorded_is_recognised(project, whole,
     """It covered keys that are left out now. A run that recorded it resumes, and a run may start from it."""
     model = load_config(project).model
     with monkeypatch.context() as patched:
-        patched.setattr(provenance, "_NOT_COMPUTING", provenance._FORMER_NOT_COMPUTING)
+        patched.setattr(digests, "_NOT_COMPUTING", digests._FORMER_NOT_COMPUTING)
         before = released_digests(model)
-    provenance._FORMER.clear()
+    digests._FORMER.clear()
     now = released_digests(model)
     assert before["language_model_sha256"] != now["language_model_sha256"]
     assert all(is_same_digest(before[key], now[key]) for key in now)
@@ -233,25 +234,84 @@ def test_a_digest_that_an_earlier_version_recorded_is_recognised(project, whole,
     assert check(project, tmp_path / "run" / "checkpoint-1", tmp_path) == 0
 
 
-def test_unchanged_weights_are_read_once_and_much_reading_is_said(project, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The names of the files that are hashed, one after the other; none is remembered from before."""
+    names = []
+
+    def spy(path):
+        names.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(digests, "file_sha256", spy)
+    monkeypatch.setattr(digests, "_HASHES", {})
+    return names
+
+
+def test_unchanged_weights_are_read_once_and_much_reading_is_said(project, tmp_path, read, monkeypatch, capsys):
     shutil.copytree(project.parent / "lm", tmp_path / "lm")
     model = load_config(project).model
     model = dataclasses.replace(model, vision_tower=None, language_model=str(tmp_path / "lm"))
-    weights = tmp_path / "lm" / "model.safetensors"
-    read = []
-
-    def spy(path):
-        read.append(path.name)
-        return file_sha256(path)
-
-    monkeypatch.setattr(provenance, "file_sha256", spy)
-    monkeypatch.setattr(provenance, "SAID_BYTES", 10_000)
-    for path in (weights, tmp_path / "lm" / "config.json"):
-        os.utime(path, (10**9, 10**9))
-    first = released_digests(model)
-    assert sorted(read) == ["config.json", "model.safetensors"]
-    assert capsys.readouterr().out == "checking 0 GB of released weights\n"
-    assert released_digests(model) == first and len(read) == 2 and capsys.readouterr().out == ""
+    monkeypatch.setattr(digests, "SAID_BYTES", 10_000)
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "CLOCK_TICK", 0)
+        first = released_digests(model)
+        assert sorted(read) == ["config.json", "model.safetensors"]
+        assert capsys.readouterr().out == "checking 0 GB of released weights\n"
+        assert released_digests(model) == first and len(read) == 2 and capsys.readouterr().out == ""
     change(tmp_path / "lm")  # just now: not remembered, because it may change again within a tick of the clock
     assert released_digests(model) != first and read[2:] == ["model.safetensors"]
     assert released_digests(model) != first and read[3:] == ["model.safetensors"]
+
+
+def test_a_run_remembers_the_digests_of_large_weights_until_they_change(project, whole, tmp_path, read, monkeypatch):
+    """A checkpoint of a large model opens without reading the released weights in full. Each call below is a new process."""
+
+    def opened(folder, *overrides: str) -> list[str]:
+        read.clear()
+        digests._HASHES.clear()
+        model = open_config(folder, overrides).model
+        assert (str(model.vision_tower), str(model.language_model)) == (tower, str(weights.parent))
+        return sorted(set(read) - {"config.json"})
+
+    run, weights = tmp_path / "run", tmp_path / "lm" / "model.safetensors"
+    for name in ("tower", "lm"):
+        shutil.copytree(project.parent / name, tmp_path / name)
+    shutil.copytree(whole, run)
+    (run / ".hashes.json").unlink(missing_ok=True)
+    tower, final = str(tmp_path / "tower"), run / "final"
+    assert opened(final) == opened(final) == ["model.safetensors"]  # small: reading is quick
+    monkeypatch.setattr(digests, "LARGE_BYTES", 10_000)
+    assert opened(final) == ["model.safetensors"] and not (run / ".hashes.json").exists()  # changed a moment ago
+    monkeypatch.setattr(digests, "CLOCK_TICK", 0)
+    assert opened(final) == ["model.safetensors"] and opened(final) == []
+    assert opened(run / "checkpoint-1") == []  # the run's, not the checkpoint's
+    assert str(tmp_path) not in (run / ".hashes.json").read_text()
+    status, content = weights.stat(), weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))  # the same size, time and inode
+    with pytest.raises(InputError, match="has other weights or another config.json"):
+        opened(final)
+    weights.write_bytes(content)
+    assert opened(final) == ["model.safetensors"] and opened(final) == []
+
+    model = open_config(final).model
+    digests._HASHES.clear()
+    read.clear()
+    released_digests(model, run)  # as a start of training does
+    assert read == ["config.json"] * 2
+    for foreign in ("mine", "[]", '{"a": 1}', '{"' + "0" * 64 + '": "1"}'):
+        (run / ".hashes.json").write_text(foreign)
+        assert opened(final) == opened(final) == ["model.safetensors"]
+        assert (run / ".hashes.json").read_text() == foreign
+    (run / ".hashes.json").write_text("")  # after a loss of power
+    assert opened(final) == ["model.safetensors"] and opened(final) == []
+    (run / ".hashes.json").unlink()
+    (run / ".hashes.json").symlink_to(tmp_path / "elsewhere")
+    assert opened(final) == ["model.safetensors"] and not (tmp_path / "elsewhere").exists()
+    (run / ".hashes.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "publish", lambda *_: os.mkdir(tmp_path))  # any OSError, as on a read-only disk
+        assert opened(final) == opened(final) == ["model.safetensors"]
+    (run / ".lock").unlink()  # not a run's folder: nothing is written there
+    assert opened(final) == ["model.safetensors"] and not (run / ".hashes.json").exists()
