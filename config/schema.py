@@ -148,6 +148,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = bounds(1, low=1)
     warmup_ratio: float = bounds(0.03, low=0.0, high=1.0)
     weight_decay: float = bounds(0.0, low=0.0)
+    image_noise: float = bounds(0.0, low=0.0)
     max_grad_norm: float | None = bounds(1.0, low=0.0)
     max_bad_steps: int = bounds(3, low=1)
     fsdp: bool = False

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 from PIL import Image
@@ -19,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import qwen
-from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error, printable
+from config import InputError, LoraConfig, ModelConfig, TrainConfig, frozen_error
 from model.checkpoint import has_adapter, load_adapter, refuse_other_sizes
 from model.checkpoint_folder import read_json, verify_folder
 from model.model import VisionLanguageModel
@@ -167,7 +165,7 @@ def build_model(
         num_queries=settings.num_queries,
         pixel_shuffle_factor=settings.pixel_shuffle_factor,
     )
-    model = VisionLanguageModel(tower, projector, lm)
+    model = VisionLanguageModel(tower, projector, lm, image_noise=train.image_noise)
     origins, start = WeightOrigins.new(model, from_scratch=new is not None), None
     if checkpoint is not None:
         start = load_start(model, origins, checkpoint, settings=settings)
@@ -245,42 +243,7 @@ def save_processors(processors: Processors, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The hub
-
-
-def hub_models(model: ModelConfig) -> set[str]:
-    """Return the hub names among the models that the config names. Folders are absolute paths."""
-    named = (model.vision_tower, model.language_model)
-    return {str(name) for name in named if name is not None and not os.path.isabs(name)}
-
-
-@contextlib.contextmanager
-def hub_access(model: ModelConfig, own_models: Set[str], allow_download: bool) -> Iterator[None]:
-    """Let the block contact the hub only if the user has named every model (`own_models`) or allows the download. Else the
-    block reads folders and the local cache, because a checkpoint from somebody else may name any repository.
-
-    Raises InputError if a model is missing that may not be downloaded.
-    """
-    names = hub_models(model)
-    missing = ", ".join(sorted(name for name in names if not _is_cached(name)))
-    if allow_download or (names and names <= own_models):
-        if missing:
-            print(f"downloading from the hub: {printable(missing)}")
-        yield
-        return
-    advice = "Add --allow-download, or give a folder: model.vision_tower=FOLDER or model.language_model=FOLDER."
-    if missing:
-        raise InputError(
-            f"{missing}: the checkpoint was trained on top of this model of the hub, which is not on this machine. {advice}"
-        )
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # what the environment variable of that name sets
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{error} The hub was not contacted. {advice}" if names else str(error)) from error
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
+# Files of a released model
 
 
 def weight_files(path: str) -> dict[str, Path] | None:
@@ -309,11 +272,3 @@ def _shards(index: Path) -> list[str]:
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise InputError(f'{index}: "weight_map" is not an object of file names; use another model.')
     return sorted(set(listed.values()))
-
-
-def _is_cached(name: str) -> bool:
-    """Return whether the local cache holds the config and all weights of the hub's model `name`."""
-    try:
-        return weight_files(name) is not None
-    except (OSError, ValueError):  # not a name that the hub allows
-        return False

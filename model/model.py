@@ -37,8 +37,16 @@ class VisionLanguageModel(nn.Module):
     projector: Any
     language_model: Any
 
-    def __init__(self, vision_tower: nn.Module, projector: nn.Module, language_model: nn.Module):
+    def __init__(
+        self,
+        vision_tower: nn.Module,
+        projector: nn.Module,
+        language_model: nn.Module,
+        image_noise: float = 0.0,
+    ):
+        """image_noise: see `add_noise`; only for training."""
         super().__init__()
+        self.image_noise = image_noise
         self.vision_tower = vision_tower
         self.projector = projector
         self.language_model = language_model
@@ -103,6 +111,8 @@ class VisionLanguageModel(nn.Module):
             image_features, anchor = None, self._zero_from_image_side()
         else:
             image_features, anchor = self.project(patch_features), 0.0
+            if self.training and self.image_noise:
+                image_features = add_noise(image_features, self.image_noise)
         output = self.causal_lm.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -136,3 +146,15 @@ class VisionLanguageModel(nn.Module):
         """
         parameters = [*self.projector.parameters(), *self.vision_tower.parameters()]
         return sum(parameter.sum() for parameter in parameters if parameter.requires_grad) * 0.0
+
+
+def add_noise(image_features: Tensor, factor: float) -> Tensor:
+    """Add one random vector to all tokens of an image: [M,K,D] -> [M,K,D].
+
+    Its root mean square is `factor` times that of the image's tokens, so a projector cannot escape it by a larger output.
+    A vector for each token would be averaged away. The numbers come from the CPU's generator, equal on every device; the
+    trainer seeds it for each micro-batch, as for dropout.
+    """
+    size = image_features.detach().float().square().mean((1, 2), keepdim=True).sqrt()  # [M,1,1]
+    noise = torch.randn(len(image_features), 1, image_features.shape[2]).to(image_features.device)
+    return image_features + (factor * size * noise).to(image_features.dtype)

@@ -5,6 +5,7 @@ Run: python -m pytest tests/model/test_model.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import huggingface_hub
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 
 import qwen
 from config import IGNORE_INDEX, InputError, LoraConfig, ModelConfig
-from model.build import checkpoint_activations, hub_access, weight_files
+from model.build import checkpoint_activations, weight_files
+from model.hub import hub_access
+from model.model import add_noise
 from model.trainable import param_groups, trainable_parameters, trainable_table
 from tests.toy_model import RATES, build_toy, train_config
 from tests.toy_project import LANGUAGE_MODELS, TOWERS
@@ -60,6 +63,33 @@ def test_loss_is_the_cross_entropy_of_the_full_logits(folders, tower, language_m
     ).logits
     plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-5)
+
+
+def test_noise_is_one_vector_for_all_tokens_of_an_image_as_large_as_asked():
+    torch.manual_seed(0)
+    features = torch.randn(40, 5, 64) * torch.linspace(0.1, 3, 40)[:, None, None]
+    noise = add_noise(features, 0.5) - features
+    torch.testing.assert_close(noise, noise[:, :1].expand(-1, 5, -1), rtol=0, atol=1e-5)
+    ratios = noise.square().mean((1, 2)).sqrt() / features.square().mean((1, 2)).sqrt()
+    assert 0.35 < ratios.min() < ratios.max() < 0.65 and abs(float(ratios.mean()) - 0.5) < 0.02
+    other = noise[:20, 0] / noise[:20, 0].norm(dim=1, keepdim=True)
+    assert (other @ other.T - torch.eye(20)).abs().max() < 0.6  # each image has its own
+
+
+def test_image_noise_is_for_training_alone_and_follows_the_seed(folders):
+    train = dataclasses.replace(train_config(), image_noise=0.5)
+    plain, noisy = build_toy(folders).model, build_toy(folders, train=train).model
+    batch = batch_for(build_toy(folders))
+
+    def loss(model, seed: int) -> float:
+        torch.manual_seed(seed)
+        return float(model(**batch).answers.detach())
+
+    plain.train(), noisy.train()
+    assert loss(noisy, 1) == loss(noisy, 1) != loss(noisy, 2)
+    assert loss(plain, 1) == loss(plain, 2) != loss(noisy, 1)
+    plain.eval(), noisy.eval()
+    assert loss(noisy, 1) == loss(plain, 1)
 
 
 def test_only_projector_and_lora_have_gradients(folders):

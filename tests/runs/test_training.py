@@ -125,8 +125,8 @@ def test_a_step_does_not_depend_on_its_micro_batches(project, tmp_path):
 
 
 def test_two_processes_train_as_one_does(project, tmp_path):
-    """torchrun with two processes and the same config: the same samples, losses and weights, with dropout."""
-    common = ["train.max_steps=2", "train.save_steps=2", *QUICK, "train.num_threads=1"]
+    """torchrun with two processes and the same config: the same samples, losses and weights, with dropout and noise."""
+    common = ["train.max_steps=2", "train.save_steps=2", *QUICK, "train.num_threads=1", "train.image_noise=0.5"]
     run_training(project, f"output_dir={tmp_path / 'one'}", *common)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -118,7 +118,8 @@ def test_features_of_new_views_are_not_cached_and_those_of_fixed_ones_are(opened
 # --- whole runs
 
 RUN = (
-    "train.max_steps=4", "train.save_steps=2", "train.eval_steps=null", "lora.dropout=0.1", FIXED,
+    "train.max_steps=4", "train.save_steps=2", "train.eval_steps=null", "lora.dropout=0.1",
+    "train.image_noise=0.5", FIXED,
     "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4",  # the tower always gets one image
 )  # fmt: skip
 
