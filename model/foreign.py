@@ -3,7 +3,7 @@ are read with weights_only=True, and only named files are opened.
 
     adapter_model.bin, other_params.bin            the Qwen v1 ancestor of this project
     adapter_model.*, non_lora_trainables.bin       LLaVA trained with LoRA
-    mm_projector.bin                               LLaVA's first stage
+    mm_projector.bin                               LLaVA's first stage: two layers, or one
 """
 
 from __future__ import annotations
@@ -77,12 +77,27 @@ def read_foreign(folder: Path) -> Foreign:
     for name in ("non_lora_trainables.bin", "mm_projector.bin"):
         if (folder / name).is_file():
             return _llava(folder, folder / name)
+    _refuse_nanovlm(folder)
     files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
     raise InputError(
         f"{folder}: found {', '.join(files) or 'no files'}; expected other_params.bin with adapter_model.bin (this "
         "project's ancestor), non_lora_trainables.bin or mm_projector.bin (LLaVA), or a config.json of model_type llava (a "
         "llava-hf folder)."
     )
+
+
+def _refuse_nanovlm(folder: Path) -> None:
+    """Raise InputError, with the reason and what to train instead, for a checkpoint of nanoVLM."""
+    values = read_json(folder / "config.json", ADVICE) if (folder / "config.json").is_file() else {}
+    if isinstance(values, dict) and "mp_pixel_shuffle_factor" in values:
+        raise InputError(
+            f"{folder}: nanoVLM's checkpoint, which is not imported. Its projector (MP.proj.weight) reads every patch after "
+            "the encoder's last norm, which no model.vision_features is. It belongs to an encoder and a language model that "
+            "were trained with it and are stored in layouts of their own. Train a new projector instead, with "
+            f"model.vision_tower {values.get('vit_model_type')!r:.120}, model.language_model "
+            f"{values.get('lm_model_type')!r:.120}, model.projector pixel_shuffle and model.pixel_shuffle_factor "
+            f"{values['mp_pixel_shuffle_factor']!r:.20}."
+        )
 
 
 def _ancestor(folder: Path) -> Foreign:
@@ -103,12 +118,12 @@ def _ancestor(folder: Path) -> Foreign:
 def _llava(folder: Path, path: Path) -> Foreign:
     values = read_json(folder / "config.json", ADVICE) if (folder / "config.json").exists() else {}
     tensors = read_pickled(path)
-    kind = values.get("mm_projector_type", "mlp2x_gelu")
-    single = [name for name in tensors if re.search(r"mm_projector\.(weight|bias)$", name)]
-    if kind != "mlp2x_gelu" or single:
+    is_linear = any(re.search(r"mm_projector\.(weight|bias)$", name) for name in tensors)
+    kind = values.get("mm_projector_type", "linear" if is_linear else "mlp2x_gelu")
+    if kind not in ("linear", "mlp2x_gelu"):
         raise InputError(
-            f"{path}: the projector is of type {'linear' if single else kind}; only mlp2x_gelu, two linear layers with "
-            "GELU, has a counterpart here (model.projector mlp). Train a new projector instead."
+            f"{path}: the projector is of type {kind!r:.80}; only mlp2x_gelu, two linear layers with GELU, and linear have "
+            "a counterpart here (model.projector mlp). Train a new projector instead."
         )
     if values.get("mm_use_im_start_end"):
         raise InputError(
@@ -118,6 +133,8 @@ def _llava(folder: Path, path: Path) -> Foreign:
     if values.get("mm_vision_select_feature", "patch") != "patch":
         raise InputError(f"{folder}: trained with the encoder's class token as a patch, which has no counterpart here.")
     notes = [f"{key} was {values[key]}" for key in ("mm_vision_tower", "_name_or_path") if values.get(key)]
+    if kind == "linear":
+        notes.append("one linear layer, written as an mlp twice as wide that computes the same")
     lora: dict[str, tuple[Tensor, Tensor]] = {}
     r, alpha = 0, 0.0
     if (folder / "adapter_config.json").exists():
@@ -126,7 +143,7 @@ def _llava(folder: Path, path: Path) -> Foreign:
         notes.append("a projector alone: a warm start for another language model, a whole model only with its own")
     return Foreign(
         "LLaVA's checkpoint",
-        _two_layers(tensors, path, "model.mm_projector."),
+        (_one_layer if kind == "linear" else _two_layers)(tensors, path, "model.mm_projector."),
         lora,
         r=r,
         alpha=alpha,
@@ -136,19 +153,11 @@ def _llava(folder: Path, path: Path) -> Foreign:
 
 
 def _two_layers(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> dict[str, Tensor]:
-    """Return a Sequential of linear layer, GELU, linear layer as linear_1 and linear_2. Names in the file may begin with
-    PEFT's `base_model.model.`. Raises InputError unless it holds these four tensors alone, and they fit together."""
-    found = {name.removeprefix("base_model.model.").removeprefix("module."): value for name, value in tensors.items()}
-    wanted = {
-        f"{prefix}{number}.{part}": f"linear_{layer}.{part}"
-        for layer, number in ((1, 0), (2, 2))
-        for part in ("weight", "bias")
-    }
-    if wrong := sorted(found.keys() ^ wanted.keys()):
-        raise InputError(
-            f"{path}: {len(wrong)} tensors missing or unexpected: {', '.join(wrong[:12])}; expected {', '.join(wanted)}."
-        )
-    result = {ours: found[theirs].float() for theirs, ours in wanted.items()}
+    """Return a Sequential of linear layer, GELU, linear layer as linear_1 and linear_2. Raises InputError unless the file
+    holds these four tensors alone, and they fit together."""
+    names = [f"{layer}.{part}" for layer in ("linear_1", "linear_2") for part in ("weight", "bias")]
+    stored = [f"{prefix}{name.replace('linear_1', '0').replace('linear_2', '2')}" for name in names]
+    result = dict(zip(names, _only(tensors, path, stored), strict=True))
     first, second = result["linear_1.weight"], result["linear_2.weight"]
     shapes = [tuple(result[f"linear_{layer}.bias"].shape) for layer in (1, 2)]
     fits = first.ndim == second.ndim == 2 and second.shape[1:] == first.shape[:1]
@@ -157,6 +166,32 @@ def _two_layers(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> dict[
             f"{path}: layers of {list(first.shape)} and {list(second.shape)} do not fit together; {ADVICE}."
         )
     return result
+
+
+def _one_layer(tensors: Mapping[str, Tensor], path: Path, prefix: str) -> dict[str, Tensor]:
+    """Return a linear layer as the two of an MLP that compute the same, because GELU(z) - GELU(-z) = z. Raises InputError
+    unless the file holds its two tensors alone, and they fit together."""
+    weight, bias = _only(tensors, path, [f"{prefix}weight", f"{prefix}bias"])
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise InputError(f"{path}: {list(weight.shape)} and {list(bias.shape)} are not a linear layer's; {ADVICE}.")
+    one = torch.eye(len(bias))
+    return {
+        "linear_1.weight": torch.cat([weight, -weight]),
+        "linear_1.bias": torch.cat([bias, -bias]),
+        "linear_2.weight": torch.cat([one, -one], dim=1),
+        "linear_2.bias": torch.zeros(len(bias)),
+    }
+
+
+def _only(tensors: Mapping[str, Tensor], path: Path, wanted: list[str]) -> list[Tensor]:
+    """Return the tensors named `wanted`, float32. Names in the file may begin with PEFT's `base_model.model.`. Raises
+    InputError if one is missing, or if the file holds others."""
+    found = {name.removeprefix("base_model.model.").removeprefix("module."): value for name, value in tensors.items()}
+    if wrong := sorted(found.keys() ^ set(wanted)):
+        raise InputError(
+            f"{path}: {len(wrong)} tensors missing or unexpected: {', '.join(wrong[:12])}; expected {', '.join(wanted)}."
+        )
+    return [found[name].float() for name in wanted]
 
 
 def _read_lora(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], int, float]:

@@ -5,6 +5,8 @@
 The output is a checkpoint: test.py asks it, model.export exports it, and model.start_from names it to train on.
 """
 
+# ruff: noqa: E402 - the arguments are checked before the libraries are imported, which takes seconds
+
 from __future__ import annotations
 
 import argparse
@@ -16,6 +18,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from config import Config, InputError, load_config, printable, run_script, to_yaml
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.import_checkpoint",
+        description="Turn another project's checkpoint into one of this project.",
+    )
+    parser.add_argument("--from", dest="source", required=True, help="the folder with the other project's files")
+    parser.add_argument(
+        "--output", required=True, help="the checkpoint to write; a folder that does not exist or is empty"
+    )
+    parser.add_argument("--allow-download", action="store_true", help="download the models of the hub that are named")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.language_model=FOLDER")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":  # imports this file as a module: what is below never runs as a script
+    run_script("model.import_checkpoint.main_with_messages", lambda: parse_arguments(None))
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
@@ -25,9 +47,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from config import Config, InputError, load_config, printable, run_script, to_yaml
 from config.typed_yaml import FolderOrHub
-from model.build import Built, hub_access, save_processors, weight_files
+from model.build import Built, save_processors, weight_files
 from model.checkpoint import TensorFiles, save_trained
 from model.checkpoint_folder import is_ours, read_json, write_folder
 from model.export.llava import ENCODERS, TEXT_MODELS
@@ -35,6 +56,7 @@ from model.export.native import PARTS
 from model.export.opened import built_of, is_export, load_stock
 from model.export.weights import held, tower_weights, write_weights
 from model.foreign import Foreign, read_foreign
+from model.hub import hub_access
 from qwen.configuration import released_name
 from training.memory import explain_out_of_memory
 from training.run import open_model, open_processors
@@ -66,20 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(line))
     print(printable(f"{output}: imported; ask it with sh test.sh --checkpoint {arguments.output}"))
     return 0
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m model.import_checkpoint",
-        description="Turn another project's checkpoint into one of this project.",
-    )
-    parser.add_argument("--from", dest="source", required=True, help="the folder with the other project's files")
-    parser.add_argument(
-        "--output", required=True, help="the checkpoint to write; a folder that does not exist or is empty"
-    )
-    parser.add_argument("--allow-download", action="store_true", help="download the models of the hub that are named")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.language_model=FOLDER")
-    return parser.parse_intermixed_args(argv)
 
 
 def make_config(output: Path, values: dict[str, Any], overrides: Sequence[str]) -> Config:
@@ -297,7 +305,3 @@ def main_with_messages() -> int:
     """Run `main`, with a message instead of a traceback when memory is full."""
     with explain_out_of_memory("The language model is loaded in bfloat16; import on a machine with more memory."):
         return main()
-
-
-if __name__ == "__main__":
-    run_script(main_with_messages)

@@ -66,10 +66,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
 
-from model.build import Processors, hub_access
 from model.checkpoint_folder import weights_digest, write_folder
 from model.export.card import Story, export_json, gguf_proof_lines, model_card, portable_config, refuse_foreign
-from model.export.gguf_files import KINDS, QUANTIZED, need_gguf, refuse_encoder, text_config_of, write_gguf
+from model.export.gguf_files import KINDS, QUANTIZED, need_gguf, refuse_encoder, write_gguf
+from model.export.gguf_keys import text_config_of
 from model.export.gguf_proof import prove_gguf
 from model.export.llava import DTYPES, Prompts, refuse_inexpressible, write_json, write_llava
 from model.export.native import PARTS, prove_native, write_native
@@ -77,7 +77,8 @@ from model.export.opened import is_export
 from model.export.proof import NEW_TOKENS, Reference, judge, run_stock, write_job
 from model.export.push import check_push, push
 from model.export.samples import collect_samples
-from model.export.weights import MergedLanguageModel
+from model.export.weights import MergedLanguageModel, Trained
+from model.hub import hub_access
 from model.loaded import open_built, open_config
 from model.start import EXPORT
 from training.memory import explain_out_of_memory
@@ -123,10 +124,11 @@ class Export:
                 refuse_inexpressible(config.model)
             if self.format == "gguf":
                 refuse_encoder(config.model, arguments.allow_class_token)
-            self.processors: Processors = open_processors(config, checkpoint)
-            self.language_model = MergedLanguageModel(config.model, config.lora, self.processors, checkpoint=checkpoint)
+            processors = open_processors(config, checkpoint)
+            language_model = MergedLanguageModel(config.model, config.lora, processors, checkpoint=checkpoint)
+            self.trained = Trained(config.model, language_model, processors, checkpoint=checkpoint)
         names = {kind: name for name, kind in DTYPES.items()}
-        self.dtype: str = arguments.dtype or names[self.language_model.stored_dtype]
+        self.dtype: str = arguments.dtype or names[language_model.stored_dtype]
         self.gguf_kind = QUANTIZED.get(arguments.quantize, KINDS[self.dtype])
         self.stored: str = arguments.quantize or self.dtype  # for the card and export.json
 
@@ -149,19 +151,13 @@ class Export:
     def write_model(self, folder: Path) -> None:
         """Write everything but the proof and the card."""
         config, test = self.config, self.config.test
-        parts: dict[str, Any] = {
-            "settings": config.model,
-            "language_model": self.language_model,
-            "processors": self.processors,
-            "checkpoint": self.checkpoint,
-        }
         prompts = Prompts(config.data.system_prompt, test.max_new_tokens)
         if self.format == "llava":
-            write_llava(folder, **parts, prompts=prompts, dtype=self.dtype)
+            write_llava(folder, self.trained, prompts, dtype=self.dtype)
         elif self.format == "native":
-            write_native(folder, **parts, dtype=self.dtype)
+            write_native(folder, self.trained, self.dtype)
         else:
-            write_gguf(folder, **parts, prompts=prompts, kind=self.gguf_kind)
+            write_gguf(folder, self.trained, prompts, kind=self.gguf_kind)
         answering = {name: getattr(test, name) for name in ("max_new_tokens", "batch_size", "num_beams")}
         portable = portable_config(
             config.model,
@@ -174,14 +170,16 @@ class Export:
         if self.format != "gguf":  # nothing here opens GGUF files
             (folder / "config.yaml").write_text(portable, encoding="utf-8")
         digest = weights_digest(self.checkpoint)
-        (folder / EXPORT).write_text(export_json(self.format, self.stored, self.processors.max_tokens, digest=digest))
+        (folder / EXPORT).write_text(
+            export_json(self.format, self.stored, self.trained.processors.max_tokens, digest=digest)
+        )
 
     def prove(self, folder: Path) -> dict[str, Any]:
         """Compare the folder with the model as it was trained, and return the figures."""
         with tempfile.TemporaryDirectory() as job:
             reference = self.reference(Path(job))
             if self.format == "gguf":
-                text = text_config_of(self.language_model, self.processors)
+                text = text_config_of(self.trained)
                 answerer = open_answerer(self._short(self.config), reference.built, "fp32", device=CPU)
                 layer = self.config.model.vision_feature_layer
                 return prove_gguf(reference, answerer, folder, text=text, feature_layer=layer, kind=self.gguf_kind)
@@ -198,9 +196,9 @@ class Export:
         """Build the model as it was trained and ask it the questions of the proof, whose images are written to `job`."""
         config = self._short(self.config)
         with self.access():
-            built = open_model(config, "fp32", self.processors, checkpoint=self.checkpoint)
+            built = open_model(config, "fp32", self.trained.processors, checkpoint=self.checkpoint)
         answerer = open_answerer(config, built, "fp32", device=CPU)
-        samples = collect_samples(config, self.processors, answerer, job=job, count=self.samples)
+        samples = collect_samples(config, self.trained.processors, answerer, job=job, count=self.samples)
         return Reference(built, answerer, samples, job=job)
 
     @staticmethod

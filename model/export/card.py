@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from config import DataConfig, InputError, LoraConfig, ModelConfig, TrainConfig
 from model.checkpoint_folder import read_json
@@ -82,6 +82,24 @@ class Story:
         values = read_json(path) if path.exists() else {}
         return values if isinstance(values, dict) else {}
 
+    def data_lines(self) -> list[str]:
+        held_out = [source.name for source in self.data.sources if source.split == "validation"]
+        others = [source.name for source in self.data.sources if source.split != "validation"]
+        lines = [f"- Data: {', '.join(others) or 'one QA file'}"]
+        return lines + ([f"- Held out: {', '.join(held_out)}"] if held_out else [])
+
+    def recipe_lines(self) -> list[str]:
+        """Return how long and how fast it trained; nothing of an imported checkpoint, which no run of this project made."""
+        path, train = self.checkpoint / "run.json", self.train
+        if not path.exists():
+            return []
+        processes = read_json(path)[-1].get("machine", {}).get("processes", 1)
+        length = f"{train.num_train_epochs:g} epochs" if train.max_steps is None else f"{train.max_steps} steps"
+        batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * processes
+        rates = {key: value for key, value in vars(train).items() if key.endswith("_lr") and value}
+        named = ", ".join(f"{key} {value:g}" for key, value in rates.items())
+        return [f"- Recipe: {length} of batches of {batch}; {named}; weight_decay {train.weight_decay:g}"]
+
 
 def licence_of(path: str) -> str:
     """Return the licence that the README.md of a model's folder declares."""
@@ -95,7 +113,7 @@ def model_card(story: Story, *, format_name: str, dtype: str, proof: dict[str, A
     """Return README.md: what the model is, its scores, how to use it, and what was proven."""
     named = [str(path) for path in (story.model.language_model, story.model.vision_tower) if path is not None]
     hub = [path for path in named if not os.path.isabs(path)]
-    sources = [source.name for source in story.data.sources]
+    results = _eval_results(story.scores())
     front = ModelCardData(
         library_name={"llava": "transformers", "gguf": "gguf"}.get(format_name),
         pipeline_tag="image-text-to-text",
@@ -104,6 +122,8 @@ def model_card(story: Story, *, format_name: str, dtype: str, proof: dict[str, A
         license="other",
         license_name="licences-of-both-parts",
         tags=None if format_name == "native" else ["llava"],
+        model_name=" and ".join(map(part_name, named)) if results else None,
+        eval_results=results,
     )
     words = ", ".join(f"{part} {word}" for part, word in vars(story.train.trainable).items())
     if story.train.trainable.language_model.kind == "lora":
@@ -118,7 +138,8 @@ def model_card(story: Story, *, format_name: str, dtype: str, proof: dict[str, A
         *(f"- {kind}: {name}" for kind, name in story.parts.items()),
         f"- Projector: {story.model.projector}; features of layer {story.model.vision_feature_layer}; weights in {dtype}",
         f"- Trained: {words}",
-        f"- Data: {', '.join(sources) or 'one QA file'}",
+        *story.recipe_lines(),
+        *story.data_lines(),
         "",
         "The model may be used as the licences of both parts and of the data allow.",
         *_score_lines(story.scores()),
@@ -161,7 +182,7 @@ print(load(FOLDER).answer("What is in the picture?", ["photo.jpg"]))
 
 
 GGUF_USE = """Images should have the encoder's size: llama.cpp pads other shapes, where this model was trained on crops or
-squeezed images. Begin a question about an image with a line break, as in training.
+squeezed images. Through Ollama, begin a question about an image with a line break, as in training.
 
 ```sh
 llama-server -m model.gguf --mmproj mmproj.gguf
@@ -181,6 +202,24 @@ print(model.create_chat_completion([{"role": "user", "content": parts}], tempera
 ```""".splitlines()
 
 USE = {"llava": LLAVA_USE, "native": NATIVE_USE, "gguf": GGUF_USE}
+
+
+def _eval_results(scores: dict[str, Any]) -> list[EvalResult] | None:
+    """Return the scores in the form of the hub's model-index."""
+    names = {"accuracy": "exact answers", "blind": "exact answers about swapped images"}
+    found = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type="held-out",
+            dataset_name="held-out questions of the run",
+            metric_type="exact_match",
+            metric_name=name,
+            metric_value=round(scores[key], 4),
+        )
+        for key, name in names.items()
+        if scores.get(key) is not None
+    ]
+    return found or None
 
 
 def _score_lines(scores: dict[str, Any]) -> list[str]:

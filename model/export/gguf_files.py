@@ -9,31 +9,19 @@ and projector. Keys, names and the order of values are those of llama.cpp's conv
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-import qwen
 from config import InputError, ModelConfig
-from model.build import Processors
-from model.checkpoint import read_tensors
-from model.export.llava import DTYPES, Prompts, chat_template, grown, text_config
-from model.export.weights import (
-    MergedLanguageModel,
-    Weight,
-    folded_projector,
-    held,
-    tower_weights,
-    trained_tower,
-)
-from qwen.tokenizer import STOP_TOKENS
+from model.export.gguf_keys import Keys, language_model_keys, mmproj_keys, text_config_of
+from model.export.llava import DTYPES, Prompts, grown
+from model.export.weights import Trained, Weight, held, tower_weights
 from visual.encoders import ENCODERS, VisionTower
 from visual.tower import geometry
 
@@ -42,13 +30,6 @@ KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # --dtype -> type of the
 QUANTIZED = {"q8_0": "Q8_0", "f16": "F16"}  # --quantize -> the same
 BLOCK = 32  # values of a row that Q8_0 scales together
 CLASS_TOKEN_ISSUE = "https://github.com/ggml-org/llama.cpp/issues/25814"
-# regular expression of tokenizer.json -> llama.cpp's name of it
-PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
-SMOLLM = [("Digits", "individual_digits", True), ("ByteLevel", "use_regex", True)]
-MARKER = "<__media__>"  # of an image, in a prompt for llama.cpp
 
 
 def need_gguf() -> None:
@@ -97,29 +78,18 @@ class FileTensor:
         return gguf.quantize(values, gguf.GGMLQuantizationType[self.kind])
 
 
-def write_gguf(
-    folder: Path,
-    *,
-    settings: ModelConfig,
-    language_model: MergedLanguageModel,
-    processors: Processors,
-    checkpoint: Path,
-    prompts: Prompts,
-    kind: str,
-) -> None:
+def write_gguf(folder: Path, trained: Trained, prompts: Prompts, *, kind: str) -> None:
     """Write both files and the Modelfile, a tensor in memory at a time (and the encoder).
 
     kind: a value of KINDS or QUANTIZED. Raises InputError for what llama.cpp computes otherwise or cannot read.
     """
-    text = text_config_of(language_model, processors)
-    tensors = language_model_tensors(text, language_model.weights(), kind=kind)
-    keys = [*_language_keys(text), *_tokenizer_keys(processors, text["vocab_size"], prompts)]
+    text, processors, layer = text_config_of(trained), trained.processors, trained.settings.vision_feature_layer
+    tensors = language_model_tensors(text, trained.language_model.weights(), kind=kind)
+    keys = language_model_keys(text, processors, prompts)
     write_file(folder / LANGUAGE_MODEL, str(text["model_type"]), keys, tensors=tensors, kind=kind)
-    tower = trained_tower(settings, checkpoint)
-    kind = mmproj_kind(kind)
-    projector = folded_projector(read_tensors(checkpoint / "projector.safetensors"), projector_dtype(kind))
-    keys = _mmproj_keys(tower, settings.vision_feature_layer, text["hidden_size"], processors=processors)
-    tensors = mmproj_tensors(tower, settings.vision_feature_layer, projector, kind=kind)
+    tower, kind = trained.tower(), mmproj_kind(kind)
+    keys = mmproj_keys(tower, layer, text["hidden_size"], processors=processors)
+    tensors = mmproj_tensors(tower, layer, trained.projector(projector_dtype(kind)), kind=kind)
     write_file(folder / MMPROJ, "clip", keys, tensors=tensors, kind=kind)
     (folder / MODELFILE).write_text(modelfile(prompts), encoding="utf-8")
 
@@ -215,120 +185,6 @@ def _interleaved(tensor: FileTensor, heads: int) -> FileTensor:
         return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
     return FileTensor(tensor.name, tensor.weight, tensor.kind, arrange=arrange, restore=restore)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys
-
-
-Keys = list[tuple[str, Any]]  # method of GGUFWriter, its argument
-
-
-def text_config_of(language_model: MergedLanguageModel, processors: Processors) -> dict:
-    """Return the language model's config with the rows that its embeddings get. Raises InputError for what GGUF lacks."""
-    text = text_config(language_model.skeleton.config, "fp32")
-    text["vocab_size"] = max(text["vocab_size"], qwen.image_token_id(processors.tokenizer) + 1)
-    advice = "export with --format llava, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
-    rope = text["rope_parameters"].get("rope_type", "default")
-    if rope != "default":
-        raise InputError(
-            f'the language model scales its positions (rope_type "{rope}"), which is not written; {advice}'
-        )
-    if set(text.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise InputError(f"the language model has layers with a sliding window, which is not written; {advice}")
-    return text
-
-
-def _language_keys(text: dict) -> Keys:
-    heads = text["num_attention_heads"]
-    head = text.get("head_dim") or text["hidden_size"] // heads
-    return [
-        ("add_block_count", text["num_hidden_layers"]),
-        ("add_context_length", text["max_position_embeddings"]),
-        ("add_embedding_length", text["hidden_size"]),
-        ("add_feed_forward_length", text["intermediate_size"]),
-        ("add_head_count", heads),
-        ("add_head_count_kv", text["num_key_value_heads"]),
-        ("add_key_length", head),
-        ("add_value_length", head),
-        ("add_rope_dimension_count", head),
-        ("add_rope_freq_base", text["rope_theta"]),
-        ("add_layer_norm_rms_eps", text["rms_norm_eps"]),
-        ("add_vocab_size", text["vocab_size"]),
-    ]
-
-
-def _tokenizer_keys(processors: Processors, rows: int, prompts: Prompts) -> Keys:
-    """Return the tokenizer's keys: one token for each row, unused ones included."""
-    import gguf
-
-    values = json.loads(processors.tokenizer.backend_tokenizer.to_str())
-    tokens, types = [f"[PAD{i}]" for i in range(rows)], [gguf.TokenType.UNUSED] * rows
-    for token, i in values["model"]["vocab"].items():
-        tokens[i], types[i] = token, gguf.TokenType.NORMAL
-    for added in values["added_tokens"]:
-        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], special
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
-    template = chat_template(MARKER, prompts.system_prompt, media_marker=True)
-    return [
-        ("add_tokenizer_model", "gpt2"),
-        ("add_tokenizer_pre", _pre_tokenizer(values["pre_tokenizer"])),
-        ("add_token_list", tokens),
-        ("add_token_types", types),
-        ("add_token_merges", merges),
-        ("add_eos_token_id", processors.token_id(STOP_TOKENS[0])),
-        ("add_pad_token_id", processors.tokenizer.pad_token_id),
-        ("add_add_bos_token", False),
-        ("add_chat_template", template),
-    ]
-
-
-def _pre_tokenizer(values: dict | None) -> str:
-    """Return llama.cpp's name of the rule that cuts a text before merging. Raises InputError if the rule is unknown."""
-    steps = (values or {}).get("pretokenizers", [values or {}])
-    for step in steps:
-        pattern = step.get("pattern", {}).get("Regex") if step.get("type") == "Split" else None
-        if pattern in PRE_TOKENIZERS:
-            return PRE_TOKENIZERS[pattern]
-    if len(steps) == 2 and all(
-        step.get("type") == kind and step.get(key) is value
-        for step, (kind, key, value) in zip(steps, SMOLLM, strict=True)
-    ):
-        return "smollm"
-    raise InputError(
-        f"the tokenizer cuts texts by a rule that is not known by a name of llama.cpp ({json.dumps(values)[:200]}); export "
-        "with --format llava, and convert that folder with llama.cpp's convert_hf_to_gguf.py."
-    )
-
-
-def _mmproj_keys(tower: VisionTower, feature_layer: int, width: int, processors: Processors) -> Keys:
-    config, images = tower.model.config, processors.image_processor.settings()
-    if config.intermediate_size == config.hidden_size:
-        raise InputError(
-            f"the encoder's MLP is as wide as the encoder ({config.hidden_size}), and then llama.cpp takes its two layers "
-            "for swapped ones; export with --format llava."
-        )
-    activation = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}.get(config.hidden_act)
-    if activation is None:
-        raise InputError(f"the encoder's activation {config.hidden_act} is unknown to llama.cpp; use --format llava.")
-    depth = geometry(ENCODERS[config.model_type], config, feature_layer)[0]
-    return [
-        ("add_clip_has_vision_encoder", True),
-        ("add_clip_projector_type", "mlp"),
-        ("add_vision_projection_dim", width),
-        ("add_vision_image_size", tower.image_size),
-        ("add_vision_patch_size", tower.patch_size),
-        ("add_vision_embedding_length", config.hidden_size),
-        ("add_vision_feed_forward_length", config.intermediate_size),
-        ("add_vision_block_count", depth),
-        ("add_vision_head_count", config.num_attention_heads),
-        ("add_vision_attention_layernorm_eps", config.layer_norm_eps),
-        ("add_vision_image_mean", images["image_mean"]),
-        ("add_vision_image_std", images["image_std"]),
-        ("add_vision_use_gelu", activation),
-        ("add_feature_layers", [depth]),
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,16 +16,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 import qwen
 from config import InputError, ModelConfig
 from model.build import Processors
-from model.checkpoint import read_tensors
-from model.export.weights import (
-    MergedLanguageModel,
-    Weight,
-    folded_projector,
-    held,
-    tower_weights,
-    trained_tower,
-    write_weights,
-)
+from model.export.weights import Trained, Weight, held, tower_weights, write_weights
 from qwen.tokenizer import STOP_TOKENS
 from visual.encoders import VisionTower
 
@@ -114,24 +105,15 @@ class Prompts:
     max_new_tokens: int
 
 
-def write_llava(
-    folder: Path,
-    *,
-    settings: ModelConfig,
-    language_model: MergedLanguageModel,
-    processors: Processors,
-    checkpoint: Path,
-    prompts: Prompts,
-    dtype: str,
-) -> None:
+def write_llava(folder: Path, trained: Trained, prompts: Prompts, *, dtype: str) -> None:
     """Write everything that stock transformers reads: weights, configs, tokenizer, processor and chat template.
 
     dtype: a key of DTYPES. Raises InputError.
     """
-    tower = trained_tower(settings, checkpoint)
+    tower, processors, language_model = trained.tower(), trained.processors, trained.language_model
     image_id = qwen.image_token_id(processors.tokenizer)
     rows = language_model.skeleton.config.vocab_size
-    weights = _llava_weights(language_model, tower, checkpoint, dtype=DTYPES[dtype], rows=max(rows, image_id + 1))
+    weights = _llava_weights(trained, tower, DTYPES[dtype], rows=max(rows, image_id + 1))
     write_weights(weights, folder, DTYPES[dtype])
     text = text_config(language_model.skeleton.config, dtype)
     text |= {"vocab_size": max(rows, image_id + 1), "tie_word_embeddings": language_model.is_tied}
@@ -147,7 +129,7 @@ def write_llava(
             "image_seq_length": processors.num_image_tokens,
             "projector_hidden_act": "gelu",
             "multimodal_projector_bias": True,
-            "vision_feature_layer": settings.vision_feature_layer,
+            "vision_feature_layer": trained.settings.vision_feature_layer,
             "vision_feature_select_strategy": strategy,
             "tie_word_embeddings": language_model.is_tied,
             **_dtype_keys(dtype),
@@ -169,18 +151,15 @@ def write_llava(
     _write_processor(folder, processors, prompts, patch_size=tower.patch_size, class_tokens=class_tokens)
 
 
-def _llava_weights(
-    language_model: MergedLanguageModel, tower: VisionTower, checkpoint: Path, dtype: torch.dtype, rows: int
-) -> list[Weight]:
+def _llava_weights(trained: Trained, tower: VisionTower, dtype: torch.dtype, *, rows: int) -> list[Weight]:
     """Return all tensors under the names that llava-hf's folders have. rows: of the embeddings and the head."""
     weights = [
         weight
         for weight in tower_weights(tower, prefix="vision_tower.")
         if not weight.name.startswith("vision_tower.vision_model.head.")  # SigLIP's pooling
     ]
-    folded = folded_projector(read_tensors(checkpoint / "projector.safetensors"), dtype)
-    weights += [held(f"multi_modal_projector.{name}", tensor) for name, tensor in folded.items()]
-    for weight in language_model.weights():
+    weights += [held(f"multi_modal_projector.{name}", tensor) for name, tensor in trained.projector(dtype).items()]
+    for weight in trained.language_model.weights():
         if weight.name in ("model.embed_tokens.weight", "lm_head.weight"):
             weight = grown(weight, rows)
         weights.append(weight.renamed(f"language_model.{weight.name}"))
@@ -274,11 +253,13 @@ def chat_template(image_token: str, system_prompt: str | None, media_marker: boo
 
     Content is a string, in which a user's `<image>` is an image, or a list of parts. Between an image and a text part after
     it is one newline, unless the text begins with one. media_marker: for llama.cpp, whose programs put an image into the
-    list as a part of type media_marker, or as a text part that is `image_token`.
+    list as a part of type media_marker, or as a text part that is `image_token`. Its server joins the parts of a message
+    first, so in its strings a newline is put after each `<__media...__>` that a text follows.
     """
     image, line = json.dumps(image_token), '"\\n"'
-    is_image, shown = 'part["type"] == "image"', image
+    is_image, shown, said = 'part["type"] == "image"', image, 'message["content"]'
     if media_marker:
+        said = _with_line_breaks(said)
         is_image += f' or part["type"] == "media_marker" or part["text"] == {image}'
         shown = f'part["text"] if part["type"] == "media_marker" else {image}'
     system = ""
@@ -294,7 +275,7 @@ def chat_template(image_token: str, system_prompt: str | None, media_marker: boo
         + "{%- for message in messages -%}"
         + '{{- "<|im_start|>" + message["role"] + "\\n" -}}'
         + '{%- if message["content"] is string -%}'
-        + f'{{{{- message["content"].replace("<image>", {image}) if message["role"] == "user" else message["content"] -}}}}'
+        + f'{{{{- {said}.replace("<image>", {image}) if message["role"] == "user" else message["content"] -}}}}'
         + "{%- else -%}"
         + "{%- set last = namespace(image=false) -%}"
         + '{%- for part in message["content"] -%}'
@@ -310,6 +291,15 @@ def chat_template(image_token: str, system_prompt: str | None, media_marker: boo
         + "{%- endfor -%}"
         + '{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}'
     )
+
+
+def _with_line_breaks(text: str) -> str:
+    """Return a Jinja expression: the string `text` with a newline between each of llama.cpp's markers and a text after it
+    that begins with none."""
+    end, start, line = '"__>"', '"<__media"', '"\\n"'
+    broken = f"{text}.replace({end}, {end} + {line}).replace({end} + {line} + {line}, {end} + {line})"
+    broken += f".replace({end} + {line} + {start}, {end} + {start})"
+    return f"(({broken})[:-1] if {text}.endswith({end}) else {broken})"
 
 
 def _ids(processors: Processors, tokens: list[str]) -> list[int]:

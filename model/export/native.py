@@ -16,29 +16,20 @@ from typing import Any
 
 import torch
 
-from config import ModelConfig
 from model.answer import Answerer
-from model.build import Built, Processors
+from model.build import Built
 from model.export.llava import DTYPES
 from model.export.proof import Reference, requests_of
-from model.export.weights import MergedLanguageModel, tower_weights, trained_tower, write_weights
+from model.export.weights import Trained, tower_weights, write_weights
 
 PARTS = ("vision_tower", "language_model")
 
 
-def write_native(
-    folder: Path,
-    *,
-    settings: ModelConfig,
-    language_model: MergedLanguageModel,
-    processors: Processors,
-    checkpoint: Path,
-    dtype: str,
-) -> None:
+def write_native(folder: Path, trained: Trained, dtype: str) -> None:
     """Write the model's files. dtype: a key of DTYPES, for encoder and language model. Raises InputError."""
     for name in PARTS:
         (folder / name).mkdir()
-    tower = trained_tower(settings, checkpoint)
+    tower, processors, language_model = trained.tower(), trained.processors, trained.language_model
     write_weights(tower_weights(tower), folder / "vision_tower", DTYPES[dtype])
     tower.model.config.save_pretrained(folder / "vision_tower")
     processors.image_processor.save(folder / "vision_tower")
@@ -47,9 +38,9 @@ def write_native(
     config.tie_word_embeddings, config.dtype = language_model.is_tied, DTYPES[dtype]
     config.save_pretrained(folder / "language_model")
     processors.tokenizer.save_pretrained(folder / "language_model")  # so that a new run may be built on it
-    shutil.copyfile(checkpoint / "projector.safetensors", folder / "projector.safetensors")
+    shutil.copyfile(trained.checkpoint / "projector.safetensors", folder / "projector.safetensors")
     for name in ("tokenizer", "image_processor"):
-        shutil.copytree(checkpoint / name, folder / name)
+        shutil.copytree(trained.checkpoint / name, folder / name)
 
 
 @torch.inference_mode()

@@ -148,22 +148,38 @@ def _skeleton(settings: ModelConfig, processors: Processors) -> Any:
         return model_class(model_class.config_class.from_dict(values)).eval()
 
 
-def trained_tower(settings: ModelConfig, checkpoint: Path) -> VisionTower:
-    """Load the encoder as the checkpoint has it, in the type that its weights have on disk."""
-    tower = load_vision_tower(
-        settings.vision_tower,
-        feature_layer=settings.vision_feature_layer,
-        image_size=settings.image_size,
-        normed_without_first=takes_normed(settings),
-    )
-    path = checkpoint / "vision_tower.safetensors"
-    if path.exists():
-        parameters, tensors = parameters_without_lora(tower), read_tensors(path)
-        if unknown := sorted(tensors.keys() - parameters.keys()):
-            raise InputError(f"{path}: {unknown[0]!r} is unknown to {settings.vision_tower}; use another checkpoint.")
-        for name, tensor in tensors.items():
-            parameters[name].data = tensor
-    return tower
+@dataclass(frozen=True)
+class Trained:
+    """A model to export: what it was built from, and the checkpoint that holds what was trained."""
+
+    settings: ModelConfig
+    language_model: MergedLanguageModel
+    processors: Processors
+    checkpoint: Path
+
+    def tower(self) -> VisionTower:
+        """Load the encoder as the checkpoint has it, in the type that its weights have on disk."""
+        settings = self.settings
+        tower = load_vision_tower(
+            settings.vision_tower,
+            feature_layer=settings.vision_feature_layer,
+            image_size=settings.image_size,
+            normed_without_first=takes_normed(settings),
+        )
+        path = self.checkpoint / "vision_tower.safetensors"
+        if path.exists():
+            parameters, tensors = parameters_without_lora(tower), read_tensors(path)
+            if unknown := sorted(tensors.keys() - parameters.keys()):
+                raise InputError(
+                    f"{path}: {unknown[0]!r} is unknown to {settings.vision_tower}; use another checkpoint."
+                )
+            for name, tensor in tensors.items():
+                parameters[name].data = tensor
+        return tower
+
+    def projector(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the two layers of an MLP projector, as `folded_projector` does."""
+        return folded_projector(read_tensors(self.checkpoint / "projector.safetensors"), dtype)
 
 
 def tower_weights(tower: VisionTower, prefix: str = "") -> list[Weight]:
@@ -229,7 +245,7 @@ def _cast(weight: Weight, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.clone(memory_format=torch.contiguous_format)
     result = tensor.to(dtype, copy=True).contiguous()
-    if not result.isfinite().all():
+    if not torch.stack(result.aminmax()).isfinite().all():  # needs no memory of the tensor's size
         raise InputError(
             f"{weight.name}: holds a value that {str(dtype).removeprefix('torch.')} cannot represent; export with --dtype "
             "bf16 or fp32."

@@ -5,13 +5,16 @@ Run: python -m pytest tests/model/test_export_command.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import RepoUrl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -19,14 +22,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 import model
 import model.export.__main__ as command
 import test as asking
-from config import InputError, LoraConfig, ModelConfig
-from config.schema import TrainableConfig, TrainConfig
+from config import DataConfig, InputError, LoraConfig, ModelConfig
+from config.schema import SourceConfig, TrainableConfig, TrainConfig
 from config.typed_yaml import FolderOrHub, Trainable
 from model.checkpoint import TensorFiles
 from model.checkpoint_folder import verify_folder, write_folder
 from model.export import push as pushing
 from model.export import stock
 from model.export import weights as weights_module
+from model.export.card import Story, model_card
 from model.export.gguf_files import FileTensor, write_file
 from model.export.llava import chat_template, refuse_inexpressible
 from model.export.weights import Weight, folded_projector, write_weights
@@ -187,8 +191,55 @@ def test_the_folder_is_complete_and_names_no_path_of_this_machine(exported, tmp_
     assert "library_name: transformers" in card and "logits of" in card and "qwen (licence" in card
 
 
-def test_keys_for_other_tools(exported):
-    """Keys that transformers 5 does without: transformers 4, llama.cpp's converter, mlx, vLLM and Ollama read them."""
+def test_a_card_tells_data_recipe_scores_and_licences(tmp_path):
+    """In words, and in the front matter that the hub reads."""
+    for name, licence in (("clip", "mit"), ("qwen", "apache-2.0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    colour = {"n": 4, "accuracy": 0.75, "blind": 0.25}
+    scores = {"n": 8, "accuracy": 0.875, "blind": 0.5, "by_type": {"colour": colour}}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    sources = [
+        SourceConfig(name, tmp_path / "x.json", split=split)
+        for name, split in (("scenes", "train"), ("more", "auto"), ("held", "validation"))
+    ]
+    data = DataConfig(tmp_path / "qa.jsonl", sources=tuple(sources))
+    train = TrainConfig(
+        projector_lr=0.001, lora_lr=0.0002, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    story = Story(settings(tmp_path, lm="qwen"), data, train, lora=LoraConfig(r=8, alpha=16.0), checkpoint=tmp_path)
+    proof = {**FAILED, "dtype": "bf16", "answers_equal": {"single": 1}}
+
+    def card() -> str:
+        return model_card(story, format_name="llava", dtype="bf16", proof=proof)
+
+    assert "Recipe" not in card()  # an imported checkpoint
+    (tmp_path / "run.json").write_text(json.dumps([{"machine": {"processes": 1}}, {"machine": {"processes": 3}}]))
+    text = card()
+    for line in (
+        "- Image encoder: clip (licence: mit)",
+        "- Language model: qwen (licence: apache-2.0)",
+        "- Recipe: 1 epochs of batches of 24; projector_lr 0.001, lora_lr 0.0002; weight_decay 0",
+        "- Data: scenes, more",
+        "- Held out: held",
+        "| all | 8 | 0.875 | 0.500 |",
+        "| colour | 4 | 0.750 | 0.250 |",
+        "3. Greedy answers equal, of 1: single 1.",
+    ):
+        assert f"\n{line}\n" in text, line
+    assert "LoRA r 8 alpha 16" in text and "AutoModelForImageTextToText.from_pretrained" in text
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["pipeline_tag"] == "image-text-to-text" and front["language"] == ["en", "zh"]
+    (results,) = front["model-index"][0]["results"]
+    assert [metric["value"] for metric in results["metrics"]] == [0.875, 0.5]
+    hub = dataclasses.replace(story.model, language_model=FolderOrHub("Qwen/Qwen3-0.6B"))
+    text = model_card(dataclasses.replace(story, model=hub), format_name="native", dtype="bf16", proof=proof)
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == ["Qwen/Qwen3-0.6B"]
+
+
+def check_keys(exported: Path) -> None:
+    """Check the keys that transformers 5 does without: transformers 4, llama.cpp's converter, mlx, vLLM and Ollama read
+    them, so no proof here finds one that is missing."""
     config = json.loads((exported / "config.json").read_text())
     text, vision = config.pop("text_config"), config.pop("vision_config")
     tokenizer = json.loads((exported / "tokenizer_config.json").read_text())
@@ -227,6 +278,53 @@ def test_keys_for_other_tools(exported):
     }  # fmt: skip
 
 
+def test_keys_for_other_tools(exported):
+    check_keys(exported)
+
+
+# what is changed in an exported folder, one key at a time: (file, path of the key, its value; None: the key is removed)
+OTHER_KEYS: list[tuple[str, tuple[str, ...], Any]] = [
+    ("config.json", ("architectures",), None),
+    ("config.json", ("image_seq_length",), 15),
+    ("config.json", ("text_config", "architectures"), None),
+    ("config.json", ("text_config", "model_type"), "qwen"),
+    ("config.json", ("text_config", "rope_theta"), None),
+    ("config.json", ("text_config", "max_position_embeddings"), 8192),
+    ("config.json", ("text_config", "image_token_id"), 423),
+    ("config.json", ("text_config", "seq_length"), 512),
+    ("config.json", ("vision_config", "model_type"), "clip"),
+    ("config.json", ("vision_config", "_name_or_path"), "clip"),
+    ("tokenizer_config.json", ("additional_special_tokens",), []),
+    ("tokenizer_config.json", ("extra_special_tokens",), ["<|im_end|>"]),
+    ("tokenizer_config.json", ("chat_template",), "another"),
+    ("tokenizer_config.json", ("padding_side",), "right"),
+    ("tokenizer_config.json", ("processor_class",), None),
+    ("tokenizer_config.json", ("is_local",), True),
+    ("tokenizer_config.json", ("local_files_only",), False),
+    ("tokenizer_config.json", ("backend",), "tokenizers"),
+    ("processor_config.json", ("processor_class",), None),
+    ("preprocessor_config.json", ("image_processor_type",), "CLIPImageProcessorPil"),
+]
+
+
+@pytest.mark.parametrize(
+    "file, keys, value", OTHER_KEYS, ids=lambda value: ".".join(value) if type(value) is tuple else ""
+)
+def test_a_changed_key_for_other_tools_is_found(exported, tmp_path, file, keys, value):
+    for path in exported.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    values = json.loads((exported / file).read_text())
+    inner = values[keys[0]] if len(keys) == 2 else values
+    if value is None:
+        del inner[keys[-1]]
+    else:
+        inner[keys[-1]] = value
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises((AssertionError, KeyError)):
+        check_keys(tmp_path)
+
+
 def test_a_failed_proof_leaves_no_folder_and_a_foreign_one_is_kept(parts, final, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "run_stock", compare_here)
     output = tmp_path / "old"
@@ -234,8 +332,8 @@ def test_a_failed_proof_leaves_no_folder_and_a_foreign_one_is_kept(parts, final,
     before, words = (output / "export.json").read_bytes(), ["--samples", "1", "--checkpoint", str(final), "--output"]
     correct = command.write_llava
 
-    def damaged(folder, **values):
-        correct(folder, **values)
+    def damaged(folder, *parts, **values):
+        correct(folder, *parts, **values)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -1}))
 
@@ -359,6 +457,18 @@ def test_writing_needs_one_file_and_one_tensor(tmp_path, kind):
         tensors = [FileTensor(weight.name, weight, "Q8_0") for weight in weights]
         write_file(tmp_path / "x.gguf", "qwen2", [("add_block_count", 1)], tensors=tensors, kind="Q8_0")
     assert peak_megabytes() - before < 60  # of 96
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_writing_a_large_tensor_needs_it_twice(tmp_path):
+    """As it is read and as it is written; the check for infinity needs no third."""
+    size = (8192, 4096)  # 64 MB
+    save_file({"w": torch.zeros(size, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    files = TensorFiles([tmp_path / "model.safetensors"])
+    (tmp_path / "out").mkdir()
+    before = peak_megabytes(reset=True)
+    write_weights([Weight("w", size, lambda: files.read("w"))], tmp_path / "out", torch.bfloat16)
+    assert peak_megabytes() - before < 150
 
 
 def peak_megabytes(reset: bool = False) -> float:

@@ -18,7 +18,7 @@ import model
 import model.export.__main__ as command
 import model.export.gguf_proof as proving
 from config import InputError, load_config
-from model.export import gguf_files
+from model.export import gguf_files, gguf_keys
 from model.export.gguf_files import FileTensor
 from model.export.llava import chat_template
 from model.export.weights import held
@@ -212,9 +212,9 @@ def test_wrong_use_gets_one_message(parts, exported, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--quantize and --dtype both name the type"):
         command.main([*words, "--format", "gguf", "--quantize", "f16", "--dtype", "fp32"])
     with pytest.raises(InputError, match="cuts texts by a rule.*convert_hf_to_gguf.py"):
-        gguf_files._pre_tokenizer({"type": "Whitespace"})
+        gguf_keys._pre_tokenizer({"type": "Whitespace"})
     digits = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}]
-    assert gguf_files._pre_tokenizer({"type": "Sequence", "pretokenizers": digits}) == "smollm"
+    assert gguf_keys._pre_tokenizer({"type": "Sequence", "pretokenizers": digits}) == "smollm"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="gguf, which is not installed: .*requirements-gguf.txt"):
         command.main([*words, "--format", "gguf"])
@@ -229,6 +229,20 @@ def test_the_template_takes_images_as_llama_cpp_gives_them():
         content = [image, {"type": "text", "text": "What?"}]
         found = made.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
         assert found == f"<|im_start|>user\n{marker}\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    one, two = "<__media_x1Y__>", "<__media__>"  # as the parts of a message are joined by llama-server
+    for content, expected in {
+        f"{one}What?": f"{one}\nWhat?",
+        f"{one}\nWhat?": f"{one}\nWhat?",
+        f"{one}\n\nWhat?": f"{one}\n\nWhat?",
+        f"{one}{two}What?": f"{one}{two}\nWhat?",
+        f"Look: {one}": f"Look: {one}",
+        f"a{one}b{two}": f"a{one}\nb{two}",
+        "<image>What?": "<__media__>What?",
+        "no image": "no image",
+    }.items():
+        found = made.render(messages=[{"role": "user", "content": content}])
+        assert found == f"<|im_start|>user\n{expected}<|im_end|>\n"
+        assert made.render(messages=[{"role": "assistant", "content": content}]).endswith(f"\n{content}<|im_end|>\n")
 
 
 @pytest.mark.skipif(not WITH_LLAMA_CPP, reason="llama-cpp-python is not installed")

@@ -165,6 +165,21 @@ def test_llavas_checkpoint(parts, tmp_path, with_lora):
     compare(tmp_path / "ours", merged(parts / "qwen2", deltas, tmp_path / "merged"), features, pixels=pixels)
 
 
+def test_llavas_linear_projector(parts, tmp_path, capsys):
+    """Written as an mlp twice as wide, which computes the same."""
+    projector = nn.Linear(32, D).eval()
+    state = {f"model.mm_projector.{key}": value for key, value in projector.state_dict().items()}
+    (tmp_path / "theirs").mkdir()
+    torch.save(state, tmp_path / "theirs" / "mm_projector.bin")
+    run(tmp_path / "theirs", tmp_path / "ours", parts=parts, tower="clip", lm="qwen2")
+    assert "twice as wide" in capsys.readouterr().out
+    pixels = random(1, 3, 28, 28)
+    with torch.inference_mode():
+        encoder = CLIPVisionModel.from_pretrained(parts / "clip").eval()
+        features = projector(encoder(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
+    compare(tmp_path / "ours", merged(parts / "qwen2", {}, tmp_path / "merged"), features, pixels=pixels)
+
+
 @pytest.fixture(scope="module")
 def llava_hf(parts, tmp_path_factory) -> Path:
     """A folder that stock transformers has written: SigLIP and Qwen2, random, in bfloat16."""
@@ -302,8 +317,25 @@ def test_folders_of_another_kind_get_one_message(parts, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         run(tmp_path / "none", tmp_path / "ours")
     torch.save({"model.mm_projector.weight": random(D, 32)}, tmp_path / "other" / "mm_projector.bin")
-    with pytest.raises(InputError, match="of type linear; only mlp2x_gelu"):
+    with pytest.raises(
+        InputError, match="missing or unexpected: model.mm_projector.bias; expected model.mm_projector.w"
+    ):
         run(tmp_path / "other", tmp_path / "ours", parts=parts)
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"mm_projector_type": "mlp3x_gelu"}))
+    with pytest.raises(InputError, match="of type 'mlp3x_gelu'; only mlp2x_gelu, .* and linear"):
+        run(tmp_path / "other", tmp_path / "ours", parts=parts)
+    (tmp_path / "nano").mkdir()
+    save_file({"MP.proj.weight": random(D, 32 * 16)}, tmp_path / "nano" / "model.safetensors")
+    settings = {
+        "mp_pixel_shuffle_factor": 4,
+        "vit_model_type": "google/siglip2",
+        "lm_model_type": "HuggingFaceTB/SmolLM2",
+    }
+    (tmp_path / "nano" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        InputError, match="nanoVLM.*not imported.*'google/siglip2'.*'HuggingFaceTB/SmolLM2'.*pixel_shuffle_factor 4"
+    ):
+        run(tmp_path / "nano", tmp_path / "ours", parts=parts)
     write_ancestor(tmp_path / "theirs")
     run(tmp_path / "theirs", tmp_path / "ours", parts=parts)
     with pytest.raises(InputError, match="is this project's checkpoint already"):
