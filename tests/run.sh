@@ -13,5 +13,7 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m mypy
+    export OMP_NUM_THREADS=1 # the tests' models are too small for threads; two files at a time use two cores instead
+    set -- -n 2 --dist loadfile
 fi
 exec "$PYTHON" -m pytest -q "$@"
