@@ -2,7 +2,11 @@
 
     python test.py [IMAGE_OR_FOLDER] [--checkpoint DIR] [--question TEXT]... [--output DIR] [key=value ...]
     python test.py --no-image --question TEXT
-    python test.py --qa FILE [--checkpoint DIR] [--output DIR]
+    python test.py --qa FILE [--images DIR] [--blind all] [--checkpoint DIR] [--output DIR] [key=value ...]
+
+--qa takes a QA file, a raw source as in data.sources (CSV, JSON, Parquet, a folder), or the file of a benchmark (VQAv2, GQA,
+TextVQA, POPE, MME, MMBench, MMStar, ScienceQA, SEED-Bench, COCO captions), whose results are also written for its
+leaderboard; docs/scores.md has the metrics.
 
 A checkpoint's folder is all that is needed; the default is the final/ of config.yaml's run. Writes answers.jsonl and
 answers.html (with --qa also scores.json) into --output, by default <run>/answers. Models that the checkpoint names by hub
@@ -20,10 +24,30 @@ import functools
 import itertools
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from config import DEFAULT_CONFIG, Config, InputError, load_config, printable, run_script
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C before run_script, which handles it
+
+from config import (
+    DEFAULT_CONFIG,
+    Config,
+    InputError,
+    choose,
+    load_config,
+    nearest_path,
+    printable,
+    refuse_options,
+    run_script,
+)
+
+BLIND = ("swapped", "blank", "absent")
+METRIC_NAMES = ("exact", "vqa", "yes_no", "choice", "anls", "caption")
+# keys of a raw source in data.sources, and of data, that may be given beside --qa
+SOURCE_KEYS = ("format", "limit", "captions", "columns", "prompts")
+DATA_KEYS = ("data.max_refused", "data.verify_images")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,31 +56,75 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--checkpoint", help="folder of a checkpoint or an export (default: final/ of config.yaml's run)"
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="used if --checkpoint is not given")
-    parser.add_argument("--images", help="an image or a folder with its subfolders (default: test.images)")
+    parser.add_argument(
+        "--images",
+        help="an image or a folder with its subfolders (default: test.images); with --qa: the folder of a raw source's "
+        "images",
+    )
     parser.add_argument("--question", action="append", help="may be given several times (default: test.questions)")
     parser.add_argument("--no-image", action="store_true", help="ask the questions without any image")
-    parser.add_argument("--qa", help="a QA file: ask its questions, compare with its answers")
+    parser.add_argument(
+        "--qa", help="a QA file, a raw source or a benchmark: ask its questions, compare with its answers"
+    )
+    parser.add_argument(
+        "--blind",
+        metavar="KIND[,KIND]",
+        help=f"with --qa, what to ask about instead of the images: {', '.join(BLIND)} or all (default: swapped); each takes "
+        "as long as the questions themselves",
+    )
+    parser.add_argument(
+        "--metric", choices=METRIC_NAMES, help="with --qa: score every answer so (default: chosen by the record's type)"
+    )
+    parser.add_argument("--suffix", help='with --qa: a line to add to each question, such as "Answer with one word."')
     parser.add_argument("--output", help="folder for answers.jsonl and answers.html (default: <run>/answers)")
     parser.add_argument(
         "--allow-download", action="store_true", help="download the hub's models that the checkpoint names"
     )
     parser.add_argument("rest", nargs="*", metavar="IMAGE_OR_FOLDER | key=value")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    refuse_options(unknown, known=vars(arguments).keys() - {"rest"})
     arguments.overrides = []
     for word in arguments.rest:
         if "=" in word and not os.path.exists(word):
             arguments.overrides.append(word)
+        elif arguments.qa:
+            raise InputError(f"--qa asks the file's own questions about its own images; leave out {word}.")
         elif arguments.images is None:
             arguments.images = word
         else:
             raise InputError(
-                f'"{word}": an image or folder is given already ({arguments.images}); give one, or key=value.'
+                f'"{word}": an image or folder is given already ({arguments.images}); give one, or key=value. A question '
+                "is given with --question."
             )
-    if arguments.qa and (arguments.images or arguments.question or arguments.no_image):
-        raise InputError("--qa asks the file's own questions about its own images; leave out images and --question.")
+    if arguments.qa and (arguments.question or arguments.no_image):
+        raise InputError(
+            "--qa asks the file's own questions about its own images; leave out --question and --no-image."
+        )
+    for name in ("blind", "metric", "suffix"):
+        if getattr(arguments, name) is not None and not arguments.qa:
+            raise InputError(f"--{name} is for scoring; give the questions with --qa FILE.")
+    arguments.settings = []
+    if arguments.qa:  # of a raw source; no section of a config has one of these names
+        arguments.settings = [word for word in arguments.overrides if is_of_source(word)]
+        arguments.overrides = [word for word in arguments.overrides if not is_of_source(word)]
+    arguments.blind = blind_kinds(arguments.blind or "swapped")
     if arguments.no_image and arguments.images:
         raise InputError(f"--no-image and {arguments.images}: ask about an image or without one, not both.")
     return arguments
+
+
+def is_of_source(word: str) -> bool:
+    """Return whether `key=value` is about the source that --qa names, not about the config."""
+    key = word.partition("=")[0].strip()
+    return key.split(".")[0] in SOURCE_KEYS or key in DATA_KEYS
+
+
+def blind_kinds(words: str) -> tuple[str, ...]:
+    """Return the kinds of --blind; swapped images are always among them."""
+    named = [word.strip() for word in words.split(",")]
+    for word in named:
+        choose(dict.fromkeys((*BLIND, "all")), word, "--blind")
+    return tuple(kind for kind in BLIND if kind in named or kind == "swapped" or "all" in named)
 
 
 def check_arguments() -> None:
@@ -76,23 +144,29 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from config.files import naming, open_new, refuse_link, write_whole
+from dataprocess.benchmark_files import MME_TASKS
+from dataprocess.questions import Questions, open_questions
 from dataset.checks.records import check_file
 from dataset.conversation import question_parts
 from dataset.loader import make_loader
 from dataset.open import file_sha256
 from dataset.qa_file import QAFile
+from evaluation.leaderboard import Result, mme_scores, write_results
 from evaluation.page import write_page
-from evaluation.score import Question, is_correct, questions_of, score, score_table, swap_images
+from evaluation.rows import ask_and_score, trained_on_text, with_suffix
+from evaluation.score import questions_of, score_table
+from evaluation.tables import metric_table, metrics_line
+from evaluation.trained import trained_questions
 from evaluation.validation import Validation, sum_losses
 from model.answer import Answer, Answerer, Request
-from model.build import Built, autocast, hub_access, hub_models, resolve_precision
+from model.build import Built, autocast, resolve_precision
 from model.checkpoint_folder import MANIFEST
-from model.hub import check_hub
+from model.hub import hub_access, hub_models
 from model.loaded import open_built, open_config
 from training.memory import explain_out_of_memory
 from training.run import chat_format, max_length, open_answerer, open_qa_file
 from training.speed import packing
-from visual.images import ImageError, image_state, list_images
+from visual.images import ImageError, image_state, list_archived_images, list_images
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,25 +175,35 @@ def main(argv: list[str] | None = None) -> int:
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     images = None if arguments.qa or arguments.no_image else find_images(arguments.images or config.test.images)
-    qa = QAFile(Path(arguments.qa)) if arguments.qa else None
     if not arguments.output:
         refuse_link(checkpoint.parent / "answers")
-    output = make_folder(Path(arguments.output) if arguments.output else checkpoint.parent / "answers")
+    output = Path(arguments.output) if arguments.output else checkpoint.parent / "answers"
+    source = qa = None
+    if arguments.qa:
+        folder = Path(arguments.images) if arguments.images else None
+        source = open_questions(Path(arguments.qa), output, images=folder, settings=arguments.settings)
+        qa = QAFile(source.qa_file)  # its faults show before the model is loaded
+    make_folder(output)
     device = PartialState().device
     word = config.train.precision
     precision = resolve_precision("auto" if word == "fp16" and device.type == "cpu" else word, device)
-    if arguments.allow_download or hub_models(config.model) <= own_models:
-        check_hub(config.model)
     with hub_access(config.model, own_models, arguments.allow_download):
         built = open_built(config, checkpoint, precision)
     built.model.to(device).eval()
     answerer = open_answerer(config, built, precision, device=device)
     title, table = "Answers", ""
     unreadable: list[dict] = []
-    if qa is not None:
+    if source is not None and qa is not None:
         title = f"Scores on {qa.path.name}"
-        validation = validate(qa, config, built, precision=precision)
-        rows, table = score_questions(qa, answerer, validation, config=config, checkpoint=checkpoint, output=output)
+        values = {} if is_unanswered(source) else validate(qa, config, built, precision=precision).values
+        rows, scores, table = score_questions(
+            source, answerer, arguments, config=config, checkpoint=checkpoint, output=output
+        )
+        scores |= values | {"checkpoint_sha256": file_sha256(checkpoint / MANIFEST)}
+        with writing(output / "scores.json") as path:
+            write_whole(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+        table = "\n".join([table, *(f"{name} {value:.4f}" for name, value in values.items())])
+        print(table)
     else:
         questions = arguments.question or list(config.test.questions)
         rows, unreadable = answer_questions(
@@ -149,7 +233,8 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Config, Path, set[st
     checkpoint = current.output_dir / "final"
     if not checkpoint.exists():
         raise InputError(
-            f"{checkpoint}: no trained model yet; run sh train.sh first, or name one with --checkpoint DIR."
+            f"{checkpoint}: no trained model yet; run sh train.sh first, or name the config of its training with --config "
+            "FILE, or the model with --checkpoint DIR."
         )
     others = [word for word in arguments.overrides if not word.startswith("test.")]
     trained = open_config(checkpoint, others)
@@ -164,12 +249,14 @@ def find_images(path: str | Path | None) -> list[Path]:
     try:
         image_state(path)
     except (OSError, ValueError):
-        raise InputError(f"{path}: no such image or folder.") from None
-    images = list_images(path) if path.is_dir() else [path]
+        advice = "Give an image or a folder: sh test.sh IMAGE_OR_FOLDER, or set test.images in the config."
+        raise InputError(f"{path}: no such image or folder{nearest_path(path)} {advice}") from None
+    if path.suffix.lower() in (".zip", ".tar") and path.is_file():
+        images = list_archived_images(path)
+    else:
+        images = list_images(path) if path.is_dir() else [path]
     if not images:
-        raise InputError(
-            f"{path}: no image in this folder or below it (looked for .jpg, .png, .webp, .gif, .bmp, ...)."
-        )
+        raise InputError(f"{path}: no image in it or below it (looked for .jpg, .png, .webp, .gif, .bmp, ...).")
     return images
 
 
@@ -262,48 +349,72 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 
 def score_questions(
-    qa: QAFile, answerer: Answerer, validation: Validation, config: Config, checkpoint: Path, output: Path
-) -> tuple[list[dict], str]:
-    """Ask the questions of a QA file, with their images and with swapped ones; write answers.jsonl and scores.json, which
-    names the checkpoint by the SHA-256 of its manifest.
+    source: Questions, answerer: Answerer, arguments: argparse.Namespace, config: Config, checkpoint: Path, output: Path
+) -> tuple[list[dict], dict, str]:
+    """Ask the questions of a QA file, with their images and without them; write answers.jsonl and, for a benchmark, the file
+    of its leaderboard.
 
-    Questions that do not fit into the language model are left out and counted. Returns (rows of answers.jsonl, the printed
-    table).
+    Questions that do not fit into the language model are left out and counted. Returns (rows of answers.jsonl, scores, the
+    table to print).
     """
+    qa = QAFile(source.qa_file)
     found = questions_of(qa, range(len(qa)))  # empty if the file holds texts alone, which still have a loss
-    questions = [question for question in found if answerer.fits(question.turns)]
-    answered: list[list[Answer]] = []  # the questions with their own images, then those with swapped ones
-
-    def ask(asked: Sequence[Question]) -> list[str]:
-        requests = [Request(question.turns, question.images) for question in asked]
-        answers = answerer.answer_all(requests, config.test.batch_size, functools.partial(tqdm, unit="answer"))
-        answered.append(answers)
-        return [answer.text for answer in answers]
-
-    scores, _ = score(questions, ask, seed=config.seed, left_out=len(found) - len(questions))
-    scores |= validation.values | {"checkpoint_sha256": file_sha256(checkpoint / MANIFEST)}
-    given, others = answered[0], iter(answered[1])
-    is_swapped = [question is not None for question in swap_images(questions, config.seed)]
-    rows = [
-        {
-            "id": question.id,
-            "image": str(question.images[-1]) if question.images else None,
-            "question": question.text,
-            "answer": answer.text,
-            "blind": next(others).text if swapped else None,
-            "reference": question.reference,
-            "correct": is_correct(answer.text, question.reference),
-            "type": question.type,
-            "seconds": round(answer.seconds, 4),
-        }
-        for question, answer, swapped in zip(questions, given, is_swapped, strict=True)
+    if arguments.suffix:
+        found = [with_suffix(question, arguments.suffix) for question in found]
+    fits = [answerer.fits(question.turns) for question in found]
+    questions = [
+        dataclasses.replace(question, metric=arguments.metric or "")
+        for question, fit in zip(found, fits, strict=True)
+        if fit
     ]
+
+    def answer_all(requests: Sequence[Request]) -> list[Answer]:
+        return answerer.answer_all(requests, config.test.batch_size, functools.partial(tqdm, unit="answer"))
+
+    trained = trained_questions(questions, training_files(config))
+    if trained:
+        print(trained_on_text(questions, trained))
+    print(f"asking {len(questions):,} questions, and again with other images: {', '.join(arguments.blind)}")
+    scores, rows = ask_and_score(
+        questions, answer_all, config.seed, left_out=len(found) - len(questions), kinds=arguments.blind
+    )
     write_rows(output / "answers.jsonl", rows)
-    with writing(output / "scores.json") as path:
-        write_whole(path, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
-    table = "\n".join([score_table(scores), *(f"{name} {value:.4f}" for name, value in validation.values.items())])
-    print(table)
-    return rows, table
+    if trained:
+        scores["trained_on"] = sorted({questions[i].id for i in trained})
+    if source.benchmark == "mme":
+        scores["mme"] = mme_scores(scores["metrics"], MME_TASKS)
+    if source.benchmark:
+        texts = iter(rows)
+        results = [
+            Result(next(texts)["answer"] if fit else "", asked.native, asked.options)
+            for asked, fit in zip(source.asked, fits, strict=True)
+        ]
+        with writing(output / "results"):
+            paths = write_results(source.benchmark, results, output)
+        print(printable(f"for the leaderboard: {', '.join(map(str, paths))}"))
+    parts = [score_table(scores), metrics_line(questions), metric_table(scores)]
+    parts += [f"MME {part} {value:.1f}" for part, value in scores.get("mme", {}).items()]
+    return rows, scores, "\n".join(part for part in parts if part)
+
+
+def is_unanswered(source: Questions) -> bool:
+    """Return whether no answer of a benchmark is known, so that there is nothing to measure a loss on."""
+    return bool(source.benchmark) and not any(question.answers for question in source.asked)
+
+
+def training_files(config: Config) -> list[Path]:
+    """Return the QA files that a checkpoint was trained on: its own, and those of the checkpoints that it started from."""
+    files = [config.data.qa_file]
+    start, seen = config.model.start_from, set[Path]()
+    while start is not None and start not in seen and (start / "config.yaml").is_file():
+        seen.add(start)
+        try:
+            earlier = open_config(start, [])
+        except InputError:  # no checkpoint any more
+            break
+        files.append(earlier.data.qa_file)
+        start = earlier.model.start_from
+    return files
 
 
 def validate(qa: QAFile, config: Config, built: Built, precision: str) -> Validation:

@@ -23,7 +23,17 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from config import DEFAULT_CONFIG, Config, DataConfig, InputError, SourceConfig, load_config, printable, run_script
+from config import (
+    DEFAULT_CONFIG,
+    Config,
+    DataConfig,
+    InputError,
+    SourceConfig,
+    load_config,
+    nearest_path,
+    printable,
+    run_script,
+)
 
 if __name__ == "__main__":  # before the imports, so that a fault in them is a line too
     run_script("dataprocess.process_image.main")
@@ -42,6 +52,7 @@ from dataprocess.split import TRAIN, VALIDATION, Split
 from dataprocess.verify_images import ImageVerifier
 
 FORMAT_VERSION = 4  # increase when the same raw files would give a different QA file
+MISSING = "If they are data of others, download them first. Paths in a config are relative to the config file."
 TOP_REASONS = 5  # reasons listed in the message about too many refusals
 
 
@@ -81,6 +92,9 @@ def prepare(
     if data.validation_file:
         outputs[VALIDATION] = Path(data.validation_file)
     report_file, refused_path = outputs[TRAIN].with_suffix(".report.json"), outputs[TRAIN].with_suffix(".refused.jsonl")
+    missing = missing_sources(data)
+    if not all(os.path.exists(source.annotations) for source in data.sources):
+        raise InputError("\n".join([*missing, MISSING]))
     for source in data.sources:
         _check_source(source, [*outputs.values(), report_file, refused_path])
     fingerprint = _fingerprint(data, seed, outputs)
@@ -100,6 +114,8 @@ def prepare(
                 return finished
         if finished:
             refuse_foreign(report_file, qa_files, refused_path, annotations=annotations)
+        if missing:  # images; a run that resumes may have their features in its cache
+            raise InputError("\n".join([*missing, MISSING]))
 
         written = [*outputs.values(), refused_path, report_file]
         for folder in {path.parent for path in written}:
@@ -149,6 +165,18 @@ def prepare(
         report["fingerprint"] = fingerprint
         write_report(report_file, report)
     return report
+
+
+def missing_sources(data: DataConfig) -> list[str]:
+    """Return a fault for each file and folder of the sources that does not exist, except in the demo's folder, where
+    they are drawn."""
+    faults = []
+    for source in data.sources:
+        for key, path in (("annotations", source.annotations), ("images", source.images)):
+            is_drawn = data.demo_folder is not None and path is not None and path.is_relative_to(data.demo_folder)
+            if path is not None and not is_drawn and not os.path.exists(path):
+                faults.append(f'source "{source.name}": {key} {path} does not exist{nearest_path(path)}')
+    return faults
 
 
 def _check_source(source: SourceConfig, outputs: list[Path]) -> None:
@@ -241,17 +269,18 @@ def prepare_from_config(
 
 
 def convert_source(
-    annotations: str, output: str, *, images: str | None = None, settings: Sequence[str] = ()
+    annotations: str, output: str, *, images: str | None = None, settings: Sequence[str] = (), option: str = "--from"
 ) -> tuple[Path, dict]:
     """Make a QA file of one source, without a config: every record that can be used, nothing held out.
 
     images: the folder of its images; by default that of `annotations`. settings: `key=value` for keys of a source, as in
     data.sources (`format=csv`, `columns.image=图片`), or with "data." for `data.max_refused` and `data.verify_images`. Paths
-    are relative to the current folder. Returns (the QA file, the report). Raises InputError like `prepare`.
+    are relative to the current folder. option: what names the source on the command line, for messages. Returns (the QA
+    file, the report). Raises InputError like `prepare`.
     """
     path = Path(annotations).expanduser()
     if not path.exists():
-        raise InputError(f"--from {annotations}: no such file or folder.")
+        raise InputError(f"{option} {annotations}: no such file or folder.")
     folder = images or str(path if path.is_dir() else path.parent)
     name = path.resolve().stem.replace(":", "_") or "source"
     source = {"name": name, "annotations": Typed(annotations), "images": Typed(folder)}
@@ -261,15 +290,16 @@ def convert_source(
         if not key.startswith("data."):
             setting = f"data.sources.0.{setting}"
         elif key not in ("data.max_refused", "data.verify_images"):
-            raise InputError(f'"{key}" means nothing with --from; data.max_refused and data.verify_images do.')
+            raise InputError(f'"{key}" means nothing with {option}; data.max_refused and data.verify_images do.')
         apply_override(values, setting)
     data = build(DataConfig, values["data"], Path.cwd(), where="data")
     try:
         refuse_source_contradictions(data)
         return data.qa_file, prepare(data, seed=0)
     except InputError as error:
-        advice = "data.qa_file is --output here, and the source is --from; its keys are given as key=value: format=csv"
-        raise InputError(f"{error}\n({advice}, columns.question=问题, and data.max_refused=0.1)") from None
+        advice = f"data.qa_file is --output here, the source is {option}, the folder of its images --images"
+        keys = "keys: format=csv, columns.question=问题, and data.max_refused=0.1"
+        raise InputError(f"{error}\n({advice}; {keys})") from None
 
 
 def main() -> None:
@@ -295,7 +325,7 @@ def main() -> None:
         qa_file, report = convert_source(
             arguments.source, arguments.output, images=arguments.images, settings=arguments.overrides
         )
-        print(printable(f"{summary(report)}\nto score a model on it: python test.py --qa {qa_file}", lines=True))
+        print(printable(f"{summary(report)}\nto score a model on it: sh test.sh --qa {qa_file}", lines=True))
         return
     config = load_config(arguments.config, arguments.overrides)
     for each in [stage.config for stage in config.train.stages] or [config]:

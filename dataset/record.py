@@ -12,6 +12,10 @@ A record is one JSON object:
 "type" and "alternatives" are optional. "alternatives" is a list of further conversations about the same images: each
 epoch uses one of them or "conversations". Other keys are ignored.
 
+Three optional keys are for scoring the last answer alone, and training ignores them. "answers" is a list of reference
+answers; an empty list says that none is known. "options" is a list of the texts of options A, B, C ... "group" names the
+records that count as right only together.
+
 A text outside of a conversation is a single turn, {"role": "text", "content": "..."}. All of its tokens are supervised.
 It is meant for a language model trained from scratch.
 
@@ -34,7 +38,7 @@ from config import InputError, shortened
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant", "text")
 LONGEST_DETAIL, LONGEST_ID = 1000, 200  # characters of a record that a message repeats
-FORMAT_VERSION = "5"  # increase it when the definition of a valid record changes
+FORMAT_VERSION = "6"  # increase it when the definition of a valid record changes
 
 
 class RecordError(InputError):
@@ -106,6 +110,9 @@ class Record:
     source: str = ""
     type: str = ""
     alternatives: tuple[Conversation, ...] = ()
+    answers: tuple[str, ...] | None = None  # references; None: the last answer is the only one
+    options: tuple[str, ...] = ()
+    group: str = ""
 
     def at_epoch(self, seed: int, epoch: int) -> Conversation:
         """Return the conversation for an epoch, counted from 0.
@@ -200,10 +207,13 @@ def _read_common_turns(turns: list[dict[str, str]]) -> Conversation:
     return tuple([Turn(turn["role"], turn["content"]) for turn in turns])
 
 
+_SCORING = frozenset(("answers", "options", "group"))
+
+
 def _surely_valid(obj: Any) -> bool:
     """Return whether a decoded JSON object is a valid record of a common kind, or raise what `_is_common` catches."""
     name, image = obj["id"], obj.get("image")
-    if not name or obj.__class__ is not dict:
+    if not name or obj.__class__ is not dict or not _SCORING.isdisjoint(obj):
         return False
     if not name.isascii():
         name.encode()  # raises UnicodeEncodeError for an unpaired surrogate, like the other calls of encode() here
@@ -267,6 +277,9 @@ def _parse(obj: object) -> Record:
         source=_text(obj.get("source") or "", '"source"'),
         type=_text(obj.get("type") or "", '"type"'),
         alternatives=tuple(_conversation(turns, len(images)) for turns in alternatives),
+        answers=None if obj.get("answers") is None else _texts(obj["answers"], '"answers"'),
+        options=_texts(obj.get("options") or [], '"options"'),
+        group=_text(obj.get("group") or "", '"group"'),
     )
 
 
@@ -374,6 +387,12 @@ def _text(value: object, what: str) -> str:
         except UnicodeEncodeError:
             raise RecordError("bad_unicode", f"{what} contains an unpaired surrogate, not a valid character.") from None
     return value
+
+
+def _texts(value: object, what: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise RecordError("wrong_type", f"{what} must be a list of texts, not {_kind(value)}.")
+    return tuple(_text(one, what) for one in value)
 
 
 def _shown(value: object) -> str:

@@ -14,6 +14,7 @@ from dataset.html_page import html_page
 from visual.images import read_image
 
 THUMBNAIL = 220  # pixels of the longer side
+RIGHT = 0.5  # score from which an answer is shown as right
 MAGNIFY_BELOW = 100  # a smaller image is enlarged, with visible pixels
 
 _STYLE = """
@@ -38,8 +39,8 @@ def write_page(
     """Write the page to `path`, replacing a link of that name. Raises OSError.
 
     rows: {"image": its path or None, "question", "answer"}, and with a reference also {"reference", "correct"} and perhaps
-    {"blind"}, the answer about a swapped image; consecutive rows about one image share its thumbnail. unreadable:
-    {"image", "problem"}. table: preformatted text.
+    {"metric", "score"} and {"blind"}, the answer about a swapped image; consecutive rows about one image share its
+    thumbnail. unreadable: {"image", "problem"}. table: preformatted text.
     """
     groups: list[tuple[str | None, list[dict]]] = []
     for row in rows:
@@ -59,9 +60,10 @@ def write_page(
 def _article(image: str | None, asked: Sequence[dict]) -> str:
     entries = []
     for row in asked:
-        verdict = "" if "correct" not in row else ' class="right"' if row["correct"] else ' class="wrong"'
+        is_right = _is_right(row)
+        verdict = "" if is_right is None else ' class="right"' if is_right else ' class="wrong"'
         entries.append(f"<dt>{html.escape(row['question'])}</dt><dd{verdict}>{html.escape(row['answer'])}")
-        if "correct" in row and not row["correct"]:
+        if row.get("reference") is not None and not is_right:
             entries.append(f'<div class="reference">expected: {html.escape(row["reference"])}</div>')
         if row.get("blind") is not None:
             entries.append(f'<div class="reference">with another image: {html.escape(row["blind"])}</div>')
@@ -71,6 +73,14 @@ def _article(image: str | None, asked: Sequence[dict]) -> str:
         caption = f"<figcaption>{html.escape(Path(image).name)}</figcaption>"
         figure = f"<figure>{_thumbnail(image)}{caption}</figure>"
     return f"<article>{figure}<dl>{''.join(entries)}</dl></article>"
+
+
+def _is_right(row: dict) -> bool | None:
+    """Return whether an answer is shown as right: by its metric if it has one; None for a caption and without a
+    reference."""
+    if row.get("metric") in (None, "exact"):
+        return row.get("correct")
+    return None if row["metric"] == "caption" else row["score"] >= RIGHT
 
 
 def _thumbnail(path: str) -> str:

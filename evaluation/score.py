@@ -1,32 +1,36 @@
 """Score answers to the questions of a QA file, with and without the right images.
 
-Each accuracy comes with a *blind* accuracy: that of the same questions asked about swapped images. The difference between
-the two comes from the images. Images are told apart by content, so a copy under another name is the same image. Knows no
-model: a function that answers is passed in.
+Each accuracy comes with a *blind* accuracy: that of the same questions asked about swapped images, and if wanted about blank
+ones and without any. The difference between the two comes from the images. Images are told apart by content, so a copy under
+another name is the same image. Knows no model: a function that answers is passed in.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
-import unicodedata
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from config import printable
 from dataset.language import language_of
 from dataset.qa_file import QAFile
 from dataset.record import Image, Part, parts_of
+from evaluation.answers import is_correct
+from evaluation.blind import BLIND, blank_images, without_images
+from evaluation.metrics import summarise
 from visual.images import ImageError, image_bytes, image_state
 
 SEARCHED = 1000  # other questions' images that are considered for a swap
 READERS = 8  # threads that compare image files
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Question:
     """One assistant turn of a QA record, asked as a question."""
 
@@ -35,6 +39,21 @@ class Question:
     images: tuple[Path, ...]  # the files of all image parts, in order
     reference: str  # the record's answer
     type: str  # of the record; "" for none
+    source: str = ""  # of the record
+    answers: tuple[str, ...] | None = None  # of the record: all references; empty if none is known
+    options: tuple[str, ...] = ()  # of the record
+    group: str = ""  # of the record
+    metric: str = ""  # the metric to score it by; "" for that of its type
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The answers that count as right; empty if none is known."""
+        return (self.reference,) if self.answers is None else self.answers
+
+    @property
+    def unit(self) -> tuple:
+        """What an interval draws as one: all questions about the same images."""
+        return self.images or (self.id,)
 
     @property
     def text(self) -> str:
@@ -56,9 +75,10 @@ def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
     for index in indices:
         record = qa[index]
         images = qa.image_paths(record)
+        last = len(record.conversations) - 1
         turns: list[tuple[str, list[Part]]] = []
         seen = 0
-        for turn in record.conversations:
+        for i, turn in enumerate(record.conversations):
             if turn.role == "assistant" and turn.is_target:
                 assert isinstance(turn.content, str)  # only a user turn has parts
                 questions.append(
@@ -68,18 +88,16 @@ def questions_of(qa: QAFile, indices: Iterable[int]) -> list[Question]:
                         images=tuple(images[:seen]),
                         reference=turn.content,
                         type=record.type,
+                        source=record.source,
+                        answers=record.answers if i == last else None,
+                        options=record.options if i == last else (),
+                        group=record.group if i == last else "",
                     )
                 )
             parts = parts_of(turn)
             seen += sum(isinstance(part, Image) for part in parts)
             turns.append((turn.role, parts))
     return questions
-
-
-def is_correct(answer: str, reference: str) -> bool:
-    """Return whether the two are equal, except for whitespace at the ends and the form of composed characters: a tokenizer
-    writes NFC, a reference may be in any form."""
-    return unicodedata.normalize("NFC", answer).strip() == unicodedata.normalize("NFC", reference).strip()
 
 
 def swap_images(questions: Sequence[Question], seed: int) -> list[Question | None]:
@@ -100,7 +118,7 @@ def swap_images(questions: Sequence[Question], seed: int) -> list[Question | Non
         random.Random(seed).shuffle(order)
         for contents, other in _disjoint(order).items():
             for i in members[contents]:
-                swapped[i] = dataclasses.replace(questions[i], images=paths[other])
+                swapped[i] = replace(questions[i], images=paths[other])
     return swapped
 
 
@@ -146,46 +164,104 @@ def _content(path: Path) -> object:
         return str(path)
 
 
+class Scored(NamedTuple):
+    """scores: as `score` returns them. given: the answers. blind: kind of BLIND -> {number of a question: its answer}."""
+
+    scores: dict
+    given: list[str]
+    blind: dict[str, dict[int, str]]
+
+
 def score(questions: Sequence[Question], answers: Answers, seed: int, left_out: int = 0) -> tuple[dict, list[str]]:
     """Ask the questions with their images and with swapped ones. Returns (scores, the answers about their own images).
 
     left_out: how many questions more there are, which do not fit into the language model.
-    scores: {"n", "accuracy", "blind", "by_type": {type: the same three}, "by_language": ..., "by_type_and_language": ...}.
-    accuracy and blind are in [0, 1]; None if no question counts, for blind if no image could be swapped. Where they are not
-    0, scores also has "left_out" and "not_swapped", the number of questions with images that blind does not count.
+    scores: {"n", "accuracy", "blind", "by_type": {type: the same three}, "by_source": ..., "by_language": ...,
+    "by_type_and_language": ..., "metrics"}. accuracy and blind are the share of exact answers, in [0, 1]; None if no
+    question counts, for blind if no image could be swapped. "metrics" has the values of each question's own metric, as
+    `summarise` returns them. Where they are not 0, scores also has "left_out", "not_swapped", the number of questions with
+    images that blind does not count, and "no_reference", that of questions without a known answer, which have no score.
     """
+    return score_blind(questions, answers, seed, left_out=left_out)[:2]
+
+
+def score_blind(
+    questions: Sequence[Question], answers: Answers, seed: int, left_out: int = 0, kinds: Collection[str] = ()
+) -> Scored:
+    """Do what `score` does, and ask about further `kinds` of BLIND: "blank", "absent". Each takes as long as the questions
+    themselves."""
     given = answers(questions)
-    swapped = {i: question for i, question in enumerate(swap_images(questions, seed)) if question is not None}
-    blind_answers = answers(list(swapped.values()))
-    right = [is_correct(answer, q.reference) for answer, q in zip(given, questions, strict=True)]
-    right_blind = {
-        i: is_correct(answer, questions[i].reference) for i, answer in zip(swapped, blind_answers, strict=True)
-    }
+    blind_answers: dict[str, dict[int, str]] = {}
+    for kind, asked in blind_questions(questions, seed, kinds):
+        blind_answers[kind] = dict(zip(asked, answers(list(asked.values())), strict=True))
+    known = [i for i, question in enumerate(questions) if question.references]
+    right = {i: is_exact(given[i], questions[i]) for i in known}
+    right_blind = {i: is_exact(answer, questions[i]) for i, answer in blind_answers["swapped"].items()}
 
     def summary(members: Sequence[int]) -> dict:
-        blind = [right_blind[i] for i in members if i in right_blind]
+        swapped = [right_blind[i] for i in members if i in right_blind]
         return {
             "n": len(members),
             "accuracy": sum(right[i] for i in members) / len(members) if members else None,
-            "blind": sum(blind) / len(blind) if blind else None,
+            "blind": sum(swapped) / len(swapped) if swapped else None,
         }
 
     def summaries(key: Callable[[Question], str]) -> dict:
         groups: dict[str, list[int]] = defaultdict(list)
-        for i, question in enumerate(questions):
-            if key(question):  # a record without a type counts only among all
-                groups[key(question)].append(i)
+        for i in known:
+            if name := key(questions[i]):  # a record without a type counts only among all
+                groups[name].append(i)
         return {name: summary(groups[name]) for name in sorted(groups)}
 
-    scores = {
-        **summary(range(len(questions))),
-        "by_type": summaries(lambda q: q.type),
-        "by_language": summaries(lambda q: q.language),
-        "by_type_and_language": summaries(lambda q: q.type and f"{q.type}/{q.language}"),
+    keys: dict[str, Callable[[Question], str]] = {
+        "by_type": lambda q: q.type,
+        "by_source": lambda q: q.source,
+        "by_language": lambda q: q.language,
     }
-    not_swapped = sum(bool(question.images) for question in questions) - len(swapped)
-    scores |= {name: count for name, count in (("left_out", left_out), ("not_swapped", not_swapped)) if count}
-    return scores, given
+    place = {i: k for k, i in enumerate(known)}
+    scores = {
+        **summary(known),
+        **{name: summaries(key) for name, key in keys.items()},
+        "by_type_and_language": summaries(lambda q: q.type and f"{q.type}/{q.language}"),
+        "metrics": summarise(
+            [questions[i] for i in known],
+            [given[i] for i in known],
+            {kind: {place[i]: text for i, text in found.items()} for kind, found in blind_answers.items()},
+            seed=seed,
+            groupings={name: [key(questions[i]) for i in known] for name, key in keys.items()},
+        ),
+    }
+    not_swapped = sum(bool(questions[i].images) for i in known) - len(right_blind)
+    counts = {"left_out": left_out, "not_swapped": not_swapped, "no_reference": len(questions) - len(known)}
+    return Scored(scores | {name: count for name, count in counts.items() if count}, given, blind_answers)
+
+
+def is_exact(answer: str, question: Question) -> bool:
+    """Return whether an answer is exactly one of the question's references, see `is_correct`."""
+    return any(is_correct(answer, reference) for reference in question.references)
+
+
+def blind_questions(
+    questions: Sequence[Question], seed: int, kinds: Collection[str] = ()
+) -> Iterator[tuple[str, dict[int, Question]]]:
+    """Yield ("swapped", {number of a question: the question to ask}), then the same for the other `kinds`, in the order of
+    BLIND. Questions without images or without a known answer are not asked. Blank images exist until the next kind."""
+    yield (
+        "swapped",
+        {
+            i: question
+            for i, question in enumerate(swap_images(questions, seed))
+            if question is not None and question.references
+        },
+    )
+    seeing = {i: question for i, question in enumerate(questions) if question.images and question.references}
+    for kind in BLIND[1:]:
+        if kind in kinds and kind == "absent":
+            yield kind, {i: replace(q, turns=without_images(q.turns), images=()) for i, q in seeing.items()}
+        elif kind in kinds:
+            with tempfile.TemporaryDirectory() as folder:
+                blank = blank_images({path for q in seeing.values() for path in q.images}, Path(folder))
+                yield kind, {i: replace(q, images=tuple(blank[p] for p in q.images)) for i, q in seeing.items()}
 
 
 def score_table(scores: dict) -> str:
@@ -208,4 +284,6 @@ def score_table(scores: dict) -> str:
         lines.append(f"questions left out, because they do not fit into the language model with their answers: {count}")
     if count := scores.get("not_swapped"):
         lines.append(f"questions not in blind, because no others of their kind have other images: {count}")
+    if count := scores.get("no_reference"):
+        lines.append(f"questions without a known answer, which are asked but not scored: {count}")
     return "\n".join(lines)

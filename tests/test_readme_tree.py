@@ -190,7 +190,9 @@ def test_versions_agree():
     assert (citation["version"], citation["license"]) == (project["project"]["version"], project["project"]["license"])
 
     pins = dict(
-        line.split("==") for page in ("requirements.txt", "tests/requirements.txt") for line in read(page).split()
+        pin
+        for page in ("requirements.txt", "tests/requirements.txt")
+        for pin in re.findall(r"^(\S+)==(\S+)", read(page), re.MULTILINE)
     )
     hooks = {repo["repo"].rpartition("/")[2]: repo for repo in yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]}
     assert hooks["ruff-pre-commit"]["rev"] == f"v{pins['ruff']}"

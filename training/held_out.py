@@ -12,6 +12,7 @@ from tqdm import tqdm
 from config import printable
 from dataset.loader import make_loader
 from evaluation.score import Question, questions_of, score, score_table
+from evaluation.tables import metric_table, metrics_line
 from evaluation.validation import Sums, Validation, sum_losses
 from model.answer import Request
 from model.build import autocast
@@ -116,7 +117,7 @@ def score_held_out(run: Run) -> dict | None:
         scores, _ = score(questions, functools.partial(answer_shared, run), seed=run.config.seed, left_out=left_out)
         with torch.no_grad():
             scores |= validate(run, run.config.train.score_samples).values
-    print_main(score_table(scores))
+    print_main("\n".join([score_table(scores), metrics_line(questions), metric_table(scores)]))
     return scores
 
 

@@ -92,3 +92,19 @@ def test_the_answer_about_another_image_stands_beside_its_own(tmp_path):
     write_page(tmp_path / "page.html", "t", "a", [row | {"blind": "<cat>"}, row | {"blind": None}])
     reader = Reader((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert [word for word in reader.words if "another image" in word] == ["with another image: <cat>"]
+
+
+def test_an_answer_is_right_by_its_metric(tmp_path):
+    """A caption is neither, and an unknown answer has no reference."""
+    row = {"image": None, "question": "?", "answer": "a", "reference": "expected this", "correct": False}
+    known = [("vqa", 0.6), ("vqa", 0.3), ("caption", 2.0), ("exact", 0.0)]
+    rows = [row | {"metric": metric, "score": score} for metric, score in known]
+    rows += [row | {"correct": True}, row | {"reference": None, "correct": None, "metric": None, "score": None}]
+    for one, (verdict, is_shown) in zip(
+        rows, [("right", 0), ("wrong", 1), (None, 1), ("wrong", 1), ("right", 0), (None, 0)], strict=True
+    ):
+        write_page(tmp_path / "page.html", "t", "a", [one])
+        reader = Reader((tmp_path / "page.html").read_text())
+        (answer,) = (attributes for tag, attributes in reader.tags if tag == "dd")
+        assert answer.get("class") == verdict
+        assert any("expected this" in word for word in reader.words) == is_shown
