@@ -4,6 +4,8 @@
 
 has_packages() {
     command -v "$1" >/dev/null 2>&1 && "$1" - "$ROOT" $REQUIREMENTS <<'CHECK'
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends it without a traceback
 import sys
 from importlib.metadata import PackageNotFoundError, version
 

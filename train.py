@@ -15,6 +15,9 @@ import math
 import os
 import signal
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C before run_script, which handles it
+
 from config import DEFAULT_CONFIG, Config, InputError, load_config, refuse_options, run_script
 
 
@@ -33,7 +36,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="check config, data and model; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for example train.lora_lr=2e-4")
     arguments, unknown = parser.parse_known_intermixed_args(argv)
-    refuse_options(unknown)
+    refuse_options(unknown, known=vars(arguments).keys() - {"overrides"})
     if arguments.extend and arguments.resume == "none":
         raise InputError("--extend resumes a run, and --resume none starts over; give one of them.")
     return arguments

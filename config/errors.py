@@ -11,6 +11,7 @@ import io
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -60,9 +61,9 @@ def shortened(text: str, length: int = 200) -> str:
     return f"{text[:begin]} ... ({len(text):,} characters) ... {text[begin - length :]}"
 
 
-def nearest(name: object, options: Iterable[object]) -> str:
-    """`; did you mean "x"?` for the option spelled most like `name`, or a full stop."""
-    close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.5)
+def nearest(name: object, options: Iterable[object], cutoff: float = 0.5) -> str:
+    """`; did you mean "x"?` for the option spelled most like `name`, or a full stop. cutoff: how alike, from 0 to 1."""
+    close = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=cutoff)
     return f'; did you mean "{close[0]}"?' if close else "."
 
 
@@ -131,6 +132,8 @@ def run_script(main: str | Callable[[], int | None], check: Callable[[], object]
     """
     code: object = None
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by the script for its first imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _open_streams()
         try:
             if isinstance(main, str):

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from config.errors import InputError, shortened
+from config.errors import InputError, nearest, nearest_path, shortened
 from config.files import open_regular
 from config.rules import (
     OF_ALL_STAGES,
@@ -43,9 +43,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), folder: Path | 
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
             text = file.read()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such config file; name one with --config, for example config.yaml.") from None
+        hint = nearest_path(path)
+        advice = "Name one with --config, for example config.yaml; the path is relative to the current folder."
+        raise InputError(f"{path}: no such config file{hint} {advice}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; expected a YAML file, for example config.yaml.") from None
     except InputError as error:  # a FIFO, as a shell's <(command) gives
         raise InputError(f"{error} To use the output of a command, write it to a file first.") from None
+    except UnicodeError:
+        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8 in your editor.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
     values = read_yaml(text, str(path))
@@ -123,12 +129,17 @@ def to_yaml(config: Config, relative_to: Path | None = None) -> str:
     return yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False)
 
 
-def refuse_options(words: Sequence[str]) -> None:
-    """Raise InputError for words of a command line that look like options and are none, such as --lora_lr=1e-4."""
+def refuse_options(words: Sequence[str], known: Collection[str] = ()) -> None:
+    """Raise InputError for words of a command line that look like options and are none, such as --lora_lr=1e-4.
+
+    known: names of the command's options, such as no_image, one of which may be meant.
+    """
+    options = [f"--{name.replace('_', '-')}" for name in known]
     for word in words:
         name, _, value = word.lstrip("-").partition("=")
-        key = nearest_key(name.replace("-", "_"), Config)
-        hint = f'; did you mean "{key}={value or "VALUE"}"?' if key else "."
+        hint = nearest(f"--{name}", options, cutoff=0.75)
+        if hint == "." and (key := nearest_key(name.replace("-", "_"), Config)):
+            hint = f'; did you mean "{key}={value or "VALUE"}"?'
         raise InputError(f'"{word}": no such option{hint} A key of the config is given as key=value, without dashes.')
 
 

@@ -92,7 +92,15 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        fault = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        advice = ""
+        if "'\\t'" in fault:
+            advice = " Indent with spaces; YAML allows no tabs there."
+        elif "expected ':'" in fault or "mapping values are not allowed" in fault:
+            advice = " In YAML a key is followed by a colon and a space: key: value."
+        elif "expected <block end>" in fault:
+            advice = " Keys of one section start in the same column."
+        raise InputError(f"{where}: not valid YAML: {fault}{advice}") from None
 
 
 class Typed(str):
@@ -112,7 +120,7 @@ def apply_override(values: dict, override: str) -> None:
     if not equals and key.endswith((".yaml", ".yml")):
         raise InputError(f'"{override}": a config file needs its option; did you mean --config {override}?')
     if not equals or not key.strip():
-        raise InputError(f'"{override}": expected key=value, for example train.lora_lr=2e-4.')
+        raise InputError(f'"{override}": expected key=value without spaces, for example train.lora_lr=2e-4.')
     value = _as_typed(read_yaml(text, f'"{override}"'))
     target, *path = key.strip().split(".")
     here: Any = values
@@ -195,17 +203,22 @@ def build(
 
 def nearest_key(word: str, root: type[DataclassInstance]) -> str | None:
     """Return the dotted key of a config that a misspelled or misplaced key means, or None."""
-    match = re.search(r'did you mean "(.*)"', _nearest_key(word, "", [], root=root))
+    match = re.search(r'did you mean "([^"]*)"', _nearest_key(word, "", [], root=root))
     return match[1] if match else None
 
 
 def _nearest_key(key: str, where: str, fields: Iterable[str], root: type[DataclassInstance]) -> str:
-    """Suggest the intended key: this word in another section, else a similar one here, else a similar one anywhere."""
+    """Suggest the intended key: this word in another section, else one that ends with it ("lr"), else a similar one here,
+    else a similar one anywhere."""
     prefix = f"{where}." if where else ""
     everywhere: dict[str, list[str]] = {}
     for full in all_keys(root):
         everywhere.setdefault(full.rsplit(".", 1)[-1], []).append(full)
     same = {key: everywhere[key]} if key in everywhere else {}
+    ends = [full for full in all_keys(root) if full.startswith(prefix) and full.endswith(f"_{key}")]
+    if ends and not same:
+        meant = '" or "'.join(ends)
+        return f'; did you mean "{meant}"?'
     for table in (same, {name: [prefix + name] for name in fields}, everywhere):
         for word in difflib.get_close_matches(key, list(table), n=1, cutoff=0.6):
             (meant,) = difflib.get_close_matches(prefix + key, table[word], n=1, cutoff=0.0)
@@ -293,8 +306,12 @@ def _check_bounds(value: Any, f: dataclasses.Field[Any], where: str) -> None:
 
 
 def _absolute(value: str, where: str, folder: Path) -> Path:
+    """Return a path as absolute. Windows' backslashes are read as "/", unless something of that very name exists."""
     try:
-        return (folder / Path(value).expanduser()).resolve()
+        path = (folder / Path(value).expanduser()).resolve()
+        if "\\" in value and os.sep == "/" and not os.path.lexists(path):
+            path = (folder / Path(value.replace("\\", "/")).expanduser()).resolve()
+        return path
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, the ~ of an unknown user, a cycle of links
         raise InputError(f'"{where}": {value!r} cannot be a path ({error}).') from None
 

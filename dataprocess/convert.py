@@ -136,7 +136,7 @@ class Converter:
             try:
                 if value.__class__ is not dict:
                     raise _not_an_object(value)
-                name, paths, conversations, kind, repairs = read(value, first + index)
+                name, paths, conversations, kind, repairs, is_valid = read(value, first + index)
                 images = [find(paths[0])] if len(paths) == 1 else [find(path) for path in paths]
                 wanted = name or str(first + index)
                 obj = {
@@ -149,7 +149,8 @@ class Converter:
                     del obj["image"]
                 if kind:
                     obj["type"] = kind
-                repairs = _checked(obj, images, repairs)
+                if not is_valid or kind or images[0].repair or not (obj["id"] + obj["image"]).isascii():
+                    repairs = _checked(obj, images, repairs)
                 objects = [obj] if len(conversations) == 1 else _with_captions(obj, conversations, captions)
                 self.store.write_placed()
             except RecordError as error:

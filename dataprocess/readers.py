@@ -46,7 +46,7 @@ def read_llava(obj: dict, index: int) -> Draft:
         name, image, turns = obj["id"], obj["image"], read_turns(obj["conversations"])
         first = turns[0]["content"] if turns else None
         if name.__class__ is image.__class__ is first.__class__ is str and image and name and IMAGE_MARK in first:
-            return draft((name, [image], [turns], "", ()))
+            return draft((name, [image], [turns], "", (), False))
     return _read_conversation(obj, "conversations")
 
 

@@ -38,9 +38,10 @@ class Draft(NamedTuple):
     conversations: list  # lists of {"role", "content"}; more than one only if the format gives several answers
     type: str = ""
     repairs: Sequence[str] = ()
+    is_valid: bool = False  # every conversation is valid UTF-8, one question with one mark and an answer; one image
 
 
-draft = partial(tuple.__new__, Draft)  # takes a tuple of the five fields; half the cost of the constructor
+draft = partial(tuple.__new__, Draft)  # takes a tuple of the six fields; half the cost of the constructor
 
 
 @lru_cache(maxsize=4096)
@@ -221,7 +222,7 @@ def with_prompts(read: Callable[[dict, int], Draft], prompts: Sequence[str]) -> 
     defaults = {id(turn) for turn in (*_PROMPT_TURNS, *_ENGLISH_PROMPT_TURNS)}
 
     def read_with_prompts(obj: dict, index: int) -> Draft:
-        read_draft = read(obj, index)
+        read_draft = read(obj, index)._replace(is_valid=False)  # the prompts are the user's
         for number, conversation in enumerate(read_draft.conversations, start=index):
             if id(conversation[0]) in defaults:
                 conversation[0] = turns[number % len(turns)]
@@ -257,7 +258,7 @@ def captioned(*, name: str | None, images: list, captions: object, index: int) -
     if not conversations:
         raise RecordError("empty_answer", "no caption has any text.")
     repairs = ["empty_captions_left_out"] if len(conversations) < len(captions) else ()
-    return draft((name, images, conversations, "", repairs))
+    return draft((name, images, conversations, "", repairs, len(images) == 1))
 
 
 def record_id(obj: dict) -> str | None:

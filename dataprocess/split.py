@@ -85,8 +85,8 @@ class Split:
 
 def _names(image: Found) -> tuple[str, str]:
     """The name that decides the side of an image on any machine, and the name shared by all sources with this image."""
-    _, _, file, target, _, digest = image
+    _, folder, file, target, _, digest = image
     if target:
         file = target[target.rfind("/") + 1 :]
     name = coco_name(file) or digest
-    return (name, name) if name else (file, image.real)
+    return (name, name) if name else (file, target or f"{folder}/{file}")

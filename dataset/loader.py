@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from dataset.record import Record
 from dataset.workers import obey_parent_only
 from visual.images import ImageError
 
+# training/prepare.py has a note of its own, once
+warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
 MAX_REPLACEMENTS = 10  # records tried for one sample before all images are taken to be missing
 
 Key = tuple[int, int]  # (epoch, record)

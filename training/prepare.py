@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,10 @@ def _check_files(
         with findings.collect():
             chat = chat_format(config, processors)
     held_out, left_out, leaks = None, {}, set()
-    said = [f"note: {note}" for note in (*_idle_rates(config), *_beyond_positions(config, positions))]
+    said = [
+        f"note: {note}"
+        for note in (*_idle_rates(config), *_beyond_positions(config, positions), *_many_workers(config))
+    ]
     for path in [data.validation_file, data.qa_file]:  # held-out first: training images are looked up among its images
         if path is None:
             continue
@@ -258,6 +262,19 @@ def _idle_rates(config: Config) -> list[str]:
     return found
 
 
+def _many_workers(config: Config) -> list[str]:
+    """Return a note if more processes read images than there are processors for this one."""
+    given, count = config.train.num_workers, os.cpu_count() or 1
+    if sys.platform == "linux":
+        count = len(os.sched_getaffinity(0))
+    if given <= count:
+        return []
+    return [
+        f"train.num_workers is {given}, but {count} processor{'' if count == 1 else 's'} can be used here; more workers "
+        "than processors take memory and read no faster"
+    ]
+
+
 def _beyond_positions(config: Config, positions: int | None) -> list[str]:
     """Return a note if data.max_length is more than the positions that the language model was made for."""
     if positions is None or config.data.max_length <= positions:
@@ -272,7 +289,8 @@ def _nothing_held_out(config: Config) -> str:
     """Return the fault of a validation file that preparation left empty."""
     data = config.data
     if any(source.split != "train" for source in data.sources):
-        why = f"too few images for data.validation_fraction ({data.validation_fraction:g}); raise it"
+        why = f"too few images for data.validation_fraction ({data.validation_fraction:g}); raise it, for example to "
+        why += "0.2" if data.validation_fraction < 0.2 else "0.5"
     else:
         why = "every source has split: train; set it to auto or validation for one of them"
     return (

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import Config, InputError, StageConfig, changed_keys, nearest, to_yaml
+from dataprocess.process_image import MISSING, missing_sources
 from dataprocess.train_tokenizer import learn_if_missing
 from model.checkpoint_folder import MANIFEST, read_json, replace_text, verify_folder, weights_digest, write_folder
 from training.curves import draw_curves
@@ -93,6 +94,7 @@ def _unfinished(stages: Stages, chosen: list[int], arguments: argparse.Namespace
             print_finished(stage.output_dir / "final")
         else:
             if is_first:
+                _refuse_missing([stages[i] for i in chosen[chosen.index(number) :]])
                 for later in chosen[chosen.index(number) + 1 :]:
                     with _name_stage(stages[later]):
                         look_ahead(stages[later].config)
@@ -106,6 +108,18 @@ def _check_settings(stages: Stages) -> None:
     for stage in stages:
         with _name_stage(stage):
             check_settings(stage.config)
+
+
+def _refuse_missing(stages: list[StageConfig]) -> None:
+    """Raise InputError for all files and folders of the stages' sources that do not exist."""
+
+    def look() -> None:
+        new = [stage for stage in stages if not any(stage.config.output_dir.glob("checkpoint-*"))]
+        faults = [f'stage "{stage.name}": {fault}' for stage in new for fault in missing_sources(stage.config.data)]
+        if faults:
+            raise InputError("\n".join([*faults, MISSING]))
+
+    on_main(look)
 
 
 def _learn_tokenizer(stages: Stages) -> None:

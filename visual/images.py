@@ -29,7 +29,7 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageEr
 
 from config import InputError
 from config.files import POINTER_OF_GIT_LFS
-from visual.archives import ArchiveError, find_member
+from visual.archives import ArchiveError, file_names, find_member
 
 if TYPE_CHECKING:
     from PIL.TiffImagePlugin import TiffImageFile
@@ -129,6 +129,19 @@ def list_images(folder: str | Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in files if _is_image_name(name)]
     return sorted(found)
+
+
+def list_archived_images(archive: str | Path) -> list[Path]:
+    """List all files in a .zip or .tar with an image's suffix, as paths below the archive, sorted by path.
+
+    Hidden files and folders are left out. InputError: the archive cannot be read.
+    """
+    try:
+        names = list(file_names(str(archive)))
+    except OSError as error:
+        raise InputError(f"{archive}: {error.strerror or error} To ask about its images, unpack it.") from None
+    shown = (name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    return sorted(Path(archive, name) for name in shown if _is_image_name(name))
 
 
 def read_image(source: str | Path | bytes | BinaryIO) -> Image.Image:

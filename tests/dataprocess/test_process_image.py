@@ -461,7 +461,7 @@ def test_unusable_sources_are_named_in_the_error(shop, image_folder):
     with pytest.raises(InputError, match="contains no records"):
         shop.prepare()
     shop.source("x", "llava", [llava("a.jpg")], images=shop.folder / "none")
-    with pytest.raises(InputError, match="none is not a folder"):
+    with pytest.raises(InputError, match="images .*none does not exist"):
         shop.prepare()
     shop.source("x", "llava", [llava("a.jpg")], images=image_folder)
     os.remove(shop.sources[0].annotations)
@@ -949,7 +949,7 @@ def test_one_command_makes_a_scoring_file_of_any_source(shop, monkeypatch, capsy
     run_command(monkeypatch, "--from", f"../{name}", "--output", "scoring.jsonl", *settings)
     records = QAFile(shop.folder / "out" / "scoring.jsonl")
     assert len(records) == count and records[0].images == ("../photos/a.jpg",)
-    assert f"python test.py --qa {shop.folder / 'out' / 'scoring.jsonl'}" in capsys.readouterr().out
+    assert f"sh test.sh --qa {shop.folder / 'out' / 'scoring.jsonl'}" in capsys.readouterr().out
     run_command(monkeypatch, "--from", f"../{name}", "--output", "scoring.jsonl", *settings)  # again: nothing to do
 
 

@@ -20,9 +20,9 @@ from PIL import Image
 from config import InputError, SourceConfig
 from dataprocess import containers, tables
 from dataprocess.marks import content_of, repair_marks
-from dataprocess.rows import CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS
+from dataprocess.rows import CAPTION_PROMPTS, ENGLISH_CAPTION_PROMPTS, captioned
 from dataset.qa_file import QAFile
-from dataset.record import IMAGE, parse_record, parts_of
+from dataset.record import IMAGE, RecordError, check_record, parse_record, parts_of
 from tests.dataprocess.helpers import prepare_sources
 from visual.images import image_bytes, image_state
 
@@ -558,3 +558,26 @@ def test_no_image_and_no_annotation_of_coco_is_lost(tmp_path_factory, images, an
         desk.write("raw.json", coco(images, said)), desk.images("a.jpg", "b.jpg"), verify_images=False
     )
     assert report["read"] == len(images) + len(orphans) == report["kept"] + report["refused"]
+
+
+CAPTION = st.text(st.characters() | st.just("\ud800") | st.sampled_from(" \u3000图")) | st.just("A <image> mark.")
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(captions=st.lists(CAPTION, max_size=4), images=st.integers(1, 2))
+def test_captions_that_a_reader_calls_valid_need_no_check(captions, images):
+    """The converter does not check them again: they are half of a large collection."""
+    try:
+        read = captioned(name="n", images=["a.jpg"] * images, captions=captions, index=0)
+    except RecordError:
+        return
+    assert read.is_valid == (images == 1)
+    for turns in read.conversations if read.is_valid else ():
+        check_record({"id": "n", "image": "a.jpg", "conversations": turns})
+
+
+def test_a_caption_whose_image_has_a_name_that_is_not_utf8_is_refused(desk):
+    folder = desk.images("图.jpg", os.fsdecode(b"a\xff.jpg"))
+    raw = [{"image_id": name, "caption": ["好"]} for name in ("图.jpg", "a\udcff.jpg")]
+    report = desk.prepare(desk.write("ai.json", json.dumps(raw)), folder, verify_images=False)
+    assert report["by_reason"] == {"bad_unicode": 1} and [one["id"] for one in desk.kept()] == ["x:图.jpg"]

@@ -173,7 +173,9 @@ def test_a_kill_while_saving_leaves_no_truncated_image(tmp_path, monkeypatch):
         if path.is_file():
             assert Image.open(path).size == (8, 8)
     assert sum(path.is_file() for path in images) == len(STYLES) * len(CONCEPTS)
-    training, names = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("names_train", "validation_names"))
+    training, names = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("names_train", "validation_names")
+    )
     assert {(record["id"][5:7], record["id"][8:]) for record in names} == {
         (record["id"][:2], record["id"].rpartition("-")[2]) for record in training
     }

@@ -310,7 +310,7 @@ def test_a_checkpoint_contacts_the_hub_only_with_consent(run, foreign, images, t
     with monkeypatch.context() as patch:
         patch.setattr(model.loaded, "open_processors", stop)
         asked: list = []
-        patch.setattr(test, "check_hub", asked.append)  # one short try
+        patch.setattr("model.hub.check_hub", asked.append)  # one short try
         for more in ([*words, "--allow-download"], ["--config", config, images / "1.png"]):
             assert exit_message(capsys, *more) == "error: offline: False."
         assert [one.language_model for one in asked] == ["some/body"] * 2
@@ -439,7 +439,7 @@ def test_an_image_whose_name_looks_like_an_override_is_an_image(final, images, t
         (["--no-image", "a.png"], ["--no-image", "a.png"]),
         (["a.png", "b.png"], ["b.png", "a.png"]),
         (["--images", "none.png"], ["none.png", "no such image"]),
-        (["--images", "empty"], ["empty", "no image in this folder"]),
+        (["--images", "empty"], ["empty", "no image in it or below it"]),
         (["--qa", "none.jsonl"], ["none.jsonl"]),
         (["--qa", "empty/qa.jsonl"], ["qa.jsonl", "no records"]),
         (["test.batchsize=1"], ['did you mean "test.batch_size"?']),

@@ -375,7 +375,9 @@ def test_a_mistake_in_the_config_comes_before_the_libraries_are_imported(script,
 def test_a_missing_package_and_an_interrupt_in_the_first_seconds_are_one_line(
     script, error, code, words, capsys, monkeypatch
 ):
-    needed = {"model.import_checkpoint": "--from"} | dict.fromkeys(("model.export", "demo.emoji_report"), "--checkpoint")
+    needed = {"model.import_checkpoint": "--from"} | dict.fromkeys(
+        ("model.export", "demo.emoji_report"), "--checkpoint"
+    )
     arguments = [needed[script], "x", "--output", "y"] if script in needed else []
     given = iter([error])
     monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(next(given)))

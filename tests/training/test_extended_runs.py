@@ -155,7 +155,7 @@ def test_an_edited_qa_file_may_grow_and_not_shrink(project, capsys):
     assert "step 4 is 1.60 epochs into it" in said
     (project.parent / "qa.jsonl").write_text("".join(lines))
     shutil.rmtree(project.parent / "run/final")
-    with pytest.raises(InputError, match="the run began with qa_sha256.*go on with the new data .--extend."):
+    with pytest.raises(InputError, match="changed since the run began:\n  records: 10 -> 9 (?s:.)*\nPut the old data"):
         run_training(project, *SHORT, "train.max_steps=5")
 
 

@@ -222,7 +222,9 @@ def test_a_run_of_a_dozen_steps_is_noted_with_what_makes_more(tmp_path, capsys):
         "train.gradient_accumulation_steps), or give more data."
     )
     printed = capsys.readouterr().out
-    assert printed.count(noted.format(5, advice.format(""))) == printed.count("too few to learn") == 1  # 9 records, 4 a step
+    assert (
+        printed.count(noted.format(5, advice.format(""))) == printed.count("too few to learn") == 1
+    )  # 9 records, 4 a step
 
     def note(steps: int, *overrides: str) -> str:
         return few_steps_note(load_config(path, overrides).train, steps)
