@@ -453,7 +453,7 @@ def test_a_hostile_config_is_one_message(final, tmp_path, monkeypatch, capsys, t
     "text, word",
     [
         ('{"step": -1}', "step"), ('{"step": 1e30}', "step"), ('{"step": "1"}', "step"), ("[1]", "step"),
-        ('{"step": 99999999}', "qa_sha256"), ("{" * 100_000, "damaged"), ("", "damaged"),
+        ('{"step": 99999999}', "training data have changed"), ("{" * 100_000, "damaged"), ("", "damaged"),
     ],
     ids=lambda text: text[:20],
 )  # fmt: skip

@@ -261,7 +261,7 @@ def test_a_run_resumes_only_with_its_own_data(project, whole, tmp_path):
         (project.parent / "train.json").write_text(
             (project.parent / "train.json").read_text().replace("Say it again.", "Say it once more.")
         )
-        with pytest.raises(InputError, match="qa_sha256"):
+        with pytest.raises(InputError, match="training data have changed"):
             run_training(project, f"output_dir={tmp_path}")
     finally:
         (project.parent / "train.json").write_text(
